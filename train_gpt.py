@@ -1,0 +1,2008 @@
+"""Train, quantize and score a small GPT for the 16 MB / 10 minute language-model challenge, in one file.
+
+    SEED=0 torchrun --standalone --nproc_per_node=8 train_gpt.py          # a record run on 8 Hopper GPUs
+    PRESET=smoke python train_gpt.py                                      # the same pipeline, tiny, on a CPU
+    EVAL_ONLY_PATH=runs/x/final_model.pt torchrun ... train_gpt.py        # score a checkpoint, an artifact
+
+A run is a list of phases, and `compete` at the end of the file reads like it. Two clocks of 600 s count:
+
+    setup      settings, files and tools are checked; the script is packed, so that its size is known
+    warm-up    every training shape is compiled and run on random tokens; then all state is put back, bitwise
+    train      Muon and AdamW; layers 3-5 repeat from .35 of the clock on                   | training clock
+    calibrate  X'X at the input of every matrix, on training batches                        |
+    export     GPTQ, container, Brotli; the artifact is written, read back, and is the model from here on
+    score      validation files are opened only now; plain scores of both sets of weights   | scoring clock
+    adapt      score-first test-time training of per-document adapters: the headline        |
+
+Every setting is an environment variable (see Config), and the defaults are the record. The score rests on the
+order above; on `adapt`, which scores a chunk and only then learns from it; and on `gather_scores`, which wants
+every target once. Shapes: T packed tokens, D model width, H query and K key/value heads of width E.
+"""
+import time
+
+START = time.perf_counter()  # before torch loads: phases count from the start of the process
+
+import base64
+import contextlib
+import copy
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import shutil
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CAP_BYTES = 16_000_000  # decimal: code + model, as files
+BUFFERS_PER_STEP = 8  # a step's tokens are packed into this many buffers, shared out among ranks
+
+class UserError(Exception):
+    """A mistake in settings, files or machine. Its text is one line that names what to change."""
+
+def tool(name: str) -> Any:
+    """Import a dependency at its first use, so that importing this file needs only torch and numpy."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{name} cannot be imported ({error}): pip install -r requirements.txt") from error
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------------------
+
+PRESETS = {  # defaults to start from; any variable overrides them
+    "": {},
+    "smoke": dict(  # the whole pipeline on the bundled Wikipedia text, two minutes on two CPU cores
+        DATA_DIR="data/smoke", VOCAB_SIZE=1024, NUM_LAYERS=7, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2,
+        ROPE_DIMS=8, LOOP_START=2, LOOP_END=3, PARALLEL_START_LAYER=5, TRAIN_BATCH_TOKENS=8192,
+        TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=150,
+        MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=10, TTT_LORA_RANK=8, TTT_BATCH_SIZE=8,
+        TTT_CHUNK_SIZE=32, TTT_LORA_LR=0.001, GPTQ_CALIBRATION_BATCHES=8),
+}
+DROPPED = {  # settings of this script's ancestors that would change nothing here, and so are refused
+    "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE "
+                                   "TTT_K_LORA TTT_MLP_LORA TTT_O_LORA",
+    "not part of this system": "ROPE_TRAIN_SEQ_LEN ROPE_YARN PARALLEL_FINAL_LANE MUON_BETA2 TTT_OPTIMIZER "
+                               "TTT_BETA1 TTT_GRAD_STEPS COMPRESSOR CONTROL_TENSOR_NAME_PATTERNS",
+    "replaced by MODEL_DIM": "EMBEDDING_DIM",
+    "replaced by TIED_EMBED_LR": "EMBED_LR HEAD_LR",
+    "replaced by the windows of test-time training (TTT_CHUNK_SIZE)": "SLIDING_WINDOW_ENABLED EVAL_STRIDE",
+    "replaced by VAL_DOC_FRACTION": "TTT_EVAL_BATCHES",
+    "replaced by SAVE_SCORES": "TTT_OUTPUT_DIR",
+}
+
+def knob(default, low=None, high=None):
+    """A setting: its default, and the smallest and largest value it may take."""
+    return dataclasses.field(default=default, metadata=dict(low=low, high=high))
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting. The field train_seq_len is the environment variable TRAIN_SEQ_LEN, and so on."""
+
+    # the run
+    preset: str = knob("")  # smoke: tiny settings for a CPU; any variable overrides them
+    seed: int = knob(1337, 0, 2**63 - 1)  # of weights, shard order and adapters
+    run_id: str = knob("")  # name of the run; default: date, time and seed
+    artifact_dir: str = knob("")  # where the run leaves its files; default: runs/RUN_ID
+    data_dir: str = knob("./data")  # looked up from the working directory, then beside the script
+    eval_only_path: str = knob("")  # score this artifact (.int6.ptz) or checkpoint (.pt); do not train
+    save_scores: str = knob("")  # write the nll of every target to this .npz
+    attention: str = knob("auto")  # auto, flash3, varlen or sdpa
+    # data and batches
+    vocab_size: int = knob(8192, 1, 65536)  # pieces of the tokenizer; part of the data files' names
+    train_batch_tokens: int = knob(786_432, 8)  # tokens of an optimizer step, over all ranks
+    train_seq_len: int = knob(2048, 1)  # longest span of a document that training sees as one context
+    val_batch_tokens: int = knob(524_288, 1)  # tokens of a plain evaluation forward, over all ranks
+    eval_seq_len: int = knob(2048, 1)  # longest span of a document in plain evaluation
+    val_doc_fraction: float = knob(1.0, 1e-9, 1.0)  # score only this first part of the validation documents
+    # model
+    num_layers: int = knob(11, 1, 1000)  # layers with weights of their own
+    model_dim: int = knob(512, 1)  # width of the residual stream
+    num_heads: int = knob(8, 1)  # query heads
+    num_kv_heads: int = knob(4, 1)  # key/value heads
+    mlp_mult: float = knob(4.0, 1e-3)  # hidden width of the MLP over MODEL_DIM
+    rope_dims: int = knob(16, 0)  # dims of each head that know the position
+    rope_base: float = knob(10_000.0, 1.0)  # longest wavelength of the rotation over 2 pi
+    qk_gain_init: float = knob(5.0, 0.0)  # initial gain of each query head
+    logit_softcap: float = knob(30.0, 1e-3)  # logits stay within plus and minus this
+    tied_embed_init_std: float = knob(0.005, 0.0)  # initial standard deviation of the embedding
+    num_loops: int = knob(2, 0, 100)  # extra passes over layers LOOP_START to LOOP_END
+    loop_start: int = knob(3, 0)  # first layer of the loop
+    loop_end: int = knob(5, 0)  # last layer of the loop
+    enable_looping_at: float = knob(0.35, 0.0, 1.0)  # fraction of training from which the loop runs; 1: never
+    parallel_start_layer: int = knob(8, 0)  # from this layer on attention and MLP have a stream each
+    # schedule
+    iterations: int = knob(20_000, 1)  # most optimizer steps
+    max_wallclock_seconds: float = knob(600.0, 0.0)  # training clock, calibration included; 0: count steps
+    warmup_steps: int = knob(3, 1)  # untimed steps of each loop form before training, undone afterwards
+    warmdown_frac: float = knob(0.85, 0.0, 1.0)  # last fraction of training, in which learning rates fall
+    min_lr: float = knob(0.1, 0.0, 1.0)  # floor of the learning rates, relative to their peak
+    train_log_every: int = knob(500, 1)  # steps between log lines
+    val_loss_every: int = knob(0, 0)  # steps between plain validations during training; 0: never
+    # optimizers
+    matrix_lr: float = knob(0.026, 0.0)  # Muon, for all matrices of the layers
+    muon_momentum: float = knob(0.97, 0.0, 1.0)  # Nesterov
+    muon_momentum_warmup_start: float = knob(0.92, 0.0, 1.0)  # momentum of the first step
+    muon_momentum_warmup_steps: int = knob(1500, 0)  # steps to full momentum; in short runs .31 of the run
+    muon_backend_steps: int = knob(5, 1)  # Newton-Schulz iterations
+    muon_wd: float = knob(0.095, 0.0)  # weight decay, decoupled like all others
+    tied_embed_lr: float = knob(0.03, 0.0)  # AdamW, for the embedding
+    embed_wd: float = knob(0.085, 0.0)  # weight decay of the embedding
+    scalar_lr: float = knob(0.02, 0.0)  # AdamW, for gains, scales, gates and mixes
+    adam_wd: float = knob(0.02, 0.0)  # weight decay of these
+    beta1: float = knob(0.9, 0.0, 0.999999)  # AdamW
+    beta2: float = knob(0.99, 0.0, 0.999999)  # AdamW
+    adam_eps: float = knob(1e-8, 0.0)  # AdamW
+    grad_clip_norm: float = knob(0.3, 0.0)  # of the global gradient after reduction; 0: no clipping
+    ema_decay: float = knob(0.9965, 0.0, 0.999999)  # of the exported average of weights; less in short runs
+    # quantization
+    gptq_calibration_batches: int = knob(16, 1)  # training buffers behind the Hessians, over all ranks
+    gptq_reserve_seconds: float = knob(4.0, 0.0)  # of the training clock, kept for them
+    matrix_bits: int = knob(6, 2, 8)  # of the layers' matrices
+    embed_bits: int = knob(7, 2, 8)  # of the embedding
+    attn_clip_sigmas: float = knob(13.0, 0.1)  # q, k, v, o: largest code, in standard deviations of the row
+    mlp_clip_sigmas: float = knob(11.5, 0.1)  # up, down: likewise
+    matrix_clip_sigmas: float = knob(0.0, 0.0)  # if above 0, in place of the two before
+    embed_clip_sigmas: float = knob(14.0, 0.1)  # embedding: likewise
+    # test-time training
+    ttt_enabled: bool = knob(True)  # 0: the plain score of the quantized model is the headline
+    ttt_lora_rank: int = knob(80, 1)  # of every adapter
+    ttt_lora_lr: float = knob(1e-4, 0.0)  # AdamW, for adapters
+    ttt_chunk_size: int = knob(48, 1)  # tokens scored between two updates
+    ttt_eval_seq_len: int = knob(2048, 1)  # longest window, chunk included
+    ttt_batch_size: int = knob(64, 1)  # documents that advance together on a rank
+    ttt_weight_decay: float = knob(0.5, 0.0)  # of adapters
+    ttt_beta2: float = knob(0.99, 0.0, 0.999999)  # AdamW, for adapters; beta 1 is 0
+    eval_max_seconds: float = knob(600.0, 0.0)  # scoring clock; the rest keeps its plain score; 0: none
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Config":
+        """Read all settings from `env`; UserError names a variable that is dropped, misspelt or malformed."""
+        knobs = {f.name.upper(): f for f in dataclasses.fields(cls)}
+        for why, names in DROPPED.items():
+            for name in names.split():
+                if name in env:
+                    raise UserError(f"{name} is not a setting of this script ({why}): unset it")
+        for name in env:
+            if name.startswith(("TTT_", "GPTQ_", "MUON_")) and name not in knobs:
+                raise UserError(f"{name} is not a setting of this script: unset it or look up its name")
+        if (preset := env.get("PRESET", "")) not in PRESETS:
+            raise UserError(f"PRESET={preset!r} is none of {', '.join(filter(None, PRESETS))}")
+        given = {n: str(raw) for n, raw in {**PRESETS[preset], **env}.items() if n in knobs and raw != ""}
+        return cls(**{n.lower(): parse_setting(n, raw, type(knobs[n].default)) for n, raw in given.items()})
+
+    def __post_init__(self):
+        show = lambda *names: ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
+        for f in dataclasses.fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if low is not None and not low <= value <= (math.inf if high is None else high):
+                raise UserError(f"{show(f.name)} is out of range {low} to {high or 'any'}")
+        loops, buffer = self.num_loops > 0, self.train_batch_tokens // BUFFERS_PER_STEP
+        for wrong, message in (
+            (self.attention not in ("auto", *ATTENTION), f"{show('attention')} is none of auto {' '.join(ATTENTION)}"),
+            (self.model_dim % self.num_heads or self.num_heads % self.num_kv_heads,
+             f"{show('model_dim', 'num_heads', 'num_kv_heads')}: each must be a multiple of the next"),
+            (self.rope_dims % 2 or self.rope_dims > self.head_dim,
+             f"{show('rope_dims')} must be even and at most MODEL_DIM/NUM_HEADS={self.head_dim}"),
+            (self.model_dim * self.mlp_mult % 1, f"{show('model_dim', 'mlp_mult')} give a fractional width"),
+            (loops and not self.loop_start <= self.loop_end < min(self.num_layers, self.parallel_start_layer),
+             f"{show('loop_start', 'loop_end')}: layers in order, below NUM_LAYERS and PARALLEL_START_LAYER"),
+            (self.train_batch_tokens % BUFFERS_PER_STEP or self.train_seq_len > buffer,
+             f"{show('train_batch_tokens')} must be 8 buffers of at least {show('train_seq_len')} tokens"),
+            (self.eval_seq_len > self.val_batch_tokens, f"{show('val_batch_tokens')} < {show('eval_seq_len')}"),
+            (self.ttt_chunk_size > self.ttt_eval_seq_len,
+             f"{show('ttt_eval_seq_len')} cannot hold {show('ttt_chunk_size')}"),
+            (0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds,
+             f"{show('gptq_reserve_seconds')} leaves nothing of {show('max_wallclock_seconds')}"),
+        ):
+            if wrong:
+                raise UserError(message)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.model_dim * self.mlp_mult)
+
+    @property
+    def loops_at_end(self) -> bool:
+        return self.num_loops > 0 and self.enable_looping_at < 1
+
+MODEL_SETTINGS = (  # without these, saved weights do not mean what they meant
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims", "rope_base",
+    "logit_softcap", "num_loops", "loop_start", "loop_end", "enable_looping_at", "parallel_start_layer")
+QUANT_SETTINGS = (  # what an artifact depends on beside the weights
+    "seed", "train_batch_tokens", "train_seq_len", "gptq_calibration_batches", "matrix_bits", "embed_bits",
+    "attn_clip_sigmas", "mlp_clip_sigmas", "matrix_clip_sigmas", "embed_clip_sigmas")
+
+def parse_setting(name: str, raw: str, kind: type) -> Any:
+    """One environment variable as bool, int, float or str."""
+    try:
+        value = {"0": False, "1": True}[raw] if kind is bool else kind(raw)
+        if kind is not float or math.isfinite(value):
+            return value
+    except (KeyError, ValueError):
+        pass
+    what = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"{name}={raw!r} is not {what}")
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranks, files, log
+# ------------------------------------------------------------------------------------------------------------
+
+class Ranks:
+    """The processes of a run: which one this is, where it computes, and the collectives the script needs.
+
+    One process is the degenerate case of the same code: its collectives return what they were given.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1, device: str = "cpu"):
+        self.rank, self.world, self.device, self.is_main = rank, world, torch.device(device), rank == 0
+        self.on_gpu = self.device.type == "cuda"
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """Take the place that torchrun assigned; without it, be alone."""
+        place = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+        rank, world, local = (int(os.environ.get(name, default)) for name, default in place)
+        gpus = torch.cuda.device_count()
+        if gpus and local >= gpus:
+            raise UserError(f"--nproc_per_node is too large: this machine has {gpus} GPUs, none for {local}")
+        if gpus:
+            torch.cuda.set_device(local)
+        if world > 1:  # gloo beside NCCL: what the host has to know must not wait for the GPU
+            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        return cls(rank, world, f"cuda:{local}" if gpus else "cpu")
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, value: float) -> float:
+        """Largest value of any rank, through the host."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+def deal(costs: Iterable[float], world: int) -> np.ndarray:
+    """Owner of every item: in order, each goes to the rank with the least to do so far."""
+    load, owners = np.zeros(world), []
+    for cost in costs:
+        owners.append(load.argmin())
+        load[owners[-1]] += cost
+    return np.array(owners, dtype=np.int64)
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write all of a file or none of it: to a name aside, to the disk, then rename."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+def read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+@dataclasses.dataclass
+class Phase:
+    """A part of the run and the clock it counts against: "training", "scoring" or none."""
+
+    name: str
+    clock: str
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    seconds: float = 0.0  # when finished
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+class RunLog:
+    """What a run leaves to read, by rank 0: log.txt, metrics.jsonl and some sixty lines on the console."""
+
+    def __init__(self, cfg: Config, ranks: Ranks):
+        default = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-seed{cfg.seed}"
+        self.run_id = ranks.share(cfg.run_id or default)
+        self.folder = Path(cfg.artifact_dir or Path("runs", self.run_id))
+        self.phases, self.files, problem = [], {}, None
+        try:
+            if ranks.is_main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for name in ("log.txt", "metrics.jsonl", "result.json"):  # an earlier run's are kept aside
+                    if (path := self.folder / name).exists():
+                        path.replace(self.folder / f"previous_{name}")
+                self.files = {name: open(self.folder / name, "w") for name in ("log.txt", "metrics.jsonl")}
+        except OSError as error:
+            problem = f"ARTIFACT_DIR={self.folder} is not writable: {error.strerror}"
+        if problem := ranks.share(problem):
+            raise UserError(problem)
+
+    def write(self, name: str, line: str) -> None:
+        if self.files:
+            try:
+                print(line, file=self.files[name], flush=True)
+            except OSError as error:
+                raise UserError(f"cannot write {self.folder / name}: {error.strerror}") from error
+
+    def __call__(self, message: str, console: bool = True) -> None:
+        """Add lines to the log and, unless told otherwise, to the console."""
+        self.write("log.txt", message)
+        if console and self.files:
+            print(message, flush=True)
+
+    def metrics(self, kind: str, **values: Any) -> None:
+        self.write("metrics.jsonl", json.dumps({"kind": kind, **values}))
+
+    @contextlib.contextmanager
+    def phase(self, name: str, clock: str = "") -> Iterator[Phase]:
+        self.phases.append(Phase(name, clock))
+        yield self.phases[-1]
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.phases[-1].seconds = self.phases[-1].elapsed()
+
+    def spent(self, clock: str) -> float:
+        """Seconds of all finished phases of a clock."""
+        return sum(phase.seconds for phase in self.phases if phase.clock == clock)
+
+class Run(NamedTuple):
+    """What every phase needs."""
+
+    cfg: Config
+    ranks: Ranks
+    log: RunLog
+    ops: "Ops"
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+#
+# A shard is a header of 256 little-endian int32 (magic, version, token count) and then uint16 tokens. Every
+# document starts with BOS. A span is what attention sees as one context: a document or a piece of a long one.
+# ------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+IGNORE = -1  # target of a position that predicts nothing
+
+class DataFiles(NamedTuple):
+    tokenizer: Path
+    train: list[Path]
+    val: list[Path]
+
+def find_data(cfg: Config, train: bool) -> DataFiles:
+    """Locate tokenizer and shards by name, opening nothing. UserError says what is missing and where."""
+    roots = dict.fromkeys(root / cfg.data_dir for root in (Path.cwd(), Path(__file__).resolve().parent))
+    name = f"datasets/fineweb10B_sp{cfg.vocab_size}"
+    root = next((root for root in roots if (root / name).is_dir()), None)
+    if root is None:
+        raise UserError(f"DATA_DIR={cfg.data_dir}: no {name} in {' or '.join(map(str, roots))}; fetch it by "
+                        "data/download.py or make it by data/prepare.py")
+    shards = lambda kind: sorted((root / name).glob(f"fineweb_{kind}_*.bin"))
+    files = DataFiles(root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model", shards("train"), shards("val"))
+    for what, missing in (("tokenizer " + str(files.tokenizer), not files.tokenizer.is_file()),
+                          (f"{root / name}/fineweb_train_*.bin", train and not files.train),
+                          (f"{root / name}/fineweb_val_*.bin", not files.val)):
+        if missing:
+            raise UserError(f"DATA_DIR={cfg.data_dir}: there is no {what}")
+    return files
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-map the tokens of a shard, (count,) uint16. UserError if it is not what its header says."""
+    try:
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is not a token shard: it does not start with {SHARD_MAGIC}, {SHARD_VERSION}")
+    count, held = int(header[2]), (size - HEADER_BYTES) / 2
+    if count <= 0 or held != count:
+        what = "empty" if count <= 0 else "truncated" if held < count else "over-long"
+        raise UserError(f"{path} is {what}: its header says {count} tokens, it holds {held:g}; make it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    if tokens.size and tokens.max() >= vocab_size:
+        raise UserError(f"{path} holds token {tokens.max()}, VOCAB_SIZE={vocab_size}: another tokenizer's")
+
+class Tokenizer(NamedTuple):
+    """What scoring needs to know of each piece, (vocab_size,)."""
+
+    bos: int
+    size: np.ndarray  # bytes of the piece, without the space it begins with
+    spaced: np.ndarray  # it begins with a space
+    special: np.ndarray  # control, unknown or unused: no text
+
+    def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """UTF-8 bytes that every token but the first adds to the text, (len - 1,).
+
+        The space a piece begins with counts unless the token before is no text. This is the challenge's rule,
+        and exact but for a document that begins with a space: of that it counts one byte too few.
+        """
+        before, now = tokens[:-1], tokens[1:]
+        return self.size[now] + (self.spaced[now] & ~self.special[before])
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Read a SentencePiece model. UserError if it is damaged, of another size or breaks that rule."""
+    data = read_file(path)
+    try:
+        sp = tool("sentencepiece").SentencePieceProcessor(model_proto=data)
+        pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not a SentencePiece model, or damaged") from error
+    if len(pieces) != vocab_size or sp.bos_id() < 0:
+        raise UserError(f"{path} has {len(pieces)} pieces and BOS id {sp.bos_id()}; wanted are VOCAB_SIZE="
+                        f"{vocab_size} pieces and a BOS to start every document")
+    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(vocab_size)])
+    size, spaced = np.zeros(vocab_size, dtype=np.int64), np.zeros(vocab_size, dtype=bool)
+    for i, piece in enumerate(pieces):
+        text = piece.removeprefix("\u2581")
+        if "\u2581" in text and not special[i]:
+            raise UserError(f"{path}: piece {i} has a space inside, so the usual rule cannot count its bytes")
+        if not special[i]:
+            size[i], spaced[i] = (1, False) if sp.is_byte(i) else (len(text.encode()), text != piece)
+    return Tokenizer(sp.bos_id(), size, spaced, special)
+
+class Seqs(NamedTuple):
+    """Spans of a packed buffer, in the form of FlashAttention's varlen functions."""
+
+    cu_seqlens: Tensor  # (spans + 1,) int32 boundaries; repeated ones are empty spans
+    positions: Tensor  # (T,) index of each token within its span
+    max_seqlen: int  # no span is longer
+
+class Batch(NamedTuple):
+    tokens: Tensor  # (T,)
+    targets: Tensor  # (T,) the token to predict, or IGNORE
+    seqs: Seqs
+
+    def to(self, device: torch.device) -> "Batch":
+        move = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+        cu_seqlens, positions, max_seqlen = self.seqs
+        seqs = Seqs(move(cu_seqlens), move(positions), max_seqlen)
+        return Batch(move(self.tokens), move(self.targets), seqs)
+
+def span_bounds(starts: np.ndarray, total: int, max_len: int) -> np.ndarray:
+    """Boundaries of the documents at `starts` in a buffer of `total`, cut into spans of at most max_len."""
+    starts = np.union1d(starts, 0)
+    pieces = -(-np.diff(starts, append=total) // max_len)
+    nth_piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return np.append(np.repeat(starts, pieces) + nth_piece * max_len, total)
+
+def make_batch(tokens: np.ndarray, targets: np.ndarray, bounds: np.ndarray, max_spans: int,
+               max_len: int) -> Batch:
+    """A batch whose shapes follow from len(tokens) and max_spans alone, so that compiled code always fits.
+
+    If there are more than max_spans spans, only the targets of the first ones count; the rest is cut evenly.
+    """
+    total = len(tokens)
+    if len(bounds) - 1 > max_spans:
+        keep = bounds[: max_spans - -(-total // max_len)]
+        bounds = np.concatenate([keep, np.arange(keep[-1] + max_len, total, max_len), [total]])
+        targets = np.where(np.arange(total) < keep[-1], targets, IGNORE)
+    positions = np.arange(total) - np.repeat(bounds[:-1], np.diff(bounds))
+    cu_seqlens = np.append(bounds, np.full(max_spans + 1 - len(bounds), total))  # filled up with empty spans
+    whole = lambda a: torch.from_numpy(a.astype(np.int64))
+    seqs = Seqs(torch.from_numpy(cu_seqlens.astype(np.int32)), whole(positions), max_len)
+    return Batch(whole(tokens), whole(targets), seqs)
+
+class PackedLoader:
+    """Training buffers: documents end to end, cut where a buffer ends, shards in a seeded order every epoch.
+
+    Buffer n follows from shards, seed and n alone. So there is no cursor to save and restore, any rank can
+    make any buffer, and a step sees the same data however many ranks share it.
+    """
+
+    def __init__(self, paths: list[Path], bos: int, cfg: Config, buffer_tokens: int):
+        self.paths, self.bos, self.cfg, self.buffer_tokens = paths, bos, cfg, buffer_tokens
+        self.shards = [open_shard(path) for path in paths]
+        self.epoch_tokens = sum(map(len, self.shards))
+        for path, shard in zip(paths, self.shards):
+            if not (shard[:1_000_000] == bos).any():
+                raise UserError(f"{path} has no BOS (id {bos}) in its first million tokens: another tokenizer's")
+        # The fullest of some 64 buffers fixes the number of spans: an empty one costs 13 us of attention, forward
+        # and backward; a buffer that is fuller still loses its last targets.
+        count = max(1, self.epoch_tokens // buffer_tokens)
+        sampled = (len(self.layout(n)[2]) - 1 for n in range(0, count, -(-count // 64)))
+        self.max_spans = max(*sampled, 1 - -buffer_tokens // cfg.train_seq_len)
+
+    def read(self, start: int, count: int) -> tuple[np.ndarray, list[int]]:
+        """`count` tokens of the endless stream from `start` on, and where among them shards begin."""
+        pieces, seams, have = [], [], 0
+        while have < count:
+            epoch, skip = divmod(start + have, self.epoch_tokens)
+            for index in np.random.default_rng((self.cfg.seed, epoch)).permutation(len(self.shards)):
+                piece = self.shards[index][skip : skip + count - have].astype(np.int64)
+                if len(piece):
+                    check_tokens(piece, self.cfg.vocab_size, self.paths[index])
+                    seams += [have] if skip == 0 else []
+                    pieces.append(piece)
+                    have += len(piece)
+                skip = max(0, skip - len(self.shards[index]))
+        return np.concatenate(pieces), seams
+
+    def layout(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, targets and span boundaries of buffer n. Where a shard begins, so does a span."""
+        stream, seams = self.read(n * self.buffer_tokens, self.buffer_tokens + 1)
+        tokens, targets = stream[:-1], stream[1:].copy()
+        for seam in seams:  # the first token of a shard follows from nothing, unless it is a BOS
+            if seam and stream[seam] != self.bos:
+                targets[seam - 1] = IGNORE
+        starts = np.union1d(np.flatnonzero(tokens == self.bos), np.array(seams, dtype=np.int64))
+        return tokens, targets, span_bounds(starts[starts < len(tokens)], len(tokens), self.cfg.train_seq_len)
+
+    def buffer(self, n: int) -> Batch:
+        return make_batch(*self.layout(n), self.max_spans, self.cfg.train_seq_len)
+
+    def buffers(self, numbers: Iterator[int], device: torch.device) -> Iterator[Batch]:
+        """Buffers on the device, two of them read and packed ahead by a thread while the device computes."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque(pool.submit(self.buffer, n) for n in itertools.islice(numbers, 2))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(self.buffer, n) for n in itertools.islice(numbers, 1))
+                yield batch.to(device)
+
+class Validation(NamedTuple):
+    """The validation stream in its own order. Target j is token j + 1, so a document's last one is a BOS."""
+
+    tokens: np.ndarray  # (N,)
+    token_bytes: np.ndarray  # (N - 1,) of every target
+    starts: np.ndarray  # (documents,) first token of each, its BOS, and number of its first target
+    lengths: np.ndarray  # (documents,) targets of each
+    begin_with_space: int  # documents whose first byte is not counted
+
+def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Validation:
+    """Read all validation shards as one stream. UserError if that is not documents of this tokenizer."""
+    shards = [open_shard(path) for path in paths]
+    for path, shard in zip(paths, shards):
+        check_tokens(shard, cfg.vocab_size, path)
+    tokens = np.concatenate(shards).astype(np.int64)
+    starts = np.flatnonzero(tokens == tokenizer.bos)
+    if not len(starts) or starts[0] != 0:
+        raise UserError(f"{paths[0]} does not begin with BOS (id {tokenizer.bos}): another tokenizer's")
+    count = max(1, round(cfg.val_doc_fraction * len(starts)))
+    tokens, starts = tokens[: starts[count]] if count < len(starts) else tokens, starts[:count]
+    token_bytes = tokenizer.target_bytes(tokens)
+    if not token_bytes.sum():
+        raise UserError(f"{paths[0]}: the validation documents hold no text")
+    first = tokens[np.minimum(starts + 1, len(tokens) - 1)]
+    return Validation(tokens, token_bytes, starts, np.diff(starts, append=len(token_bytes)),
+                      int(tokenizer.spaced[first].sum()))
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention: (T, H, E), (T, K, E), (T, K, E), Seqs -> (T, H, E), in three implementations
+#
+# Causal within each span, nothing across spans, scale 1/sqrt(E); K divides H. Chosen once, and logged.
+# ------------------------------------------------------------------------------------------------------------
+
+def flash3_attention(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs) -> Tensor:
+    """FlashAttention-3 (Hopper), package flash_attn_3; bf16 or fp16."""
+    from flash_attn_interface import flash_attn_varlen_func
+    cu, longest = seqs.cu_seqlens, seqs.max_seqlen
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
+                                  max_seqlen_k=longest, causal=True)
+
+@functools.cache
+def varlen_options() -> dict[str, Any]:
+    """How this PyTorch wants to be told "causal" and "grouped heads": its signature has changed."""
+    known = inspect.signature(tool("torch.nn.attention.varlen").varlen_attn).parameters
+    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs) -> Tensor:
+    """PyTorch's own varlen attention (NVIDIA GPUs from Ampere on); bf16 or fp16."""
+    from torch.nn.attention.varlen import varlen_attn
+    cu, longest = seqs.cu_seqlens, seqs.max_seqlen
+    return varlen_attn(q, k, v, cu, cu, longest, longest, **varlen_options())
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs) -> Tensor:
+    """Scaled dot-product attention, neighbouring spans of one length at a time; any device and dtype."""
+    outputs, lo = [], 0
+    for length, run in itertools.groupby(seqs.cu_seqlens.diff().tolist()):
+        if length:
+            hi = lo + length * len(list(run))
+            heads = [t[lo:hi].unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v)]
+            y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            outputs.append(y.transpose(1, 2).flatten(0, 1))
+            lo = hi
+    return torch.cat(outputs)
+
+ATTENTION = {"flash3": flash3_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}
+
+def choose_attention(name: str, device: torch.device) -> Callable:
+    """What ATTENTION names; for "auto" the fastest that this machine has. UserError if it cannot run here."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if name == "auto":
+        flash = capability[0] == 9 and importlib.util.find_spec("flash_attn_interface")
+        name = "flash3" if flash else "varlen" if capability[0] else "sdpa"
+    if name == "flash3":
+        tool("flash_attn_interface")
+    if name == "flash3" and capability[0] != 9 or name == "varlen" and capability[0] < 8:
+        need = "a Hopper" if name == "flash3" else "an Ampere or newer"
+        raise UserError(f"ATTENTION={name} needs {need} GPU, this is {device_name(device)}: set ATTENTION=sdpa")
+    return ATTENTION[name]
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+
+# ------------------------------------------------------------------------------------------------------------
+# Fused MLP (Hopper, Triton)
+#
+#   forward    pre = x up'           act = f(pre)                   f(p) = leaky_relu(p, .5)^2
+#   backward   dpre = (dy down) * f'(pre)                           f'(p) = 2p if p > 0 else p/2
+#
+# Each line is one kernel, a matrix product whose epilogue applies f or f' to the tile in registers; PyTorch
+# alone writes and reads the (T, 4D) product once more for each. `mlp_reference` is the same in PyTorch.
+# ------------------------------------------------------------------------------------------------------------
+
+def activation(pre: Tensor) -> Tensor:
+    return F.leaky_relu(pre, 0.5).square()
+
+def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(T, D), (M, D), (D, M) -> (T, D)"""
+    return F.linear(activation(F.linear(x, up)), down)
+
+@functools.cache
+def mlp_kernel():
+    """The Triton kernel, made at its first use so that importing this file needs no Triton."""
+    triton, tl = tool("triton"), tool("triton.language")
+
+    @triton.jit
+    def kernel(a_desc, b_desc, pre_desc, out_desc, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr):
+        # forward: a (M, K), b (N, K), writes pre and out (M, N)
+        # backward: a (M, K), b (K, N), reads pre, writes out (M, N)
+        tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        for tile in range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
+            group = tile // (GROUP_M * tiles_n)  # GROUP_M rows of tiles run together, so that b stays in L2
+            rows = min(tiles_m - group * GROUP_M, GROUP_M)
+            within = tile % (GROUP_M * tiles_n)
+            m = (group * GROUP_M + within % rows) * BLOCK_M
+            n = (within // rows) * BLOCK_N
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for k in range(0, K, BLOCK_K):
+                a = a_desc.load([m, k])
+                if BACKWARD:
+                    acc = tl.dot(a, b_desc.load([k, n]), acc)
+                else:
+                    acc = tl.dot(a, b_desc.load([n, k]).T, acc)
+            if BACKWARD:
+                pre = pre_desc.load([m, n]).to(tl.float32)
+                out = acc * tl.where(pre > 0, 2 * pre, 0.5 * pre)
+            else:
+                pre_desc.store([m, n], acc.to(pre_desc.dtype))
+                leaky = tl.where(acc > 0, acc, 0.5 * acc)
+                out = leaky * leaky
+            out_desc.store([m, n], out.to(out_desc.dtype))
+
+    return kernel
+
+def launch_mlp(a: Tensor, b: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run the kernel, forward if pre is None; returns (pre, out), each (M, N)."""
+    descriptor = tool("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
+    backward, (m, k) = pre is not None, a.shape
+    n = b.size(1) if backward else b.size(0)
+    out = a.new_empty(m, n)
+    pre = pre if backward else torch.empty_like(out)
+    bm, bn, bk = (128, 256, 64) if a.is_cuda else (32, 32, 32)  # a CPU tensor: Triton's interpreter
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
+    mlp_kernel()[(min(programs, -(-m // bm) * -(-n // bn)),)](
+        descriptor(a, [bm, bk]), descriptor(b, [bk, bn] if backward else [bn, bk]), descriptor(pre, [bm, bn]),
+        descriptor(out, [bm, bn]), m, n, k, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, GROUP_M=8, PROGRAMS=programs,
+        BACKWARD=backward, num_stages=3, num_warps=8)
+    return pre, out
+
+@torch.library.custom_op("train_gpt::mlp_up", mutates_args=())
+def mlp_up(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return launch_mlp(x.contiguous(), up.contiguous(), None)
+
+@torch.library.custom_op("train_gpt::mlp_up_grad", mutates_args=())
+def mlp_up_grad(dy: Tensor, down: Tensor, pre: Tensor) -> Tensor:
+    return launch_mlp(dy.contiguous(), down.contiguous(), pre)[1]
+
+mlp_up.register_fake(lambda x, up: (x.new_empty(x.size(0), up.size(0)), x.new_empty(x.size(0), up.size(0))))
+mlp_up_grad.register_fake(lambda dy, down, pre: torch.empty_like(pre))
+
+class FusedMLP(torch.autograd.Function):
+    """mlp_reference by the two kernels; frozen weights cost no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        pre, act = mlp_up(x, up)
+        ctx.save_for_backward(x, up, down, pre, act)
+        return F.linear(act, down)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, up, down, pre, act = ctx.saved_tensors
+        dpre = mlp_up_grad(dy, down, pre)
+        return (dpre @ up, dpre.T @ x if ctx.needs_input_grad[1] else None,
+                dy.T @ act if ctx.needs_input_grad[2] else None)
+
+# ------------------------------------------------------------------------------------------------------------
+# Model
+#
+# Weights live in banks: one tensor stacks a matrix over all layers, so that Muon shards it over ranks, and EMA,
+# clipping and collectives touch 13 tensors. A Layer is views into the banks in compute dtype; a Plan the order in
+# which layers are visited; a tap sees or changes what linears compute: by it, calibration and test-time training
+# use this same forward.
+# ------------------------------------------------------------------------------------------------------------
+
+NORM_EPS = torch.finfo(torch.float32).eps  # in every dtype: an embedding of std .005 has mean square 2.5e-5
+
+class Plan(NamedTuple):
+    """Order of visits. One of the encoder leaves a skip; one of the decoder takes the latest that is left."""
+
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+def depth_plan(cfg: Config, looped: bool) -> Plan:
+    """All layers in order; looped, with the middle ones again: 0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8 9 10."""
+    order = list(range(cfg.num_layers))
+    if looped:
+        order[cfg.loop_start : cfg.loop_end + 1] *= cfg.num_loops + 1
+    half = len(order) // 2
+    return Plan(tuple(order[:half]), tuple(order[half:]))
+
+class Layer(NamedTuple):
+    qkv: Tensor  # (D + 2KE, D)
+    o: Tensor  # (D, D)
+    up: Tensor  # (M, D)
+    down: Tensor  # (D, M)
+    q_gain: Tensor  # (H,)
+    attn_scale: Tensor  # (D,)
+    mlp_scale: Tensor  # (D,)
+    resid_mix: Tensor  # (2, D) of the stream and of the embedding, on entry
+    lane_keep: Tensor  # (2,) how much each lane keeps of itself
+    lane_post: Tensor  # (2, 2) [attention or MLP, lane]: how much of each a lane takes up
+    depth_scale: Tensor  # () 1/sqrt(layer + 1): deeper layers see smaller inputs
+
+class Skip(NamedTuple):
+    """A U-net connection, as a visit of the decoder takes it up."""
+
+    x: Tensor  # (T, D) what the mirrored visit of the encoder left
+    scale: Tensor  # (D,)
+    gate: Tensor  # (D,)
+
+class Context(NamedTuple):
+    """What all visits of one forward share."""
+
+    cfg: Config
+    attend: Callable
+    fused_mlp: bool
+    x0: Tensor  # (T, D) the normalised embedding
+    cos: Tensor  # (T, 1, rope_dims / 2)
+    sin: Tensor
+    seqs: Seqs
+
+def untapped(site: str, x: Tensor, y: Tensor) -> Tensor:
+    """What a tap puts in place of: sees input and output of a site, returns the output to go on with."""
+    return y
+
+def norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm of the last dim, fp32."""
+    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position on the first dims of each head (T, heads, E); the others know no position."""
+    n = cos.size(-1)
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self attention: takes from each head (T, H, E) its part along the token's value (T, K, E)."""
+    heads = y.float().unflatten(1, (v.size(1), -1))  # query heads grouped by key/value head
+    own = F.normalize(v.float(), dim=-1).unsqueeze(2)
+    return (heads - (heads * own).sum(-1, keepdim=True) * own).flatten(1, 2).to(y.dtype)
+
+def attention(x: Tensor, w: Layer, see: Callable, ctx: Context) -> Tensor:
+    """Attention sublayer (T, D) -> (T, D), before its residual scale."""
+    cfg = ctx.cfg
+    q, k, v = F.linear(x, w.qkv).split((cfg.model_dim, cfg.kv_dim, cfg.kv_dim), dim=-1)
+    heads = lambda t: t.unflatten(-1, (-1, cfg.head_dim))
+    q, k, v = heads(see("q", x, q)), heads(see("k", x, k)), heads(see("v", x, v))
+    q = (rotate(norm(q), ctx.cos, ctx.sin) * w.q_gain[:, None]).to(x.dtype)
+    k = rotate(norm(k), ctx.cos, ctx.sin).to(x.dtype)
+    y = exclude_self(ctx.attend(q, k, v, ctx.seqs), v).flatten(1)
+    return see("attn", x, see("o", y, F.linear(y, w.o)))
+
+def mlp(x: Tensor, w: Layer, see: Callable, ctx: Context) -> Tensor:
+    """MLP sublayer (T, D) -> (T, D), before its residual scale."""
+    if ctx.fused_mlp:
+        y = FusedMLP.apply(x, w.up, w.down)
+    else:  # mlp_reference, for taps to see inside
+        hidden = activation(see("up", x, F.linear(x, w.up)))
+        y = see("down", hidden, F.linear(hidden, w.down))
+    return see("mlp", x, y)
+
+def block(x: Tensor, lane: Tensor | None, skip: Skip | None, w: Layer, see: Callable,
+          ctx: Context) -> tuple[Tensor, Tensor | None]:
+    """One visit of a layer. `lane` is the MLP's stream once the lanes have parted; returns both streams."""
+    scaled = lambda t: (norm(t) * w.depth_scale).to(t.dtype)
+    if skip is not None:  # the gate's share of the stream, the rest from the skip
+        x = torch.lerp(skip.scale * skip.x, x, skip.gate.sigmoid())
+    x_in = w.resid_mix[0] * x + w.resid_mix[1] * ctx.x0
+    a = w.attn_scale * attention(scaled(x_in), w, see, ctx)
+    if lane is None:  # the MLP reads what attention wrote
+        x = x_in + a
+        return x + w.mlp_scale * mlp(scaled(x), w, see, ctx), None
+    m = w.mlp_scale * mlp(scaled(lane), w, see, ctx)  # each reads its own stream and writes to both
+    return (w.lane_keep[0] * x + w.lane_post[0, 0] * a + w.lane_post[1, 0] * m,
+            w.lane_keep[1] * lane + w.lane_post[0, 1] * a + w.lane_post[1, 1] * m)
+
+def head(x: Tensor, lane: Tensor | None, embed: Tensor, targets: Tensor, see: Callable,
+         softcap: float) -> Tensor:
+    """Negative log-likelihood of each target (T,), fp32, under a normalised distribution; 0 for IGNORE."""
+    x = norm(x if lane is None else 0.5 * (x + lane)).to(x.dtype)
+    logits = softcap * torch.tanh(see("head", x, F.linear(x, embed)).float() / softcap)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+
+class Ops(NamedTuple):
+    """The functions that do the work of a forward. As they stand here they run anywhere."""
+
+    attend: Callable = sdpa_attention
+    fused_mlp: bool = False  # FusedMLP in place of mlp_reference; taps then do not see inside the MLP
+    block: Callable = block
+    head: Callable = head
+
+    @classmethod
+    def choose(cls, cfg: Config, device: torch.device) -> "Ops":
+        """The fastest that this machine has, not compiled."""
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        fused_mlp = hopper and importlib.util.find_spec("triton") is not None
+        return cls(choose_attention(cfg.attention, device), fused_mlp)
+
+    @property
+    def compilable(self) -> bool:
+        return self.attend is not sdpa_attention
+
+    def compiled(self, any_length: bool = False) -> "Ops":
+        """Block and head compiled one by one, as 17 visits make only 5 graphs; for one T, or for any."""
+        if not self.compilable:
+            return self
+        torch._dynamo.config.recompile_limit = 64
+        run_block, run_head = (torch.compile(f, fullgraph=True, dynamic=None if any_length else False)
+                               for f in (block, head))
+        if not any_length:
+            return self._replace(block=run_block, head=run_head)
+        free = lambda *tensors: [torch._dynamo.maybe_mark_dynamic(t, 0) for t in tensors if t is not None]
+
+        def block_of_any_length(x, lane, skip, w, see, ctx):
+            free(x, lane, skip and skip.x, ctx.x0, ctx.cos, ctx.sin)
+            return run_block(x, lane, skip, w, see, ctx)
+
+        def head_of_any_length(x, lane, embed, targets, see, softcap):
+            free(x, lane, targets)
+            return run_head(x, lane, embed, targets, see, softcap)
+
+        return self._replace(block=block_of_any_length, head=head_of_any_length)
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+class GPT(nn.Module):
+    """The network. Parameters are fp32; a forward computes in bf16 on a GPU, in fp32 on a CPU."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        L, D, M, KV = cfg.num_layers, cfg.model_dim, cfg.mlp_dim, cfg.kv_dim
+        bank = lambda *shape: nn.Parameter(torch.empty(shape))
+        self.embed = bank(cfg.vocab_size, D)  # tied: also the output projection
+        self.qo_bank, self.kv_bank = bank(2 * L, D, D), bank(2 * L, KV, D)  # all q, then all o; k, then v
+        self.up_bank, self.down_bank = bank(L, M, D), bank(L, D, M)
+        self.q_gain, self.attn_scale, self.mlp_scale = bank(L, cfg.num_heads), bank(L, D), bank(L, D)
+        self.resid_mix, self.lane_keep, self.lane_post = bank(L, 2, D), bank(L, 2), bank(L, 2, 2)
+        skips = len(depth_plan(cfg, looped=True).encoder)
+        self.skip_scale, self.skip_gate = bank(skips, D), bank(skips, D)  # row: visit of the decoder
+        longest = max(cfg.train_seq_len, cfg.eval_seq_len, cfg.ttt_eval_seq_len)
+        freq = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, dtype=torch.float64) / cfg.rope_dims)
+        angle = torch.outer(torch.arange(longest, dtype=torch.float64), freq)[:, None]
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        self.register_buffer("depth_scale", torch.arange(1.0, L + 1).rsqrt(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """All initial values; every sublayer starts by adding nothing, as its output projection is zero.
+
+        embed  N(0, tied_embed_init_std)    q k v up  orthogonal    o down  0    q_gain  qk_gain_init
+        attn_scale mlp_scale skip_scale lane_post  1    resid_mix  1, 0    lane_keep  1.1    skip_gate  0
+        """
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        self.embed.normal_(std=self.cfg.tied_embed_init_std, generator=generator)
+        for name, matrix in self.named_matrices():
+            if name.endswith((".o", ".down")):
+                matrix.zero_()
+            else:
+                nn.init.orthogonal_(matrix, generator=generator)
+        for ones in (self.attn_scale, self.mlp_scale, self.skip_scale, self.lane_post):
+            ones.fill_(1.0)
+        self.q_gain.fill_(self.cfg.qk_gain_init)
+        self.resid_mix.copy_(torch.tensor([1.0, 0.0])[:, None])
+        self.lane_keep.fill_(1.1)
+        self.skip_gate.zero_()
+
+    def named_matrices(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of every matrix of the layers; this and `layers` are what knows the banks' layout."""
+        (q, o), (k, v) = self.qo_bank.chunk(2), self.kv_bank.chunk(2)
+        for i in range(self.cfg.num_layers):
+            for name, bank in dict(q=q, k=k, v=v, o=o, up=self.up_bank, down=self.down_bank).items():
+                yield f"{i}.{name}", bank[i]
+
+    def layers(self, dtype: torch.dtype) -> list[Layer]:
+        """Views of all layers. Banks are cast and unbound once: the gradient of an index is a whole bank."""
+        (q, o), (k, v) = self.qo_bank.to(dtype).chunk(2), self.kv_bank.to(dtype).chunk(2)
+        stacks = [torch.cat((q, k, v), dim=1), o] + [p.to(dtype) for p in (
+            self.up_bank, self.down_bank, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
+            self.lane_keep, self.lane_post)] + [self.depth_scale]
+        return [Layer(*views) for views in zip(*(stack.unbind(0) for stack in stacks))]
+
+    def forward(self, batch: Batch, plan: Plan, ops: Ops = Ops(), tap: Callable | None = None) -> Tensor:
+        """Negative log-likelihood of every target, (T,) fp32.
+
+        Training averages it, evaluation scores it, test-time training does first this and then that. A tap is
+        called as tap(visit, layer), -1 for the head, and returns what takes the place of `untapped` there.
+        """
+        cfg, dtype, positions = self.cfg, compute_dtype(self.embed.device), batch.seqs.positions
+        x = x0 = norm(F.embedding(batch.tokens, self.embed)).to(dtype)
+        rope = self.cos[positions], self.sin[positions]
+        ctx = Context(cfg, ops.attend, ops.fused_mlp, x0, *rope, batch.seqs)
+        see = tap or (lambda visit, layer: untapped)
+        layers = self.layers(dtype)
+        merges = list(zip(self.skip_scale.to(dtype).unbind(0), self.skip_gate.to(dtype).unbind(0)))
+        skips, lane = [], None
+        for visit, i in enumerate(plan.encoder + plan.decoder):
+            j = visit - len(plan.encoder)  # visit of the decoder; negative in the encoder
+            if j >= 0 and i >= cfg.parallel_start_layer and lane is None:
+                lane = x  # the lanes part before the skip is merged: skips feed the attention lane only
+            skip = Skip(skips.pop(), *merges[j]) if j >= 0 and skips else None
+            x, lane = ops.block(x, lane, skip, layers[i], see(visit, i), ctx)
+            if j < 0:
+                skips.append(x)
+        return ops.head(x, lane, self.embed.to(dtype), batch.targets, see(-1, -1), cfg.logit_softcap)
+
+# ------------------------------------------------------------------------------------------------------------
+# Taps: calibration and test-time training
+# ------------------------------------------------------------------------------------------------------------
+
+def hessian_tap(hessians: dict[str, Tensor]) -> Callable:
+    """Adds up H = sum of x x' over the inputs of every matrix, all visits of a layer together. Plain Ops only.
+
+    Names: "3.qkv" (q, k and v have one input), "3.o", "3.up", "3.down", and "embed" for the tied head.
+    """
+    names = {"q": "{}.qkv", "o": "{}.o", "up": "{}.up", "down": "{}.down", "head": "embed"}
+
+    def tap(visit: int, layer: int) -> Callable:
+        def see(site: str, x: Tensor, y: Tensor) -> Tensor:
+            if site in names:
+                x, name = x.float(), names[site].format(layer)
+                hessians.setdefault(name, x.new_zeros(x.size(1), x.size(1))).addmm_(x.T, x)
+            return y
+        return see
+
+    return tap
+
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """(T, in), (slots, in, out) -> (T, out): rows to ends[0] by the first matrix, to ends[1] by the second."""
+    if x.is_cuda:
+        return getattr(F, "grouped_mm", torch._grouped_mm)(x, weights, offs=ends)
+    bounds = [0] + ends.tolist()
+    return torch.cat([x[lo:hi] @ w for lo, hi, w in zip(bounds, bounds[1:], weights) if hi > lo])
+
+class AdapterSight(NamedTuple):
+    """Adds B A x to what a site computes; the rows of x belong to the slots, in order."""
+
+    adapters: dict[str, tuple[Tensor, Tensor]]  # site -> A (slots, rank, in), B (slots, out, rank)
+    ends: Tensor  # (slots,) int32, where each slot's rows end
+
+    def __call__(self, site: str, x: Tensor, y: Tensor) -> Tensor:
+        if site not in self.adapters:
+            return y
+        A, B = self.adapters[site]
+        return y + grouped_linear(grouped_linear(x, A.mT, self.ends), B.mT, self.ends)
+
+class Adapters:
+    """Low-rank adapters and their AdamW state for as many documents as there are slots, all independent.
+
+    Sites are named after what they span: q, k, v; attn and mlp (whole sublayers, fed their normalised input);
+    head. A[site] (visits, slots, rank, in) starts from a draw that follows from SEED alone, the same for every
+    document; B[site] (visits, slots, out, rank) from zero. Beta 1 is 0, so there is no first moment.
+    """
+
+    def __init__(self, cfg: Config, visits: int, device: torch.device):
+        self.cfg, slots, rank, D = cfg, cfg.ttt_batch_size, cfg.ttt_lora_rank, cfg.model_dim
+        outs = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "attn": D, "mlp": D, "head": cfg.vocab_size}
+        generator = torch.Generator().manual_seed(cfg.seed)
+        empty = functools.partial(torch.empty, device=device, requires_grad=True)
+        self.draw, self.A, self.B = {}, {}, {}
+        for site, out in outs.items():
+            n = 1 if site == "head" else visits
+            draw = torch.empty(n, 1, rank, D).uniform_(-(D**-0.5), D**-0.5, generator=generator)
+            self.draw[site] = draw.to(device)
+            self.A[site], self.B[site] = empty(n, slots, rank, D), empty(n, slots, out, rank)
+        self.tensors = [*self.A.values(), *self.B.values()]
+        self.second_moments = [torch.empty_like(t, requires_grad=False) for t in self.tensors]
+        self.updates = torch.zeros(slots, device=device)
+        self.enter(range(slots))
+
+    @torch.no_grad()
+    def enter(self, slots: Iterable[int]) -> None:
+        """Make slots as new: of the documents that were there nothing stays."""
+        slots = torch.tensor(list(slots), dtype=torch.long, device=self.updates.device)
+        for site, draw in self.draw.items():
+            self.A[site][:, slots] = draw
+            self.B[site][:, slots] = 0
+        for moment in self.second_moments:
+            moment[:, slots] = 0
+        self.updates[slots] = 0
+
+    def tap(self, ends: Tensor, dtype: torch.dtype) -> Callable:
+        """The tap of one forward, whose rows belong to slots as `ends` says."""
+        pairs = {site: list(zip(self.A[site].to(dtype).unbind(0), self.B[site].to(dtype).unbind(0)))
+                 for site in self.A}
+        at = lambda visit, sites: AdapterSight({site: pairs[site][visit] for site in sites}, ends)
+        inner = [site for site in pairs if site != "head"]
+        return lambda visit, layer: at(0, ["head"]) if visit < 0 else at(visit, inner)
+
+    def learn(self, loss: Tensor) -> None:
+        """One AdamW step on the sum of the documents' losses, of which each moves its own adapters only."""
+        grads, cfg, b2 = torch.autograd.grad(loss, self.tensors), self.cfg, self.cfg.ttt_beta2
+        with torch.no_grad():
+            self.updates += 1
+            started = (1 - b2**self.updates)[:, None, None]  # by document: the second moment began at zero
+            for t, grad, moment in zip(self.tensors, grads, self.second_moments):
+                moment.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+                t.mul_(1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay)
+                t.addcdiv_(grad, (moment / started).sqrt_().add_(1e-10), value=-cfg.ttt_lora_lr)
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimizers
+# ------------------------------------------------------------------------------------------------------------
+
+def orthogonalize(G: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz: bring the singular values of each matrix of a bank into .68 .. 1.13, in G's dtype.
+
+    https://kellerjordan.github.io/posts/muon/; these coefficients give up convergence to 1 for speed near 0.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = G.size(-2) > G.size(-1)
+    X = G.mT if tall else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+@dataclasses.dataclass
+class Shard:
+    """Communication buffers of one bank, in the dtype that travels."""
+
+    full: Tensor  # (world * rows, ...) the gradient on its way out, the update on its way back
+    mine: Tensor  # (rows, ...) this rank's share of the reduced gradient
+    pending: Any = None  # the collective under way
+
+    def wait(self) -> None:
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, equal row norms, orthogonalization, for banks of matrices stacked along dim 0.
+
+    Every rank owns a contiguous slice of each bank. A step has phases, to hide communication behind work:
+      1. reduce()  sends all gradients out (reduce-scatter, sum), the biggest bank first
+      2. step()    orthogonalizes the own slice of each bank and sends the update back (all-gather)
+      3. step()    applies the updates
+    One rank owns all. Momentum is fp32 and in state_dict(); bf16 travels on a GPU, fp32 on a CPU.
+    """
+
+    def __init__(self, banks: list[nn.Parameter], ranks: Ranks, **defaults: float):
+        super().__init__(sorted(banks, key=lambda p: -p.numel()), defaults)
+        self.ranks, self.shards = ranks, {}
+        for p in self.param_groups[0]["params"]:
+            rows = -(-len(p) // ranks.world)  # the last ranks may own padding
+            shape = (ranks.world * rows, *p.shape[1:])
+            full = torch.zeros(shape, device=p.device, dtype=compute_dtype(p.device))
+            self.shards[p] = Shard(full, torch.zeros_like(full[:rows]))
+            self.state[p]["momentum"] = torch.zeros_like(full[:rows], dtype=torch.float32)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Phase 1; call it right after backward."""
+        for p, shard in self.shards.items():
+            shard.full[: len(p)] = p.grad
+            if self.ranks.world > 1:
+                shard.pending = dist.reduce_scatter_tensor(shard.mine, shard.full, async_op=True)
+            else:
+                shard.mine.copy_(shard.full)
+
+    @torch.no_grad()
+    def squared_norm(self) -> Tensor:
+        """Of this rank's slices of the reduced gradients."""
+        for shard in self.shards.values():
+            shard.wait()
+        return torch.stack(torch._foreach_norm([s.mine.float() for s in self.shards.values()])).square().sum()
+
+    @torch.no_grad()
+    def step(self, grad_scale: Tensor | float = 1.0) -> None:
+        """Phases 2 and 3, with gradients times grad_scale."""
+        (group,) = self.param_groups
+        for p, shard in self.shards.items():
+            shard.wait()
+            grad = shard.mine.float() * grad_scale
+            momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(grad)
+            update = grad + group["momentum"] * momentum  # Nesterov
+            update = update / update.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+            update = orthogonalize(update.to(shard.full.dtype), group["backend_steps"])
+            if self.ranks.world > 1:
+                shard.pending = dist.all_gather_into_tensor(shard.full, update.contiguous(), async_op=True)
+            else:
+                shard.full.copy_(update)
+        for p, shard in self.shards.items():
+            shard.wait()
+            tall = max(1.0, p.size(-2) / p.size(-1)) ** 0.5
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(shard.full[: len(p)], alpha=-group["lr"] * tall)
+
+class Optimizers:
+    """Muon for the banks and AdamW for the rest, as one: reduce over ranks, clip by the global norm, step."""
+
+    MUON = ("qo_bank", "kv_bank", "up_bank", "down_bank")
+    EMBED = ("embed",)
+    SCALARS = ("q_gain", "attn_scale", "mlp_scale", "resid_mix", "lane_keep", "lane_post", "skip_scale",
+               "skip_gate")
+
+    def __init__(self, model: GPT, ranks: Ranks, cfg: Config):
+        parameters, assigned = dict(model.named_parameters()), self.MUON + self.EMBED + self.SCALARS
+        if sorted(assigned) != sorted(parameters):
+            raise ValueError(f"parameters without exactly one optimizer: {set(parameters) ^ set(assigned)}")
+        tables = self.MUON, self.EMBED, self.SCALARS
+        muon, embed, scalars = ([parameters[name] for name in names] for names in tables)
+        self.cfg, self.ranks, self.replicated = cfg, ranks, embed + scalars
+        self.muon = Muon(muon, ranks, lr=cfg.matrix_lr, momentum=cfg.muon_momentum, weight_decay=cfg.muon_wd,
+                         backend_steps=cfg.muon_backend_steps)
+        self.adamw = torch.optim.AdamW(
+            [dict(params=embed, lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
+             dict(params=scalars, lr=cfg.scalar_lr, weight_decay=cfg.adam_wd)],
+            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=ranks.on_gpu)
+        self.peaks = [group["lr"] for group in self.groups]
+
+    @property
+    def groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def step(self, lr_scale: float, momentum: float) -> None:
+        """Update from this rank's share of the gradients, then forget them."""
+        for p in (*self.muon.shards, *self.replicated):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of what this depth does not use
+        self.muon.reduce()
+        grads = [p.grad.view(-1) for p in self.replicated]
+        if self.ranks.world > 1:  # the small ones travel as one
+            packed = self.ranks.sum_(torch.cat(grads))
+            torch._foreach_copy_(grads, packed.split([len(grad) for grad in grads]))
+        grad_scale = self.clip_scale(grads)
+        torch._foreach_mul_(grads, grad_scale)
+        for group, peak in zip(self.groups, self.peaks):
+            group["lr"] = peak * lr_scale
+        self.muon.param_groups[0]["momentum"] = momentum
+        self.muon.step(grad_scale)
+        self.adamw.step()
+        self.zero_grad()
+
+    def clip_scale(self, replicated: list[Tensor]) -> Tensor:
+        """What brings the norm of the whole reduced gradient to grad_clip_norm at most; equal on every rank."""
+        squares = self.ranks.sum_(self.muon.squared_norm())
+        total = (squares + torch.stack(torch._foreach_norm(replicated)).square().sum()).sqrt()
+        limit = self.cfg.grad_clip_norm or math.inf
+        return (limit / (total + 1e-6)).clamp(max=1.0)
+
+    def zero_grad(self) -> None:
+        self.muon.zero_grad()
+        self.adamw.zero_grad()
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+class Ema:
+    """Exponential moving average of all weights, which is what gets exported.
+
+    The decay climbs as (t + 1) / (t + 18), the average of the last 1/17 of any run, up to ema_decay, which it
+    reaches where the record ends. From the start, .9965 would be far too slow for a short run.
+    """
+
+    def __init__(self, model: GPT, decay: float):
+        self.decay, self.steps, self.weights = decay, 0, [p.detach() for p in model.parameters()]
+        self.average = [weight.clone() for weight in self.weights]
+
+    def update(self) -> None:
+        decay = min(self.decay, (self.steps + 1) / (self.steps + 18))
+        torch._foreach_lerp_(self.average, self.weights, 1 - decay)
+        self.steps += 1
+
+    def copy_to_model(self) -> None:
+        torch._foreach_copy_(self.weights, self.average)
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
+
+def lr_scale(progress: float, cfg: Config) -> float:
+    """Learning rates over their peaks: 1, then linear towards 0 in the last warmdown_frac, down to min_lr."""
+    return 1.0 if progress < 1 - cfg.warmdown_frac else max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
+
+def muon_momentum(step: int, progress: float, cfg: Config) -> float:
+    """A linear ramp of muon_momentum_warmup_steps or, if that is sooner, over the first .31 of the run."""
+    warm = min(1.0, max(step / max(1, cfg.muon_momentum_warmup_steps), progress / 0.31))
+    return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * warm
+
+def split_step(cfg: Config, world: int) -> tuple[int, int]:
+    """(buffers that a rank computes in a step, tokens of a buffer). UserError if ranks cannot share a step.
+
+    A buffer is an eighth of a step where ranks divide 8, so that 1, 2, 4 and 8 of them see the same data.
+    """
+    if cfg.train_batch_tokens % world:
+        fits = ", ".join(str(n) for n in range(1, 65) if cfg.train_batch_tokens % n == 0)
+        raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} cannot be shared by {world} ranks: "
+                        f"--nproc_per_node times --nnodes may be {fits}")
+    share = cfg.train_batch_tokens // world
+    count = next(n for n in range(-(-BUFFERS_PER_STEP // world), share + 1) if share % n == 0)
+    if share // count < cfg.train_seq_len:
+        raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} gives {world} ranks {share // count} tokens at "
+                        f"a time, less than TRAIN_SEQ_LEN={cfg.train_seq_len}")
+    return count, share // count
+
+@contextlib.contextmanager
+def preserved(model: GPT, optimizers: Optimizers) -> Iterator[None]:
+    """Put weights, optimizer state and random state back, bitwise, at the end of the block."""
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizers.state_dict())
+    with torch.random.fork_rng([torch.cuda.current_device()] if optimizers.ranks.on_gpu else []):
+        yield
+    model.load_state_dict(weights)
+    optimizers.load_state_dict(state)
+    optimizers.zero_grad()
+
+class Trainer:
+    """The model of a run with its optimizers and its data, and the loop over them."""
+
+    def __init__(self, run: Run, model: GPT, loader: PackedLoader):
+        self.run, self.model, self.loader = run, model, loader
+        self.cfg, self.ranks, self.log = run.cfg, run.ranks, run.log
+        self.local_buffers, _ = split_step(run.cfg, run.ranks.world)
+        self.optimizers = Optimizers(model, run.ranks, run.cfg)
+        self.ops = run.ops.compiled()
+        self.plans = [depth_plan(run.cfg, looped) for looped in (False, True)]
+        self.steps = 0
+
+    def step(self, batches: Iterable[Batch], plan: Plan, scale: float, momentum: float) -> Tensor:
+        """One optimizer step; returns this rank's share of its mean loss, (), still on the device."""
+        loss = torch.zeros((), device=self.ranks.device)
+        for batch in batches:
+            nll = self.model(batch, plan, self.ops)
+            share = nll.sum() / (batch.targets != IGNORE).sum() / (self.local_buffers * self.ranks.world)
+            share.backward()  # shares add up to the mean over all buffers of all ranks
+            loss += share.detach()
+        self.optimizers.step(scale, momentum)
+        return loss
+
+    def warm_up(self) -> None:
+        """Compile and run both loop forms on random tokens, and leave no trace of it."""
+        cfg, loader, rng = self.cfg, self.loader, np.random.default_rng(0)
+        tokens = rng.integers(0, cfg.vocab_size, loader.buffer_tokens + 1)
+        bounds = span_bounds(np.arange(0, loader.buffer_tokens, 600), loader.buffer_tokens, cfg.train_seq_len)
+        batch = make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len).to(self.ranks.device)
+        with preserved(self.model, self.optimizers):
+            for plan in self.plans if cfg.loops_at_end else self.plans[:1]:
+                for _ in range(cfg.warmup_steps):
+                    self.step([batch] * self.local_buffers, plan, 1.0, cfg.muon_momentum)
+
+    def own_buffers(self) -> Iterator[int]:
+        """Numbers of the buffers that this rank computes, step after step."""
+        return itertools.count(self.ranks.rank, self.ranks.world)
+
+    def train(self, validate: Callable[[], str]) -> None:
+        """Step until the training clock less its reserve is spent, or `iterations` are done; leave the average.
+
+        All ranks go by the largest of their clocks, so that learning rates agree and all stop together. It stands
+        still during `validate`, which returns a line to log. The host runs two steps ahead of the GPU at most.
+        """
+        cfg, ranks, log = self.cfg, self.ranks, self.log
+        budget = cfg.max_wallclock_seconds and cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+        batches = self.loader.buffers(self.own_buffers(), ranks.device)
+        ema, records, marks, looped = Ema(self.model, cfg.ema_decay), [], deque(), False
+        with log.phase("train", "training") as phase:
+            while True:
+                if len(marks) == 2:
+                    marks.popleft().synchronize()
+                seconds = ranks.max(phase.elapsed())
+                progress = max(self.steps / cfg.iterations, seconds / budget if budget else 0.0)
+                if records and (progress >= 1 or self.steps <= 3 or self.steps % cfg.train_log_every == 0):
+                    self.report(records, seconds, progress)
+                    records = []
+                if cfg.val_loss_every and (progress >= 1 or self.steps % cfg.val_loss_every == 0):
+                    since = time.perf_counter()
+                    log(f"step:{self.steps}/{cfg.iterations} {validate()}")
+                    phase.began += time.perf_counter() - since
+                if progress >= 1:
+                    break
+                if not looped and cfg.num_loops and progress >= cfg.enable_looping_at:
+                    looped = True
+                    log(f"layer_loop:enabled step:{self.steps} frac:{progress:.3f}")
+                scale, momentum = lr_scale(progress, cfg), muon_momentum(self.steps, progress, cfg)
+                share = itertools.islice(batches, self.local_buffers)
+                loss = self.step(share, self.plans[looped], scale, momentum)
+                ema.update()
+                self.steps += 1
+                records.append(dict(step=self.steps, loss=loss, seconds=seconds, lr=scale, looped=looped))
+                if ranks.on_gpu:
+                    marks.append(torch.cuda.Event())
+                    marks[-1].record()
+            ema.copy_to_model()
+
+    def report(self, records: list[dict], seconds: float, progress: float) -> None:
+        """Log the latest step, and all since the last report to metrics.jsonl; losses are over all ranks."""
+        losses = self.ranks.sum_(torch.stack([record["loss"] for record in records])).tolist()
+        if not all(map(math.isfinite, losses)):
+            raise UserError(f"train_loss is {losses[-1]} at step {self.steps}, training diverged: lower "
+                            "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
+        for record, loss in zip(records, losses):
+            self.log.metrics("step", **{**record, "loss": loss})
+        speed = len(records) * self.cfg.train_batch_tokens / max(seconds - records[0]["seconds"], 1e-9)
+        self.log(f"step:{self.steps}/{self.cfg.iterations} train_loss:{losses[-1]:.4f} "
+                 f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / self.steps:.2f}ms "
+                 f"tok/s:{speed:.0f} done:{min(progress, 1):.1%} eta:{max(seconds / progress - seconds, 0):.0f}s")
+
+@torch.no_grad()
+def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> dict[str, Tensor]:
+    """Sums of x x' at the input of every matrix, over gptq_calibration_batches training buffers from `first` on.
+
+    Buffers are dealt to ranks and the sums added up, so the number of ranks does not matter.
+    """
+    cfg, ranks, plan, hessians = run.cfg, run.ranks, depth_plan(run.cfg, run.cfg.loops_at_end), {}
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # TF32 holds bf16 inputs exactly and sums in fp32
+    own = list(range(first + ranks.rank, first + cfg.gptq_calibration_batches, ranks.world))
+    for batch in loader.buffers(iter(own or [first]), ranks.device):  # without any, one to know the shapes
+        model(batch, plan, run.ops._replace(fused_mlp=False), tap=hessian_tap(hessians))
+    torch.set_float32_matmul_precision(precision)
+    return {name: ranks.sum_(H if own else H.zero_()) for name, H in hessians.items()}
+
+# ------------------------------------------------------------------------------------------------------------
+# Quantization and the artifact
+#
+# The artifact is a magic, the BLAKE2b digest of what follows, then Brotli streams, each after its length.
+# Together they hold a JSON header (settings; name, dtype, shape of all tensors) after its length, and raw bytes.
+# ------------------------------------------------------------------------------------------------------------
+
+ARTIFACT_MAGIC, DIGEST_BYTES = b"PGOLF001", 16
+STREAM_BYTES = 1 << 18  # a stream ends with the tensor that fills it; streams are compressed in parallel
+
+def gptq(W: Tensor, H: Tensor, bits: int, clip_sigmas: float, block: int = 128) -> tuple[Tensor, Tensor]:
+    """Round W (out, in) column by column, moving the error of each onto the columns that are not yet rounded.
+
+    H (in, in) is the sum of x x' over inputs; columns go by falling input energy. Returns int8 codes (out, in),
+    and an fp16 scale a row: W ~ codes * scale[:, None]. https://arxiv.org/abs/2210.17323
+    """
+    top = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas / top * W.std(dim=1)).clamp(min=1e-7).half()
+    s = scale.float()
+    dead = H.diagonal() == 0
+    H = H + torch.diag(dead.float())
+    H.diagonal().add_(0.01 * H.diagonal().mean())
+    order = H.diagonal().argsort(descending=True)
+    W = W.masked_fill(dead, 0)[:, order]
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True)
+    codes = torch.empty_like(W)
+    for lo in range(0, W.size(1), block):
+        hi = min(lo + block, W.size(1))
+        errors = torch.empty_like(W[:, lo:hi])
+        for j in range(lo, hi):
+            codes[:, j] = (W[:, j] / s).round().clamp(-top, top)
+            errors[:, j - lo] = (W[:, j] - codes[:, j] * s) / U[j, j]
+            W[:, j:hi] -= errors[:, j - lo, None] * U[j, j:hi]
+        W[:, hi:] -= errors @ U[lo:hi, hi:]
+    return codes[:, order.argsort()].to(torch.int8), scale
+
+class Group(NamedTuple):
+    """Matrices with one input, quantized together."""
+
+    names: tuple[str, ...]
+    hessian: str
+    bits: int
+    clip_sigmas: float
+
+def quantization_groups(cfg: Config) -> list[Group]:
+    attn, mlp = (cfg.matrix_clip_sigmas or clip for clip in (cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas))
+    groups = [Group(("embed",), "embed", cfg.embed_bits, cfg.embed_clip_sigmas)]
+    for i in range(cfg.num_layers):
+        groups.append(Group((f"{i}.q", f"{i}.k", f"{i}.v"), f"{i}.qkv", cfg.matrix_bits, attn))
+        groups += [Group((name,), name, cfg.matrix_bits, clip)
+                   for name, clip in ((f"{i}.o", attn), (f"{i}.up", mlp), (f"{i}.down", mlp))]
+    return groups
+
+@torch.no_grad()
+def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], widen: float) -> dict[str, Tensor]:
+    """All tensors of the artifact, on the CPU of every rank: codes and scales of matrices, the rest as fp16.
+
+    Groups are dealt to ranks. `widen` multiplies every clip: larger steps, fewer bytes.
+    """
+    ranks, matrices = run.ranks, {"embed": model.embed, **dict(model.named_matrices())}
+    tensors = {name: p.half().cpu() for name, p in model.named_parameters() if name in Optimizers.SCALARS}
+    groups = quantization_groups(run.cfg)
+    owners = deal([len(hessians[group.hessian]) for group in groups], ranks.world)  # by columns
+    for group, owner in zip(groups, owners.tolist()):
+        W = torch.cat([matrices[name] for name in group.names])
+        if owner == ranks.rank:
+            codes, scale = gptq(W, hessians[group.hessian], group.bits, group.clip_sigmas * widen)
+        else:
+            codes, scale = torch.empty_like(W, dtype=torch.int8), W.new_empty(len(W), dtype=torch.float16)
+        if ranks.world > 1:
+            dist.broadcast(codes, owner)
+            dist.broadcast(scale, owner)
+        rows = [len(matrices[name]) for name in group.names]
+        for name, c, s in zip(group.names, codes.cpu().split(rows), scale.cpu().split(rows)):
+            tensors |= {f"{name}.scale": s, f"{name}.codes": c}
+    return tensors
+
+def pack_artifact(settings: dict, tensors: dict[str, Tensor]) -> bytes:
+    """The artifact as bytes, which follow from the arguments alone."""
+    brotli = tool("brotli")
+    listing = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
+    header = json.dumps({**settings, "tensors": listing}, separators=(",", ":")).encode()
+    streams = [len(header).to_bytes(4, "little") + header]
+    for tensor in tensors.values():
+        if len(streams[-1]) >= STREAM_BYTES:
+            streams.append(b"")
+        streams[-1] += tensor.contiguous().numpy().tobytes()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Brotli lets go of the interpreter lock
+        packed = list(pool.map(functools.partial(brotli.compress, quality=11, lgwin=24), streams))
+    body = b"".join(len(p).to_bytes(4, "little") + p for p in packed)
+    return ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() + body
+
+def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and tensors of an artifact. UserError if it is none, or not whole."""
+    start = len(ARTIFACT_MAGIC) + DIGEST_BYTES
+    body = blob[start:]
+    if blob[:start] != ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest():
+        raise UserError(f"{path} is not an artifact of this script, or damaged: magic or checksum is wrong")
+    brotli, data, offset = tool("brotli"), bytearray(), 0
+    while offset < len(body):
+        end = offset + 4 + int.from_bytes(body[offset : offset + 4], "little")
+        data += brotli.decompress(body[offset + 4 : end])
+        offset = end
+    offset = 4 + int.from_bytes(data[:4], "little")
+    settings, tensors = json.loads(data[4:offset]), {}
+    for name, dtype, shape in settings.pop("tensors"):
+        kind = getattr(torch, dtype)
+        tensors[name] = torch.frombuffer(data, dtype=kind, count=math.prod(shape), offset=offset).view(shape)
+        offset += tensors[name].nbytes
+    return settings, tensors
+
+@torch.no_grad()
+def restore(model: GPT, tensors: dict[str, Tensor]) -> None:
+    """Fill the model with an artifact's weights."""
+    for name, target in (*model.named_parameters(), *model.named_matrices()):
+        if name in tensors:
+            target.copy_(tensors[name])
+        elif name not in Optimizers.MUON:
+            target.copy_(tensors[f"{name}.codes"].float() * tensors[f"{name}.scale"].float()[:, None])
+
+def fingerprint(model: GPT, cfg: Config) -> str:
+    """Of the weights and the settings of quantization: says what an artifact was made from."""
+    digest = hashlib.blake2b(repr([getattr(cfg, name) for name in QUANT_SETTINGS]).encode(), digest_size=16)
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+def model_settings(cfg: Config) -> dict[str, Any]:
+    return {name: getattr(cfg, name) for name in MODEL_SETTINGS}
+
+def export(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int, path: Path) -> bytes:
+    """Quantize, write the artifact, return it as read back. Steps widen until code + model fit the cap."""
+    cfg, ranks, widen = run.cfg, run.ranks, 1.0
+    settings = {"model": model_settings(cfg), "made_from": fingerprint(model, cfg)}
+    for _ in range(10):
+        tensors = quantize(run, model, hessians, widen)
+        blob = pack_artifact(settings, tensors) if ranks.is_main else b""
+        excess = ranks.share(code_bytes + len(blob) - CAP_BYTES)
+        if excess <= 0:
+            break
+        run.log(f"artifact: {excess} bytes over {CAP_BYTES} with clips x {widen:.4f}: widening them")
+        widen *= 2 ** (8 * (excess + 2000) / sum(p.numel() for p in model.parameters()))  # a factor 2 saves a bit
+    else:
+        raise UserError(f"the model does not fit into {CAP_BYTES} bytes: lower MODEL_DIM or NUM_LAYERS")
+    if ranks.is_main:
+        write_file(path, blob)
+    return ranks.share(read_file(path) if ranks.is_main else b"")
+
+def save_checkpoint(model: GPT, cfg: Config, steps: int, path: Path) -> None:
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    file = io.BytesIO()
+    torch.save({"model": model_settings(cfg), "steps": steps, "weights": weights}, file)
+    write_file(path, file.getvalue())
+
+class Saved(NamedTuple):
+    """What EVAL_ONLY_PATH points to: the bytes of an artifact, or steps and weights of a checkpoint."""
+
+    blob: bytes
+    steps: int
+    weights: dict[str, Tensor] | None
+
+def open_saved(path: Path, cfg: Config) -> Saved:
+    """An artifact or a checkpoint, told apart by content. UserError if it is neither or of another model."""
+    data = read_file(path)
+    if data.startswith(ARTIFACT_MAGIC):
+        made_with, saved = unpack_artifact(data, path)[0]["model"], Saved(data, 0, None)
+    else:
+        try:
+            file = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            made_with, saved = file["model"], Saved(b"", file["steps"], file["weights"])
+        except Exception as error:  # whatever foreign or damaged bytes provoke
+            raise UserError(f"EVAL_ONLY_PATH={path} is no artifact or checkpoint of this script, or damaged: "
+                            f"{type(error).__name__}") from error
+    if wrong := [f"{name.upper()}={v}" for name, v in made_with.items() if v != getattr(cfg, name)]:
+        raise UserError(f"EVAL_ONLY_PATH={path} was made with other settings: set {' '.join(wrong)}")
+    return saved
+
+PACKED = '''"""train_gpt.py, packed: unpacks the script to a real file, whose lines Triton can read, and runs it."""
+import base64, hashlib, lzma, os, tempfile
+SOURCE = lzma.decompress(base64.b85decode("%s"))
+UNPACKED = os.path.join(tempfile.gettempdir(), "train_gpt_" + hashlib.sha256(SOURCE).hexdigest()[:32] + ".py")
+try:
+    with open(UNPACKED, "rb") as file:
+        whole = file.read() == SOURCE
+except OSError:
+    whole = False
+if not whole:
+    with open(UNPACKED + str(os.getpid()), "wb") as file:
+        file.write(SOURCE)
+    os.replace(file.name, UNPACKED)
+exec(compile(SOURCE, UNPACKED, "exec"))
+'''
+
+def pack_script() -> bytes:
+    """This script as it is shipped and counted: minified, LZMA, base85, self-extracting. Once is enough."""
+    source = Path(__file__).read_bytes()
+    if "UNPACKED" in globals():
+        return source
+    minifier = tool("python_minifier")
+    keep = minifier.RemoveAnnotationsOptions(remove_argument_annotations=False)  # Triton, custom_op read them
+    small = minifier.minify(source.decode(), remove_annotations=keep, remove_literal_statements=True,
+                            hoist_literals=False, rename_locals=False)
+    squeezed = lzma.compress(small.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    return (PACKED % base64.b85encode(squeezed).decode()).encode()
+
+# ------------------------------------------------------------------------------------------------------------
+# Scores
+# ------------------------------------------------------------------------------------------------------------
+
+UNSCORED = -1.0  # among nll, which are never negative
+
+class Score(NamedTuple):
+    """The one place where losses become a score."""
+
+    nats: float
+    targets: int
+    text_bytes: int
+
+    @classmethod
+    def of(cls, nll: Tensor, val: Validation) -> "Score":
+        """Of every target of the validation stream, summed in fp64."""
+        return cls(nll.double().sum().item(), nll.numel(), int(val.token_bytes.sum()))
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.targets
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of text."""
+        return self.nats / (math.log(2) * self.text_bytes)
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
+
+def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int,
+               multiple: int = 1) -> tuple[Batch, np.ndarray]:
+    """Stretches of targets [lo, hi) end to end, each a context of its own, and the target of every position.
+
+    Filled up to a multiple of `multiple` with positions that have none (-1).
+    """
+    which = np.concatenate([np.arange(lo, hi) for lo, hi in spans])
+    total = -(-len(which) // multiple) * multiple
+    bounds = span_bounds(np.cumsum([0] + [hi - lo for lo, hi in spans])[: None if total > len(which) else -1],
+                         total, max_len)
+    which = np.append(which, np.full(total - len(which), -1))
+    tokens, targets = np.where(which < 0, 0, val.tokens[which]), np.where(which < 0, IGNORE, val.tokens[which + 1])
+    return make_batch(tokens, targets, bounds, len(bounds) - 1, max_len), which
+
+def gather_scores(nll: Tensor, ranks: Ranks, what: str) -> Tensor:
+    """The scores of all ranks as one, (targets,) fp32 on the CPU; UNSCORED where no rank has any.
+
+    A target that was scored twice or whose loss is not finite ends the run.
+    """
+    scored = nll != UNSCORED
+    times, total = ranks.sum_(scored.int()), ranks.sum_(nll.where(scored, 0.0))
+    if times.max() > 1:
+        raise RuntimeError(f"{what}: {int((times > 1).sum())} targets were scored more than once")
+    if not total.isfinite().all():
+        raise UserError(f"{what}: {int((~total.isfinite()).sum())} losses are not finite; if only those of test-"
+                        "time training are, lower TTT_LORA_LR")
+    return total.where(times == 1, UNSCORED).cpu()
+
+@torch.no_grad()
+def evaluate(run: Run, model: GPT, val: Validation) -> Tensor:
+    """Plain nll of every target, (targets,): documents cut at eval_seq_len, nothing learned."""
+    cfg, ranks, plan = run.cfg, run.ranks, depth_plan(run.cfg, run.cfg.loops_at_end)
+    nll = torch.full((len(val.token_bytes),), UNSCORED, device=ranks.device)
+    mine = np.flatnonzero(deal(val.lengths, ranks.world) == ranks.rank)
+    spans = deque((lo, min(lo + cfg.eval_seq_len, start + length))
+                  for start, length in zip(val.starts[mine].tolist(), val.lengths[mine].tolist())
+                  for lo in range(start, start + length, cfg.eval_seq_len))
+    while spans:
+        some, room = [], max(cfg.eval_seq_len, cfg.val_batch_tokens // ranks.world)
+        while spans and spans[0][1] - spans[0][0] <= room:
+            some.append(spans.popleft())
+            room -= some[-1][1] - some[-1][0]
+        batch, which = pack_spans(val, some, cfg.eval_seq_len)
+        nll[torch.from_numpy(which).to(ranks.device)] = model(batch.to(ranks.device), plan, run.ops)
+    nll = gather_scores(nll, ranks, "plain evaluation")
+    if (nll == UNSCORED).any():
+        raise RuntimeError(f"plain evaluation: {int((nll == UNSCORED).sum())} targets were not scored")
+    return nll
+
+# ------------------------------------------------------------------------------------------------------------
+# Score-first test-time training
+#
+# Every document on its own, with fresh adapters, in chunks from left to right. A chunk is scored with what
+# earlier chunks of its document taught; that is final; then the adapters take one step on it. Nothing is shared
+# between documents, and nothing depends on where a document ends before its end is read. Documents enter a fixed
+# number of slots in validation order; when one ends, the next takes its slot. Windows are packed end to end.
+# ------------------------------------------------------------------------------------------------------------
+
+Turn = tuple[int, int, int]  # slot, document, number of the chunk
+
+def schedule(lengths: list[int], slots: int, chunk: int) -> Iterator[tuple[list[int], list[Turn]]]:
+    """Rounds: slots whose document is new, and a turn for every slot that has one, by which it moves a chunk."""
+    waiting = (document for document, length in enumerate(lengths) if length)
+    active: dict[int, tuple[int, int]] = {}
+    while True:
+        entering = dict(zip([slot for slot in range(slots) if slot not in active], waiting))
+        active |= {slot: (document, 0) for slot, document in entering.items()}
+        if not active:
+            return
+        yield list(entering), [(slot, *active[slot]) for slot in sorted(active)]
+        active = {slot: (d, c + 1) for slot, (d, c) in active.items() if (c + 1) * chunk < lengths[d]}
+
+def window(c: int, length: int, chunk: int, context: int) -> tuple[int, int]:
+    """[first, last) target of a document's window for chunk c: at most `context`, ending with the chunk.
+
+    Where it begins follows from c alone. Counting back from where the last chunk ends, as this script's
+    ancestor does, lets what a token sees depend on how soon its document ends: a glimpse of the future.
+    """
+    return max(0, (c + 1) * chunk - context), min((c + 1) * chunk, length)
+
+class Round(NamedTuple):
+    """One chunk of every occupied slot."""
+
+    batch: Batch
+    ends: Tensor  # (slots,) int32: where each slot's rows end in the batch
+    scored: Tensor  # positions in the batch that belong to the chunks
+    where: Tensor  # the targets that these are
+    weight: Tensor  # (T,) in the loss to learn from: 1/chunk in a chunk that its document goes on after
+    learns: bool  # whether there is any
+
+    def to(self, device: torch.device) -> "Round":
+        return Round(self.batch.to(device), *(t.to(device) for t in self[1:5]), self.learns)
+
+def make_round(val: Validation, turns: list[Turn], cfg: Config, multiple: int) -> Round:
+    """Pack the windows of all turns, to a multiple of `multiple` positions."""
+    chunk, spans, scored, weights = cfg.ttt_chunk_size, [], [], []
+    sizes = np.zeros(cfg.ttt_batch_size, dtype=np.int64)
+    for slot, d, c in turns:
+        first, last = window(c, val.lengths[d], chunk, cfg.ttt_eval_seq_len)
+        in_chunk = np.arange(first, last) >= c * chunk
+        spans.append((val.starts[d] + first, val.starts[d] + last))
+        scored.append(in_chunk)
+        weights.append(in_chunk * (last < val.lengths[d]) / chunk)
+        sizes[slot] = last - first
+    batch, which = pack_spans(val, spans, cfg.ttt_eval_seq_len, multiple)
+    ends, positions = np.cumsum(sizes), np.flatnonzero(np.concatenate(scored))
+    weight = np.concatenate(weights + [np.zeros(len(which) - ends[-1])]).astype(np.float32)
+    ends[-1] = len(which)  # what fills up counts as the last slot's, and weighs nothing
+    return Round(batch, torch.from_numpy(ends.astype(np.int32)), torch.from_numpy(positions),
+                 torch.from_numpy(which[positions]), torch.from_numpy(weight), bool(weight.any()))
+
+def adapt(model: GPT, adapters: Adapters, plan: Plan, ops: Ops, this: Round) -> Tensor:
+    """One round; returns the nll of its chunks, which is final. The rule of the game is the order of steps."""
+    nll = model(this.batch, plan, ops, adapters.tap(this.ends, compute_dtype(this.ends.device)))
+    final = nll.detach()[this.scored]  # 1. score, with adapters that have learned from earlier chunks only
+    if this.learns:
+        adapters.learn((nll * this.weight).sum())  # 2. then learn from what has just been scored
+    return final
+
+def rounds(run: Run, val: Validation) -> Iterator[tuple[list[int], Round, float]]:
+    """(slots whose document is new, the round, done fraction of the work before it) of this rank's documents.
+
+    Documents are dealt to ranks whole and in order, by the tokens in their windows.
+    """
+    cfg, ranks = run.cfg, run.ranks
+    chunk, context = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    costs = np.array([sum(hi - lo for lo, hi in (window(c, n, chunk, context) for c in range(-(-n // chunk))))
+                      for n in val.lengths.tolist()])
+    mine, done = np.flatnonzero(deal(costs, ranks.world) == ranks.rank), 0
+    for entering, turns in schedule(val.lengths[mine].tolist(), cfg.ttt_batch_size, chunk):
+        turns = [(slot, mine[d], c) for slot, d, c in turns]
+        this = make_round(val, turns, cfg, multiple=512 if ranks.on_gpu else 1)
+        yield entering, this.to(ranks.device), done / costs[mine].sum()
+        done += int(this.batch.seqs.cu_seqlens[len(turns)])
+
+def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, ops: Ops,
+                    deadline: float) -> Tensor:
+    """nll of every target by test-time training, (targets,) fp32; UNSCORED after the deadline (perf_counter)."""
+    ranks, plan = run.ranks, depth_plan(run.cfg, run.cfg.loops_at_end)
+    began, lines = time.perf_counter(), 1
+    nll = torch.full((len(val.token_bytes),), UNSCORED, device=ranks.device)
+    for entering, this, done in rounds(run, val):
+        if time.perf_counter() > deadline:
+            break
+        if done >= lines / 10:  # ten lines about what this rank has so far
+            lines, seconds, sofar = lines + 1, time.perf_counter() - began, nll.cpu().double()
+            known = (sofar != UNSCORED).numpy()
+            bpb = Score(sofar.numpy()[known].sum(), known.sum(), val.token_bytes[known].sum()).bpb
+            run.log(f"ttt_progress: done:{done:.0%} tokens:{known.sum()} val_bpb:{bpb:.6f} "
+                    f"elapsed:{seconds:.0f}s eta:{seconds / done - seconds:.0f}s")
+        adapters.enter(entering)
+        nll[this.where] = adapt(model, adapters, plan, ops, this)
+    return gather_scores(nll, ranks, "test-time training")
+
+def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
+    """Compile what adaptation needs on random tokens, before its clock; leaves the adapters as new."""
+    cfg, slots = run.cfg, run.cfg.ttt_batch_size
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, slots * cfg.ttt_eval_seq_len + 1)
+    starts = np.arange(slots) * cfg.ttt_eval_seq_len
+    val = Validation(tokens, np.ones(len(tokens) - 1), starts, np.full(slots, cfg.ttt_eval_seq_len), 0)
+    alone = run._replace(ranks=Ranks(device=str(run.ranks.device)))
+    for _, this, _ in itertools.islice(rounds(alone, val), 3):
+        adapt(model, adapters, depth_plan(cfg, cfg.loops_at_end), ops, this)
+    adapters.enter(range(slots))
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------------------
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+
+def versions() -> dict[str, str]:
+    """Of everything a score may depend on, from package metadata: nothing is imported for it."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for package in ("torch", "triton", "flash_attn_3", "numpy", "sentencepiece", "brotli", "python-minifier"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+def open_run(run: Run) -> dict[str, Any]:
+    """Head of the log, packed script, checks of what would else fail late; returns the result's beginning."""
+    cfg, ranks, log, ops = run
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    changed = [f"{name}:{value}" for name, value in settings.items() if value != getattr(Config, name)]
+    log(f"run_id:{log.run_id} artifact_dir:{log.folder} code_sha256:{digest}")
+    log("versions: " + " ".join(f"{name}:{version}" for name, version in versions().items()))
+    log("settings other than the record's: " + (" ".join(changed) or "none"))
+    log("all settings: " + " ".join(f"{name}:{value}" for name, value in settings.items()), console=False)
+    log(f"device:{device_name(ranks.device)} world_size:{ranks.world} dtype:{compute_dtype(ranks.device)} "
+        f"attention:{ops.attend.__name__} mlp:{'Triton kernel' if ops.fused_mlp else 'PyTorch'} "
+        f"compile:{'on' if ops.compilable else 'off'}")
+    source = Path(globals().get("UNPACKED", __file__)).read_text()
+    log(f"{'=' * 100}\n{source}\n{'=' * 100}", console=False)
+    for name in ("brotli", "sentencepiece"):
+        tool(name)
+    if cfg.save_scores and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):
+        raise UserError(f"SAVE_SCORES={cfg.save_scores}: its folder is missing or not writable")
+    packed = pack_script()
+    if ranks.is_main:
+        write_file(log.folder / "train_gpt_packed.py", packed)
+    return dict(run_id=log.run_id, seed=cfg.seed, preset=cfg.preset, code_sha256=digest,
+                packed_sha256=hashlib.sha256(packed).hexdigest(), code_bytes=len(packed),
+                hardware=f"{ranks.world} x {device_name(ranks.device)}", versions=versions())
+
+def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[], str]) -> int:
+    """Warm up and train; leaves the average of the weights in the model, returns the number of steps."""
+    trainer = Trainer(run, model, loader)
+    with run.log.phase("warm-up"):
+        trainer.warm_up()
+    graphs = compiled_graphs()
+    run.log(f"buffers: {trainer.local_buffers} a step on this rank, {loader.buffer_tokens} tokens and at most "
+            f"{loader.max_spans} spans each; first step after {time.perf_counter() - START:.1f} s")
+    trainer.train(validate)
+    tokens = trainer.steps * run.cfg.train_batch_tokens
+    run.log(f"train: steps:{trainer.steps} tokens:{tokens} epochs:{tokens / loader.epoch_tokens:.2f} "
+            f"recompilations:{compiled_graphs() - graphs}")
+    return trainer.steps
+
+def produce(run: Run, model: GPT, saved: Saved | None, files: DataFiles, bos: int, result: dict,
+            validate: Callable[[], str]) -> bytes:
+    """Train unless there is a checkpoint, calibrate, export; returns the artifact, the model stays as it is."""
+    cfg, ranks, log, _ = run
+    local_buffers, buffer_tokens = split_step(cfg, ranks.world)
+    loader = PackedLoader(files.train, bos, cfg, buffer_tokens)
+    result["steps"] = saved.steps if saved else train(run, model, loader, validate)
+    with log.phase("calibrate", "training"):
+        hessians = calibrate(run, model, loader, result["steps"] * local_buffers * ranks.world)
+    with log.phase("export"):
+        if ranks.is_main and not saved:
+            save_checkpoint(model, cfg, result["steps"], log.folder / "final_model.pt")
+        return export(run, model, hessians, result["code_bytes"], log.folder / "final_model.int6.ptz")
+
+def score(run: Run, model: GPT, val: Validation, result: dict) -> None:
+    """Plain score of the model as it is, then the adapted one, which is the headline."""
+    cfg, ranks, log, ops = run
+    with log.phase("score quantized", "scoring"):
+        nll = evaluate(run, model, val)
+        plain = Score.of(nll, val)
+        log(f"quantized {plain}")
+    missed = 0
+    if cfg.ttt_enabled:
+        model.requires_grad_(False)
+        with log.phase("prepare adaptation"):
+            adapters = Adapters(cfg, len(sum(depth_plan(cfg, cfg.loops_at_end), ())), ranks.device)
+            ops = ops.compiled(any_length=True)
+            if ops.compilable:
+                rehearse(run, model, adapters, ops)
+        with log.phase("adapt", "scoring"):
+            left = cfg.eval_max_seconds - log.spent("scoring") if cfg.eval_max_seconds else math.inf
+            adapted = score_documents(run, model, val, adapters, ops, time.perf_counter() + left)
+        missed = int((adapted == UNSCORED).sum())
+        nll = torch.where(adapted == UNSCORED, nll, adapted)
+        if missed:
+            log(f"EVAL_MAX_SECONDS={cfg.eval_max_seconds:g} passed: {missed} targets keep their plain score, so "
+                "the score depended on time")
+    final = Score.of(nll, val)
+    log(f"final {final}")
+    result.update(val_loss=final.loss, val_bpb=final.bpb, val_loss_quantized=plain.loss,
+                  val_bpb_quantized=plain.bpb, documents=len(val.starts), tokens=final.targets,
+                  bytes=final.text_bytes, unadapted_tokens=missed)
+    if cfg.save_scores and ranks.is_main:
+        file = io.BytesIO()
+        np.savez(file, nll=nll.numpy(), token_bytes=val.token_bytes, document_starts=val.starts)
+        write_file(Path(cfg.save_scores), file.getvalue())
+
+def compete(run: Run) -> dict[str, Any]:
+    """The whole run; returns what becomes the RESULT line."""
+    cfg, ranks, log, _ = run
+    artifact, blob = log.folder / "final_model.int6.ptz", b""
+    with log.phase("setup"):
+        result = open_run(run)
+        saved = open_saved(Path(cfg.eval_only_path), cfg) if cfg.eval_only_path else None
+        model = GPT(cfg).to(ranks.device)
+        parameters = sum(p.numel() for p in model.parameters())
+        log(f"model_params:{parameters}")
+        if saved and saved.weights:
+            model.load_state_dict(saved.weights)
+            beside = Path(cfg.eval_only_path).with_name("final_model.int6.ptz")
+            found = read_file(beside) if beside.is_file() else b""
+            if found and unpack_artifact(found, beside)[0]["made_from"] == fingerprint(model, cfg):
+                blob = found
+            log(f"{beside} was {'' if blob else 'not '}made from {cfg.eval_only_path} with these settings"
+                + ("" if blob else ": calibrating again, which needs training shards"))
+        elif saved:
+            blob = saved.blob
+        files = find_data(cfg, train=not blob)
+        tokenizer = load_tokenizer(files.tokenizer, cfg.vocab_size)
+        free, need = shutil.disk_usage(log.folder).free, 2**25 + 6 * parameters
+        if ranks.is_main and free < need:
+            raise UserError(f"ARTIFACT_DIR={log.folder}: {free >> 20} MiB are free, a run needs {need >> 20}")
+    validation = functools.cache(lambda: load_validation(files.val, tokenizer, cfg))
+    validate = lambda: str(Score.of(evaluate(run, model, validation()), validation()))
+    if not blob:
+        blob = produce(run, model, saved, files, tokenizer.bos, result, validate)
+    result.update(model_bytes=len(blob), total_bytes=result["code_bytes"] + len(blob), cap_bytes=CAP_BYTES)
+    log("bytes: code:{code_bytes} model:{model_bytes} total:{total_bytes} cap:{cap_bytes}".format(**result))
+    with log.phase("open validation"):
+        val = validation()
+        log(f"validation: documents:{len(val.starts)} tokens:{len(val.token_bytes)} bytes:{val.token_bytes.sum()} "
+            f"documents_a_byte_short:{val.begin_with_space} (they begin with a space)")
+    if not (saved and saved.blob):
+        with log.phase("score unquantized"):
+            unquantized = Score.of(evaluate(run, model, val), val)
+            log(f"unquantized {unquantized}")
+        result.update(val_loss_unquantized=unquantized.loss, val_bpb_unquantized=unquantized.bpb)
+    restore(model, unpack_artifact(blob, artifact)[1])
+    score(run, model, val, result)
+    return result
+
+def summarize(run: Run, result: dict[str, Any]) -> None:
+    """The table of phases, then the RESULT line: the last one, and the content of result.json."""
+    cfg, ranks, log, _ = run
+    budgets = {"training": cfg.max_wallclock_seconds, "scoring": cfg.eval_max_seconds}
+    for phase in log.phases:
+        log(f"phase {phase.name:20}{phase.seconds:9.1f} s  {phase.clock}".rstrip())
+    for clock, budget in budgets.items():
+        over = " EXCEEDED" if 0 < budget < log.spent(clock) else ""
+        log(f"clock {clock:20}{log.spent(clock):9.1f} s" + (f"  of {budget:g} s{over}" if budget else ""))
+    result["phases"] = {phase.name: round(phase.seconds, 3) for phase in log.phases}
+    result["clocks"] = {c: {"seconds": round(log.spent(c), 3), "budget": b} for c, b in budgets.items()}
+    result["seconds"] = round(time.perf_counter() - START, 3)
+    if ranks.on_gpu:
+        result["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    log.metrics("result", **result)
+    if ranks.is_main:
+        write_file(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    log("RESULT " + json.dumps(result))
+
+def main(env: Mapping[str, str] = os.environ) -> int:
+    """Run; returns the exit status, 2 after a mistake of the user's and one line that says what to change."""
+    log = None
+    try:
+        cfg = Config.from_env(env)
+        ranks = Ranks.join()
+        log = RunLog(cfg, ranks)
+        run = Run(cfg, ranks, log, Ops.choose(cfg, ranks.device))
+        summarize(run, compete(run))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return 0
+    except (UserError, torch.OutOfMemoryError) as error:
+        message = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            phase = log.phases[-1].name if log and log.phases else "setup"
+            message = (f"out of GPU memory in phase {phase}: lower TRAIN_BATCH_TOKENS (training, calibration), "
+                       "VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
+    if int(os.environ.get("RANK", 0)):  # what fails rank 0 too is said by it alone: its end ends the others
+        time.sleep(3)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+if __name__ == "__main__":
+    sys.exit(main())
