@@ -14,9 +14,9 @@ A run is a list of phases, and `compete` at the end of the file reads like it. T
     score      validation files are opened only now; plain scores of both sets of weights   | scoring clock
     adapt      score-first test-time training of per-document adapters: the headline        |
 
-Every setting is an environment variable (see Config), and the defaults are the record. The score rests on the
-order above; on `adapt`, which scores a chunk and only then learns from it; and on `gather_scores`, which wants
-every target once. Shapes: T packed tokens, D model width, H query and K key/value heads of width E.
+Every setting is an environment variable (see Config), and the defaults are the record. The score rests on
+the order above, on `adapt`, which scores a chunk and only then learns from it, and on `gather_scores`, which
+wants every target once. Shapes: T packed tokens, D model width, H query and K key/value heads of width E.
 """
 import time
 
@@ -199,7 +199,7 @@ class Config:
                 raise UserError(f"{show(f.name)} is out of range {low} to {high or 'any'}")
         loops, buffer = self.num_loops > 0, self.train_batch_tokens // BUFFERS_PER_STEP
         for wrong, message in (
-            (self.attention not in ("auto", *ATTENTION), f"{show('attention')} is none of auto {' '.join(ATTENTION)}"),
+            (self.attention not in ("auto", *ATTENTION), f"{show('attention')} is not auto or of {[*ATTENTION]}"),
             (self.model_dim % self.num_heads or self.num_heads % self.num_kv_heads,
              f"{show('model_dim', 'num_heads', 'num_kv_heads')}: each must be a multiple of the next"),
             (self.rope_dims % 2 or self.rope_dims > self.head_dim,
@@ -209,9 +209,8 @@ class Config:
              f"{show('loop_start', 'loop_end')}: layers in order, below NUM_LAYERS and PARALLEL_START_LAYER"),
             (self.train_batch_tokens % BUFFERS_PER_STEP or self.train_seq_len > buffer,
              f"{show('train_batch_tokens')} must be 8 buffers of at least {show('train_seq_len')} tokens"),
-            (self.eval_seq_len > self.val_batch_tokens, f"{show('val_batch_tokens')} < {show('eval_seq_len')}"),
-            (self.ttt_chunk_size > self.ttt_eval_seq_len,
-             f"{show('ttt_eval_seq_len')} cannot hold {show('ttt_chunk_size')}"),
+            (self.eval_seq_len > self.val_batch_tokens or self.ttt_chunk_size > self.ttt_eval_seq_len,
+             f"{show('val_batch_tokens', 'ttt_eval_seq_len')} < {show('eval_seq_len', 'ttt_chunk_size')}"),
             (0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds,
              f"{show('gptq_reserve_seconds')} leaves nothing of {show('max_wallclock_seconds')}"),
         ):
@@ -234,12 +233,11 @@ class Config:
     def loops_at_end(self) -> bool:
         return self.num_loops > 0 and self.enable_looping_at < 1
 
-MODEL_SETTINGS = (  # without these, saved weights do not mean what they meant
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims", "rope_base",
-    "logit_softcap", "num_loops", "loop_start", "loop_end", "enable_looping_at", "parallel_start_layer")
-QUANT_SETTINGS = (  # what an artifact depends on beside the weights
-    "seed", "train_batch_tokens", "train_seq_len", "gptq_calibration_batches", "matrix_bits", "embed_bits",
-    "attn_clip_sigmas", "mlp_clip_sigmas", "matrix_clip_sigmas", "embed_clip_sigmas")
+# Settings without which saved weights do not mean what they meant; settings on which quantization depends
+MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base
+    logit_softcap num_loops loop_start loop_end enable_looping_at parallel_start_layer""".split()
+QUANT_SETTINGS = """seed train_batch_tokens train_seq_len gptq_calibration_batches matrix_bits embed_bits
+    attn_clip_sigmas mlp_clip_sigmas matrix_clip_sigmas embed_clip_sigmas""".split()
 
 def parse_setting(name: str, raw: str, kind: type) -> Any:
     """One environment variable as bool, int, float or str."""
@@ -325,6 +323,7 @@ def write_file(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 def read_file(path: Path) -> bytes:
+    """All of a file; UserError names one that cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -333,7 +332,6 @@ def read_file(path: Path) -> bytes:
 @dataclasses.dataclass
 class Phase:
     """A part of the run and the clock it counts against: "training", "scoring" or none."""
-
     name: str
     clock: str
     began: float = dataclasses.field(default_factory=time.perf_counter)
@@ -392,7 +390,6 @@ class RunLog:
 
 class Run(NamedTuple):
     """What every phase needs."""
-
     cfg: Config
     ranks: Ranks
     log: RunLog
@@ -409,6 +406,7 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 IGNORE = -1  # target of a position that predicts nothing
 
 class DataFiles(NamedTuple):
+    """Where the data of a run are."""
     tokenizer: Path
     train: list[Path]
     val: list[Path]
@@ -450,7 +448,6 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
 
 class Tokenizer(NamedTuple):
     """What scoring needs to know of each piece, (vocab_size,)."""
-
     bos: int
     size: np.ndarray  # bytes of the piece, without the space it begins with
     spaced: np.ndarray  # it begins with a space
@@ -469,7 +466,8 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """Read a SentencePiece model. UserError if it is damaged, of another size or breaks that rule."""
     data = read_file(path)
     try:
-        sp = tool("sentencepiece").SentencePieceProcessor(model_proto=data)
+        sp = tool("sentencepiece").SentencePieceProcessor()
+        sp.LoadFromSerializedProto(data)
         pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a SentencePiece model, or damaged") from error
@@ -488,12 +486,12 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 class Seqs(NamedTuple):
     """Spans of a packed buffer, in the form of FlashAttention's varlen functions."""
-
     cu_seqlens: Tensor  # (spans + 1,) int32 boundaries; repeated ones are empty spans
     positions: Tensor  # (T,) index of each token within its span
     max_seqlen: int  # no span is longer
 
 class Batch(NamedTuple):
+    """A packed buffer, which is what a forward takes."""
     tokens: Tensor  # (T,)
     targets: Tensor  # (T,) the token to predict, or IGNORE
     seqs: Seqs
@@ -541,12 +539,12 @@ class PackedLoader:
         self.epoch_tokens = sum(map(len, self.shards))
         for path, shard in zip(paths, self.shards):
             if not (shard[:1_000_000] == bos).any():
-                raise UserError(f"{path} has no BOS (id {bos}) in its first million tokens: another tokenizer's")
-        # The fullest of some 64 buffers fixes the number of spans: an empty one costs 13 us of attention, forward
-        # and backward; a buffer that is fuller still loses its last targets.
+                raise UserError(f"{path} has no BOS (id {bos}) in its first million tokens: wrong tokenizer")
+        # The fullest of some 64 buffers, and 4 to spare, fix the number of spans: an empty one costs 13 us of
+        # attention, forward and backward; a buffer that is fuller still loses its last targets.
         count = max(1, self.epoch_tokens // buffer_tokens)
         sampled = (len(self.layout(n)[2]) - 1 for n in range(0, count, -(-count // 64)))
-        self.max_spans = max(*sampled, 1 - -buffer_tokens // cfg.train_seq_len)
+        self.max_spans = max(*sampled, -(-buffer_tokens // cfg.train_seq_len)) + 4
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, list[int]]:
         """`count` tokens of the endless stream from `start` on, and where among them shards begin."""
@@ -587,7 +585,6 @@ class PackedLoader:
 
 class Validation(NamedTuple):
     """The validation stream in its own order. Target j is token j + 1, so a document's last one is a BOS."""
-
     tokens: np.ndarray  # (N,)
     token_bytes: np.ndarray  # (N - 1,) of every target
     starts: np.ndarray  # (documents,) first token of each, its BOS, and number of its first target
@@ -662,7 +659,7 @@ def choose_attention(name: str, device: torch.device) -> Callable:
         tool("flash_attn_interface")
     if name == "flash3" and capability[0] != 9 or name == "varlen" and capability[0] < 8:
         need = "a Hopper" if name == "flash3" else "an Ampere or newer"
-        raise UserError(f"ATTENTION={name} needs {need} GPU, this is {device_name(device)}: set ATTENTION=sdpa")
+        raise UserError(f"ATTENTION={name} needs {need} GPU, here is {device_name(device)}: use sdpa")
     return ATTENTION[name]
 
 def device_name(device: torch.device) -> str:
@@ -765,17 +762,16 @@ class FusedMLP(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------------------
 # Model
 #
-# Weights live in banks: one tensor stacks a matrix over all layers, so that Muon shards it over ranks, and EMA,
-# clipping and collectives touch 13 tensors. A Layer is views into the banks in compute dtype; a Plan the order in
-# which layers are visited; a tap sees or changes what linears compute: by it, calibration and test-time training
-# use this same forward.
+# Weights live in banks: one tensor stacks a matrix over all layers, so that Muon shards it over ranks and EMA
+# and collectives touch 13 tensors. A Layer is views into the banks in compute dtype; a Plan is the order of
+# visits to layers; a tap sees or changes what linears compute: by it, calibration and test-time training use
+# this same forward.
 # ------------------------------------------------------------------------------------------------------------
 
 NORM_EPS = torch.finfo(torch.float32).eps  # in every dtype: an embedding of std .005 has mean square 2.5e-5
 
 class Plan(NamedTuple):
     """Order of visits. One of the encoder leaves a skip; one of the decoder takes the latest that is left."""
-
     encoder: tuple[int, ...]
     decoder: tuple[int, ...]
 
@@ -788,6 +784,7 @@ def depth_plan(cfg: Config, looped: bool) -> Plan:
     return Plan(tuple(order[:half]), tuple(order[half:]))
 
 class Layer(NamedTuple):
+    """The weights of one layer."""
     qkv: Tensor  # (D + 2KE, D)
     o: Tensor  # (D, D)
     up: Tensor  # (M, D)
@@ -802,14 +799,12 @@ class Layer(NamedTuple):
 
 class Skip(NamedTuple):
     """A U-net connection, as a visit of the decoder takes it up."""
-
     x: Tensor  # (T, D) what the mirrored visit of the encoder left
     scale: Tensor  # (D,)
     gate: Tensor  # (D,)
 
 class Context(NamedTuple):
     """What all visits of one forward share."""
-
     cfg: Config
     attend: Callable
     fused_mlp: bool
@@ -882,7 +877,6 @@ def head(x: Tensor, lane: Tensor | None, embed: Tensor, targets: Tensor, see: Ca
 
 class Ops(NamedTuple):
     """The functions that do the work of a forward. As they stand here they run anywhere."""
-
     attend: Callable = sdpa_attention
     fused_mlp: bool = False  # FusedMLP in place of mlp_reference; taps then do not see inside the MLP
     block: Callable = block
@@ -1011,7 +1005,7 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 def hessian_tap(hessians: dict[str, Tensor]) -> Callable:
-    """Adds up H = sum of x x' over the inputs of every matrix, all visits of a layer together. Plain Ops only.
+    """Adds up H = sum of x x' over the inputs of each matrix, all visits of a layer together; plain Ops only.
 
     Names: "3.qkv" (q, k and v have one input), "3.o", "3.up", "3.down", and "embed" for the tied head.
     """
@@ -1028,7 +1022,7 @@ def hessian_tap(hessians: dict[str, Tensor]) -> Callable:
     return tap
 
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """(T, in), (slots, in, out) -> (T, out): rows to ends[0] by the first matrix, to ends[1] by the second."""
+    """(T, in), (slots, in, out) -> (T, out): rows to ends[0] by the first matrix, to ends[1] by the next."""
     if x.is_cuda:
         return getattr(F, "grouped_mm", torch._grouped_mm)(x, weights, offs=ends)
     bounds = [0] + ends.tolist()
@@ -1036,7 +1030,6 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 class AdapterSight(NamedTuple):
     """Adds B A x to what a site computes; the rows of x belong to the slots, in order."""
-
     adapters: dict[str, tuple[Tensor, Tensor]]  # site -> A (slots, rank, in), B (slots, out, rank)
     ends: Tensor  # (slots,) int32, where each slot's rows end
 
@@ -1050,7 +1043,7 @@ class Adapters:
     """Low-rank adapters and their AdamW state for as many documents as there are slots, all independent.
 
     Sites are named after what they span: q, k, v; attn and mlp (whole sublayers, fed their normalised input);
-    head. A[site] (visits, slots, rank, in) starts from a draw that follows from SEED alone, the same for every
+    head. A[site] (visits, slots, rank, in) starts from a draw that follows from SEED alone, the same for each
     document; B[site] (visits, slots, out, rank) from zero. Beta 1 is 0, so there is no first moment.
     """
 
@@ -1121,7 +1114,6 @@ def orthogonalize(G: Tensor, steps: int) -> Tensor:
 @dataclasses.dataclass
 class Shard:
     """Communication buffers of one bank, in the dtype that travels."""
-
     full: Tensor  # (world * rows, ...) the gradient on its way out, the update on its way back
     mine: Tensor  # (rows, ...) this rank's share of the reduced gradient
     pending: Any = None  # the collective under way
@@ -1235,7 +1227,7 @@ class Optimizers:
         self.zero_grad()
 
     def clip_scale(self, replicated: list[Tensor]) -> Tensor:
-        """What brings the norm of the whole reduced gradient to grad_clip_norm at most; equal on every rank."""
+        """What brings the norm of the whole reduced gradient to grad_clip_norm at most; same on all ranks."""
         squares = self.ranks.sum_(self.muon.squared_norm())
         total = (squares + torch.stack(torch._foreach_norm(replicated)).square().sum()).sqrt()
         limit = self.cfg.grad_clip_norm or math.inf
@@ -1296,8 +1288,8 @@ def split_step(cfg: Config, world: int) -> tuple[int, int]:
     share = cfg.train_batch_tokens // world
     count = next(n for n in range(-(-BUFFERS_PER_STEP // world), share + 1) if share % n == 0)
     if share // count < cfg.train_seq_len:
-        raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} gives {world} ranks {share // count} tokens at "
-                        f"a time, less than TRAIN_SEQ_LEN={cfg.train_seq_len}")
+        raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} gives {world} ranks buffers of "
+                        f"{share // count} tokens, less than TRAIN_SEQ_LEN={cfg.train_seq_len}")
     return count, share // count
 
 @contextlib.contextmanager
@@ -1338,7 +1330,8 @@ class Trainer:
         cfg, loader, rng = self.cfg, self.loader, np.random.default_rng(0)
         tokens = rng.integers(0, cfg.vocab_size, loader.buffer_tokens + 1)
         bounds = span_bounds(np.arange(0, loader.buffer_tokens, 600), loader.buffer_tokens, cfg.train_seq_len)
-        batch = make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len).to(self.ranks.device)
+        batch = make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len)
+        batch = batch.to(self.ranks.device)
         with preserved(self.model, self.optimizers):
             for plan in self.plans if cfg.loops_at_end else self.plans[:1]:
                 for _ in range(cfg.warmup_steps):
@@ -1349,10 +1342,10 @@ class Trainer:
         return itertools.count(self.ranks.rank, self.ranks.world)
 
     def train(self, validate: Callable[[], str]) -> None:
-        """Step until the training clock less its reserve is spent, or `iterations` are done; leave the average.
+        """Step until the training clock less its reserve is spent, or `iterations` done; leave the average.
 
-        All ranks go by the largest of their clocks, so that learning rates agree and all stop together. It stands
-        still during `validate`, which returns a line to log. The host runs two steps ahead of the GPU at most.
+        All ranks go by the largest of their clocks, so learning rates agree and all stop together. It stands
+        still during `validate`, which returns a line to log. The host is two steps ahead of the GPU at most.
         """
         cfg, ranks, log = self.cfg, self.ranks, self.log
         budget = cfg.max_wallclock_seconds and cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
@@ -1395,14 +1388,15 @@ class Trainer:
                             "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
         for record, loss in zip(records, losses):
             self.log.metrics("step", **{**record, "loss": loss})
+        progress = min(progress, 1.0)
         speed = len(records) * self.cfg.train_batch_tokens / max(seconds - records[0]["seconds"], 1e-9)
         self.log(f"step:{self.steps}/{self.cfg.iterations} train_loss:{losses[-1]:.4f} "
                  f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / self.steps:.2f}ms "
-                 f"tok/s:{speed:.0f} done:{min(progress, 1):.1%} eta:{max(seconds / progress - seconds, 0):.0f}s")
+                 f"tok/s:{speed:.0f} done:{progress:.1%} eta:{seconds / progress - seconds:.0f}s")
 
 @torch.no_grad()
 def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> dict[str, Tensor]:
-    """Sums of x x' at the input of every matrix, over gptq_calibration_batches training buffers from `first` on.
+    """Sums of x x' at the inputs of matrices, over gptq_calibration_batches training buffers from `first` on.
 
     Buffers are dealt to ranks and the sums added up, so the number of ranks does not matter.
     """
@@ -1419,7 +1413,7 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> dict[st
 # Quantization and the artifact
 #
 # The artifact is a magic, the BLAKE2b digest of what follows, then Brotli streams, each after its length.
-# Together they hold a JSON header (settings; name, dtype, shape of all tensors) after its length, and raw bytes.
+# Together they hold a JSON header (settings; name, dtype, shape of tensors) after its length, then raw bytes.
 # ------------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, DIGEST_BYTES = b"PGOLF001", 16
@@ -1428,8 +1422,8 @@ STREAM_BYTES = 1 << 18  # a stream ends with the tensor that fills it; streams a
 def gptq(W: Tensor, H: Tensor, bits: int, clip_sigmas: float, block: int = 128) -> tuple[Tensor, Tensor]:
     """Round W (out, in) column by column, moving the error of each onto the columns that are not yet rounded.
 
-    H (in, in) is the sum of x x' over inputs; columns go by falling input energy. Returns int8 codes (out, in),
-    and an fp16 scale a row: W ~ codes * scale[:, None]. https://arxiv.org/abs/2210.17323
+    H (in, in) is the sum of x x' over inputs; columns go by falling energy. Returns int8 codes (out, in) and
+    an fp16 scale a row: W ~ codes * scale[:, None]. https://arxiv.org/abs/2210.17323
     """
     top = 2 ** (bits - 1) - 1
     scale = (clip_sigmas / top * W.std(dim=1)).clamp(min=1e-7).half()
@@ -1453,13 +1447,13 @@ def gptq(W: Tensor, H: Tensor, bits: int, clip_sigmas: float, block: int = 128) 
 
 class Group(NamedTuple):
     """Matrices with one input, quantized together."""
-
     names: tuple[str, ...]
     hessian: str
     bits: int
     clip_sigmas: float
 
 def quantization_groups(cfg: Config) -> list[Group]:
+    """All matrices and the embedding, with bits and clips."""
     attn, mlp = (cfg.matrix_clip_sigmas or clip for clip in (cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas))
     groups = [Group(("embed",), "embed", cfg.embed_bits, cfg.embed_clip_sigmas)]
     for i in range(cfg.num_layers):
@@ -1518,12 +1512,12 @@ def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
         end = offset + 4 + int.from_bytes(body[offset : offset + 4], "little")
         data += brotli.decompress(body[offset + 4 : end])
         offset = end
-    offset = 4 + int.from_bytes(data[:4], "little")
-    settings, tensors = json.loads(data[4:offset]), {}
+    start = 4 + int.from_bytes(data[:4], "little")
+    settings, tensors, data = json.loads(data[4:start]), {}, torch.frombuffer(data, dtype=torch.uint8)
     for name, dtype, shape in settings.pop("tensors"):
-        kind = getattr(torch, dtype)
-        tensors[name] = torch.frombuffer(data, dtype=kind, count=math.prod(shape), offset=offset).view(shape)
-        offset += tensors[name].nbytes
+        end = start + math.prod(shape) * getattr(torch, dtype).itemsize
+        tensors[name] = data[start:end].clone().view(getattr(torch, dtype)).view(shape)
+        start = end
     return settings, tensors
 
 @torch.no_grad()
@@ -1556,7 +1550,7 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int, p
         if excess <= 0:
             break
         run.log(f"artifact: {excess} bytes over {CAP_BYTES} with clips x {widen:.4f}: widening them")
-        widen *= 2 ** (8 * (excess + 2000) / sum(p.numel() for p in model.parameters()))  # a factor 2 saves a bit
+        widen *= 2 ** (8 * (excess + 2000) / sum(p.numel() for p in model.parameters()))  # twice: a bit less
     else:
         raise UserError(f"the model does not fit into {CAP_BYTES} bytes: lower MODEL_DIM or NUM_LAYERS")
     if ranks.is_main:
@@ -1564,35 +1558,45 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int, p
     return ranks.share(read_file(path) if ranks.is_main else b"")
 
 def save_checkpoint(model: GPT, cfg: Config, steps: int, path: Path) -> None:
+    """Write the weights before quantization, and what calibrating again needs to know."""
     weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
     file = io.BytesIO()
     torch.save({"model": model_settings(cfg), "steps": steps, "weights": weights}, file)
     write_file(path, file.getvalue())
 
-class Saved(NamedTuple):
-    """What EVAL_ONLY_PATH points to: the bytes of an artifact, or steps and weights of a checkpoint."""
+def open_saved(run: Run, model: GPT) -> tuple[bytes, int]:
+    """What EVAL_ONLY_PATH holds: (artifact, 0), or of a checkpoint, which fills the model, (artifact, steps).
 
-    blob: bytes
-    steps: int
-    weights: dict[str, Tensor] | None
-
-def open_saved(path: Path, cfg: Config) -> Saved:
-    """An artifact or a checkpoint, told apart by content. UserError if it is neither or of another model."""
+    A checkpoint's artifact is the one beside it if made from it, else empty. UserError if it is neither.
+    """
+    cfg, path = run.cfg, Path(run.cfg.eval_only_path)
     data = read_file(path)
-    if data.startswith(ARTIFACT_MAGIC):
-        made_with, saved = unpack_artifact(data, path)[0]["model"], Saved(data, 0, None)
-    else:
-        try:
-            file = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            made_with, saved = file["model"], Saved(b"", file["steps"], file["weights"])
-        except Exception as error:  # whatever foreign or damaged bytes provoke
-            raise UserError(f"EVAL_ONLY_PATH={path} is no artifact or checkpoint of this script, or damaged: "
-                            f"{type(error).__name__}") from error
-    if wrong := [f"{name.upper()}={v}" for name, v in made_with.items() if v != getattr(cfg, name)]:
-        raise UserError(f"EVAL_ONLY_PATH={path} was made with other settings: set {' '.join(wrong)}")
-    return saved
+    try:
+        is_artifact = data.startswith(ARTIFACT_MAGIC)
+        load = lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        saved = unpack_artifact(data, path)[0] if is_artifact else load()
+        wrong = [f"{name.upper()}={v}" for name, v in saved["model"].items() if v != getattr(cfg, name)]
+        if wrong:
+            raise UserError(f"EVAL_ONLY_PATH={path} was made with other settings: set {' '.join(wrong)}")
+        if is_artifact:
+            return data, 0
+        model.load_state_dict(saved["weights"])
+        steps = int(saved["steps"])
+    except UserError:
+        raise
+    except Exception as error:  # whatever foreign or damaged bytes provoke
+        raise UserError(f"EVAL_ONLY_PATH={path} is no artifact or checkpoint of this script, or damaged: "
+                        f"{type(error).__name__}") from error
+    beside = path.with_name("final_model.int6.ptz")
+    blob = read_file(beside) if beside.is_file() else b""
+    if blob and unpack_artifact(blob, beside)[0]["made_from"] == fingerprint(model, cfg):
+        run.log(f"{beside} was made from {path} with these settings")
+        return blob, steps
+    run.log(f"no {beside} made from {path} with these settings: calibrating again, for which training shards "
+            "are needed")
+    return b"", steps
 
-PACKED = '''"""train_gpt.py, packed: unpacks the script to a real file, whose lines Triton can read, and runs it."""
+PACKED = '''"""train_gpt.py, packed: unpacks it to a real file, whose lines Triton can read, and runs that."""
 import base64, hashlib, lzma, os, tempfile
 SOURCE = lzma.decompress(base64.b85decode("%s"))
 UNPACKED = os.path.join(tempfile.gettempdir(), "train_gpt_" + hashlib.sha256(SOURCE).hexdigest()[:32] + ".py")
@@ -1608,15 +1612,19 @@ if not whole:
 exec(compile(SOURCE, UNPACKED, "exec"))
 '''
 
+@functools.cache
 def pack_script() -> bytes:
-    """This script as it is shipped and counted: minified, LZMA, base85, self-extracting. Once is enough."""
+    """This script as it is shipped and counted: minified, LZMA, base85, self-extracting.
+
+    Annotations of functions stay: Triton and custom_op read them. A packed script is returned as it is.
+    """
     source = Path(__file__).read_bytes()
     if "UNPACKED" in globals():
         return source
     minifier = tool("python_minifier")
-    keep = minifier.RemoveAnnotationsOptions(remove_argument_annotations=False)  # Triton, custom_op read them
-    small = minifier.minify(source.decode(), remove_annotations=keep, remove_literal_statements=True,
-                            hoist_literals=False, rename_locals=False)
+    keep = dict(remove_return_annotations=False, remove_argument_annotations=False)
+    small = minifier.minify(source.decode(), remove_annotations=minifier.RemoveAnnotationsOptions(**keep),
+                            remove_literal_statements=True, hoist_literals=False, rename_locals=False)
     squeezed = lzma.compress(small.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
     return (PACKED % base64.b85encode(squeezed).decode()).encode()
 
@@ -1628,7 +1636,6 @@ UNSCORED = -1.0  # among nll, which are never negative
 
 class Score(NamedTuple):
     """The one place where losses become a score."""
-
     nats: float
     targets: int
     text_bytes: int
@@ -1661,7 +1668,8 @@ def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int,
     bounds = span_bounds(np.cumsum([0] + [hi - lo for lo, hi in spans])[: None if total > len(which) else -1],
                          total, max_len)
     which = np.append(which, np.full(total - len(which), -1))
-    tokens, targets = np.where(which < 0, 0, val.tokens[which]), np.where(which < 0, IGNORE, val.tokens[which + 1])
+    tokens = np.where(which < 0, 0, val.tokens[which])
+    targets = np.where(which < 0, IGNORE, val.tokens[which + 1])
     return make_batch(tokens, targets, bounds, len(bounds) - 1, max_len), which
 
 def gather_scores(nll: Tensor, ranks: Ranks, what: str) -> Tensor:
@@ -1674,8 +1682,8 @@ def gather_scores(nll: Tensor, ranks: Ranks, what: str) -> Tensor:
     if times.max() > 1:
         raise RuntimeError(f"{what}: {int((times > 1).sum())} targets were scored more than once")
     if not total.isfinite().all():
-        raise UserError(f"{what}: {int((~total.isfinite()).sum())} losses are not finite; if only those of test-"
-                        "time training are, lower TTT_LORA_LR")
+        raise UserError(f"{what}: {int((~total.isfinite()).sum())} losses are not finite; if those of plain "
+                        "evaluation are, lower TTT_LORA_LR")
     return total.where(times == 1, UNSCORED).cpu()
 
 @torch.no_grad()
@@ -1703,15 +1711,15 @@ def evaluate(run: Run, model: GPT, val: Validation) -> Tensor:
 # Score-first test-time training
 #
 # Every document on its own, with fresh adapters, in chunks from left to right. A chunk is scored with what
-# earlier chunks of its document taught; that is final; then the adapters take one step on it. Nothing is shared
-# between documents, and nothing depends on where a document ends before its end is read. Documents enter a fixed
-# number of slots in validation order; when one ends, the next takes its slot. Windows are packed end to end.
+# earlier chunks of its document taught; that is final; then the adapters take one step on it. Documents share
+# nothing, and nothing depends on where one ends before its end is read. They enter a fixed number of slots in
+# validation order; when one ends, the next takes its slot. The windows of all slots are packed end to end.
 # ------------------------------------------------------------------------------------------------------------
 
 Turn = tuple[int, int, int]  # slot, document, number of the chunk
 
 def schedule(lengths: list[int], slots: int, chunk: int) -> Iterator[tuple[list[int], list[Turn]]]:
-    """Rounds: slots whose document is new, and a turn for every slot that has one, by which it moves a chunk."""
+    """Rounds: slots whose document is new, and a turn, which is a chunk, of every slot with a document."""
     waiting = (document for document, length in enumerate(lengths) if length)
     active: dict[int, tuple[int, int]] = {}
     while True:
@@ -1732,7 +1740,6 @@ def window(c: int, length: int, chunk: int, context: int) -> tuple[int, int]:
 
 class Round(NamedTuple):
     """One chunk of every occupied slot."""
-
     batch: Batch
     ends: Tensor  # (slots,) int32: where each slot's rows end in the batch
     scored: Tensor  # positions in the batch that belong to the chunks
@@ -1762,7 +1769,7 @@ def make_round(val: Validation, turns: list[Turn], cfg: Config, multiple: int) -
                  torch.from_numpy(which[positions]), torch.from_numpy(weight), bool(weight.any()))
 
 def adapt(model: GPT, adapters: Adapters, plan: Plan, ops: Ops, this: Round) -> Tensor:
-    """One round; returns the nll of its chunks, which is final. The rule of the game is the order of steps."""
+    """One round; returns the final nll of its chunks. The rule of the game is the order of the two steps."""
     nll = model(this.batch, plan, ops, adapters.tap(this.ends, compute_dtype(this.ends.device)))
     final = nll.detach()[this.scored]  # 1. score, with adapters that have learned from earlier chunks only
     if this.learns:
@@ -1787,7 +1794,7 @@ def rounds(run: Run, val: Validation) -> Iterator[tuple[list[int], Round, float]
 
 def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, ops: Ops,
                     deadline: float) -> Tensor:
-    """nll of every target by test-time training, (targets,) fp32; UNSCORED after the deadline (perf_counter)."""
+    """nll of every target by test-time training, (targets,); UNSCORED past the deadline (perf_counter)."""
     ranks, plan = run.ranks, depth_plan(run.cfg, run.cfg.loops_at_end)
     began, lines = time.perf_counter(), 1
     nll = torch.full((len(val.token_bytes),), UNSCORED, device=ranks.device)
@@ -1863,7 +1870,7 @@ def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[], str
     with run.log.phase("warm-up"):
         trainer.warm_up()
     graphs = compiled_graphs()
-    run.log(f"buffers: {trainer.local_buffers} a step on this rank, {loader.buffer_tokens} tokens and at most "
+    run.log(f"buffers: {trainer.local_buffers} a step on a rank, {loader.buffer_tokens} tokens and at most "
             f"{loader.max_spans} spans each; first step after {time.perf_counter() - START:.1f} s")
     trainer.train(validate)
     tokens = trainer.steps * run.cfg.train_batch_tokens
@@ -1871,17 +1878,17 @@ def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[], str
             f"recompilations:{compiled_graphs() - graphs}")
     return trainer.steps
 
-def produce(run: Run, model: GPT, saved: Saved | None, files: DataFiles, bos: int, result: dict,
+def produce(run: Run, model: GPT, steps: int, files: DataFiles, bos: int, result: dict,
             validate: Callable[[], str]) -> bytes:
-    """Train unless there is a checkpoint, calibrate, export; returns the artifact, the model stays as it is."""
+    """Train unless a checkpoint has its steps, calibrate, export; returns the artifact, keeps the weights."""
     cfg, ranks, log, _ = run
     local_buffers, buffer_tokens = split_step(cfg, ranks.world)
     loader = PackedLoader(files.train, bos, cfg, buffer_tokens)
-    result["steps"] = saved.steps if saved else train(run, model, loader, validate)
+    result["steps"] = steps or train(run, model, loader, validate)
     with log.phase("calibrate", "training"):
         hessians = calibrate(run, model, loader, result["steps"] * local_buffers * ranks.world)
     with log.phase("export"):
-        if ranks.is_main and not saved:
+        if ranks.is_main and not steps:
             save_checkpoint(model, cfg, result["steps"], log.folder / "final_model.pt")
         return export(run, model, hessians, result["code_bytes"], log.folder / "final_model.int6.ptz")
 
@@ -1906,8 +1913,8 @@ def score(run: Run, model: GPT, val: Validation, result: dict) -> None:
         missed = int((adapted == UNSCORED).sum())
         nll = torch.where(adapted == UNSCORED, nll, adapted)
         if missed:
-            log(f"EVAL_MAX_SECONDS={cfg.eval_max_seconds:g} passed: {missed} targets keep their plain score, so "
-                "the score depended on time")
+            log(f"EVAL_MAX_SECONDS={cfg.eval_max_seconds:g} passed: {missed} targets keep their plain score, "
+                "and the score depended on time")
     final = Score.of(nll, val)
     log(f"final {final}")
     result.update(val_loss=final.loss, val_bpb=final.bpb, val_loss_quantized=plain.loss,
@@ -1921,44 +1928,34 @@ def score(run: Run, model: GPT, val: Validation, result: dict) -> None:
 def compete(run: Run) -> dict[str, Any]:
     """The whole run; returns what becomes the RESULT line."""
     cfg, ranks, log, _ = run
-    artifact, blob = log.folder / "final_model.int6.ptz", b""
     with log.phase("setup"):
         result = open_run(run)
-        saved = open_saved(Path(cfg.eval_only_path), cfg) if cfg.eval_only_path else None
         model = GPT(cfg).to(ranks.device)
         parameters = sum(p.numel() for p in model.parameters())
         log(f"model_params:{parameters}")
-        if saved and saved.weights:
-            model.load_state_dict(saved.weights)
-            beside = Path(cfg.eval_only_path).with_name("final_model.int6.ptz")
-            found = read_file(beside) if beside.is_file() else b""
-            if found and unpack_artifact(found, beside)[0]["made_from"] == fingerprint(model, cfg):
-                blob = found
-            log(f"{beside} was {'' if blob else 'not '}made from {cfg.eval_only_path} with these settings"
-                + ("" if blob else ": calibrating again, which needs training shards"))
-        elif saved:
-            blob = saved.blob
+        blob, steps = open_saved(run, model) if cfg.eval_only_path else (b"", 0)
+        has_weights = bool(steps) or not blob  # or will have, after training
         files = find_data(cfg, train=not blob)
         tokenizer = load_tokenizer(files.tokenizer, cfg.vocab_size)
-        free, need = shutil.disk_usage(log.folder).free, 2**25 + 6 * parameters
-        if ranks.is_main and free < need:
+        free, need = shutil.disk_usage(log.folder).free if ranks.is_main else math.inf, 2**25 + 6 * parameters
+        if free < need:
             raise UserError(f"ARTIFACT_DIR={log.folder}: {free >> 20} MiB are free, a run needs {need >> 20}")
     validation = functools.cache(lambda: load_validation(files.val, tokenizer, cfg))
     validate = lambda: str(Score.of(evaluate(run, model, validation()), validation()))
     if not blob:
-        blob = produce(run, model, saved, files, tokenizer.bos, result, validate)
+        blob = produce(run, model, steps, files, tokenizer.bos, result, validate)
     result.update(model_bytes=len(blob), total_bytes=result["code_bytes"] + len(blob), cap_bytes=CAP_BYTES)
     log("bytes: code:{code_bytes} model:{model_bytes} total:{total_bytes} cap:{cap_bytes}".format(**result))
     with log.phase("open validation"):
         val = validation()
-        log(f"validation: documents:{len(val.starts)} tokens:{len(val.token_bytes)} bytes:{val.token_bytes.sum()} "
-            f"documents_a_byte_short:{val.begin_with_space} (they begin with a space)")
-    if not (saved and saved.blob):
+        log(f"validation: documents:{len(val.starts)} tokens:{len(val.token_bytes)} "
+            f"bytes:{val.token_bytes.sum()} documents_a_byte_short:{val.begin_with_space} (a space first)")
+    if has_weights:
         with log.phase("score unquantized"):
             unquantized = Score.of(evaluate(run, model, val), val)
             log(f"unquantized {unquantized}")
         result.update(val_loss_unquantized=unquantized.loss, val_bpb_unquantized=unquantized.bpb)
-    restore(model, unpack_artifact(blob, artifact)[1])
+    restore(model, unpack_artifact(blob, Path("artifact"))[1])
     score(run, model, val, result)
     return result
 
@@ -1997,7 +1994,7 @@ def main(env: Mapping[str, str] = os.environ) -> int:
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             phase = log.phases[-1].name if log and log.phases else "setup"
-            message = (f"out of GPU memory in phase {phase}: lower TRAIN_BATCH_TOKENS (training, calibration), "
+            message = (f"out of GPU memory in phase {phase}: lower TRAIN_BATCH_TOKENS (training), "
                        "VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
     if int(os.environ.get("RANK", 0)):  # what fails rank 0 too is said by it alone: its end ends the others
         time.sleep(3)
@@ -2005,4 +2002,5 @@ def main(env: Mapping[str, str] = os.environ) -> int:
     return 2
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if status := main():
+        os._exit(status)  # at once: threads of collectives would keep a failed rank and so the others waiting

@@ -1,0 +1,76 @@
+"""The three implementations of attention agree; nothing crosses a span, nothing sees ahead."""
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as tg
+
+
+def naive(q, k, v, cu):
+    """Softmax attention written out, in the dtype of its arguments."""
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    out = torch.empty_like(q)
+    for lo, hi in zip(cu[:-1], cu[1:]):
+        for t in range(lo, hi):
+            score = torch.einsum("he,she->hs", q[t], k[lo : t + 1]) / q.size(-1) ** 0.5
+            out[t] = torch.einsum("hs,she->he", score.softmax(-1), v[lo : t + 1])
+    return out
+
+
+def inputs(T, dtype=torch.float64, device="cpu", heads=(4, 2, 16)):
+    H, K, E = heads
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(T, n, E, generator=generator, dtype=torch.float64).to(device, dtype) for n in (H, K, K)]
+
+
+def seqs(bounds, longest, device="cpu"):
+    return tg.Seqs(torch.tensor(bounds, dtype=torch.int32, device=device), None, longest)
+
+
+@pytest.mark.parametrize("bounds", [[0, 40], [0, 1, 2, 40], [0, 8, 16, 24, 40], [0, 8, 16, 16, 17, 40, 40, 40], [0, 0, 40]])
+def test_sdpa_is_softmax_attention_span_by_span(bounds):
+    q, k, v = inputs(40)
+    torch.testing.assert_close(tg.sdpa_attention(q, k, v, seqs(bounds, 40)), naive(q, k, v, bounds))
+
+
+def test_the_choice_is_explained():
+    cpu = torch.device("cpu")
+    assert tg.choose_attention("auto", cpu) is tg.choose_attention("sdpa", cpu) is tg.sdpa_attention
+    with pytest.raises(tg.UserError, match="ATTENTION=varlen needs an Ampere"):
+        tg.choose_attention("varlen", cpu)
+    with pytest.raises(tg.UserError, match="flash_attn_interface|ATTENTION=flash3 needs a Hopper"):
+        tg.choose_attention("flash3", cpu)
+
+
+@pytest.mark.parametrize("parameters,expected", [
+    ("is_causal", {"is_causal": True}), ("window_size", {"window_size": (-1, 0)}),
+    ("window_size, enable_gqa", {"window_size": (-1, 0), "enable_gqa": True})])
+def test_varlen_adapts_to_the_signature(monkeypatch, parameters, expected):
+    module = type(tg)("torch.nn.attention.varlen")
+    exec(f"def varlen_attn(q, k, v, {parameters}): pass", module.__dict__)
+    monkeypatch.setattr(tg, "tool", lambda name: module)
+    assert tg.varlen_options.__wrapped__() == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash3", "varlen"])
+@pytest.mark.parametrize("spans", [1, 7, 150])
+def test_gpu_implementations_are_as_exact_as_bf16_allows(name, spans):
+    """Output and gradients within twice the error that SDPA itself makes in bf16, against SDPA in fp32."""
+    try:
+        attend = tg.choose_attention(name, torch.device("cuda"))
+    except tg.UserError as error:
+        pytest.skip(str(error))
+    T, rng = 4096, np.random.default_rng(spans)
+    bounds = [0, *sorted(rng.choice(np.arange(1, T), spans - 1, replace=False).tolist()), T, T]
+    weight = torch.randn(T, 8, 64, device="cuda")
+
+    def run(attend, dtype):
+        leaves = [t.requires_grad_() for t in inputs(T, dtype, "cuda", heads=(8, 4, 64))]
+        out = attend(*leaves, seqs(bounds, T, "cuda"))
+        out.backward(weight.to(dtype))
+        return [out.detach().double(), *(t.grad.double() for t in leaves)]
+
+    exact, base, ours = run(tg.sdpa_attention, torch.float32), run(tg.sdpa_attention, torch.bfloat16), run(attend, torch.bfloat16)
+    for e, b, o in zip(exact, base, ours):
+        assert (o - e).norm() <= 2 * (b - e).norm() + 1e-6 * e.norm()
