@@ -66,9 +66,7 @@ def tool(name: str) -> Any:
     except ImportError as error:
         raise UserError(f"{name} cannot be imported ({error}): pip install -r requirements.txt") from error
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------------------
+# ---- Settings ----------------------------------------------------------------------------------------------
 
 PRESETS = {  # defaults to start from; any variable overrides them
     "": {},
@@ -199,7 +197,7 @@ class Config:
                 raise UserError(f"{show(f.name)} is out of range {low} to {high or 'any'}")
         loops, buffer = self.num_loops > 0, self.train_batch_tokens // BUFFERS_PER_STEP
         for wrong, message in (
-            (self.attention not in ("auto", *ATTENTION), f"{show('attention')} is not auto or of {[*ATTENTION]}"),
+            (self.attention not in ("auto", *ATTENTION), f"{show('attention')}: auto, flash3, varlen or sdpa"),
             (self.model_dim % self.num_heads or self.num_heads % self.num_kv_heads,
              f"{show('model_dim', 'num_heads', 'num_kv_heads')}: each must be a multiple of the next"),
             (self.rope_dims % 2 or self.rope_dims > self.head_dim,
@@ -250,9 +248,7 @@ def parse_setting(name: str, raw: str, kind: type) -> Any:
     what = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
     raise UserError(f"{name}={raw!r} is not {what}")
 
-# ------------------------------------------------------------------------------------------------------------
-# Ranks, files, log
-# ------------------------------------------------------------------------------------------------------------
+# ---- Ranks, files, log -------------------------------------------------------------------------------------
 
 class Ranks:
     """The processes of a run: which one this is, where it computes, and the collectives the script needs.
@@ -1000,9 +996,7 @@ class GPT(nn.Module):
                 skips.append(x)
         return ops.head(x, lane, self.embed.to(dtype), batch.targets, see(-1, -1), cfg.logit_softcap)
 
-# ------------------------------------------------------------------------------------------------------------
-# Taps: calibration and test-time training
-# ------------------------------------------------------------------------------------------------------------
+# ---- Taps: calibration and test-time training --------------------------------------------------------------
 
 def hessian_tap(hessians: dict[str, Tensor]) -> Callable:
     """Adds up H = sum of x x' over the inputs of each matrix, all visits of a layer together; plain Ops only.
@@ -1093,9 +1087,7 @@ class Adapters:
                 t.mul_(1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay)
                 t.addcdiv_(grad, (moment / started).sqrt_().add_(1e-10), value=-cfg.ttt_lora_lr)
 
-# ------------------------------------------------------------------------------------------------------------
-# Optimizers
-# ------------------------------------------------------------------------------------------------------------
+# ---- Optimizers --------------------------------------------------------------------------------------------
 
 def orthogonalize(G: Tensor, steps: int) -> Tensor:
     """Newton-Schulz: bring the singular values of each matrix of a bank into .68 .. 1.13, in G's dtype.
@@ -1263,9 +1255,7 @@ class Ema:
     def copy_to_model(self) -> None:
         torch._foreach_copy_(self.weights, self.average)
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
+# ---- Training ----------------------------------------------------------------------------------------------
 
 def lr_scale(progress: float, cfg: Config) -> float:
     """Learning rates over their peaks: 1, then linear towards 0 in the last warmdown_frac, down to min_lr."""
@@ -1628,9 +1618,7 @@ def pack_script() -> bytes:
     squeezed = lzma.compress(small.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
     return (PACKED % base64.b85encode(squeezed).decode()).encode()
 
-# ------------------------------------------------------------------------------------------------------------
-# Scores
-# ------------------------------------------------------------------------------------------------------------
+# ---- Scores ------------------------------------------------------------------------------------------------
 
 UNSCORED = -1.0  # among nll, which are never negative
 
@@ -1822,9 +1810,7 @@ def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
         adapt(model, adapters, depth_plan(cfg, cfg.loops_at_end), ops, this)
     adapters.enter(range(slots))
 
-# ------------------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------------------
+# ---- The run -----------------------------------------------------------------------------------------------
 
 def compiled_graphs() -> int:
     """How many graphs torch.compile has made so far in this process."""
