@@ -197,7 +197,7 @@ class Config:
                 raise UserError(f"{show(f.name)} is out of range {low} to {high or 'any'}")
         loops, buffer = self.num_loops > 0, self.train_batch_tokens // BUFFERS_PER_STEP
         for wrong, message in (
-            (self.attention not in ("auto", *ATTENTION), f"{show('attention')}: auto, flash3, varlen or sdpa"),
+            (self.attention not in ("auto", *ATTENTION), f"{show('attention')}: auto flash3 varlen sdpa"),
             (self.model_dim % self.num_heads or self.num_heads % self.num_kv_heads,
              f"{show('model_dim', 'num_heads', 'num_kv_heads')}: each must be a multiple of the next"),
             (self.rope_dims % 2 or self.rope_dims > self.head_dim,
