@@ -73,10 +73,10 @@ PRESETS = {  # defaults to start from; any variable overrides them
     "smoke": dict(  # the whole pipeline on the bundled Wikipedia text, three minutes on two CPU cores
         DATA_DIR="data/smoke", VOCAB_SIZE=1024, NUM_LAYERS=7, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2,
         ROPE_DIMS=8, LOOP_START=2, LOOP_END=3, PARALLEL_START_LAYER=5, TRAIN_BATCH_TOKENS=2048,
-        TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400, MAX_WALLCLOCK_SECONDS=0,
-        MATRIX_LR=0.08, MUON_MOMENTUM=0.9, MUON_MOMENTUM_WARMUP_START=0.85, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20,
-        GPTQ_CALIBRATION_BATCHES=64, TTT_EVAL_SEQ_LEN=256, TTT_LORA_RANK=8, TTT_BATCH_SIZE=8, TTT_CHUNK_SIZE=32,
-        TTT_LORA_LR=0.004),
+        TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400,
+        MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08, MUON_MOMENTUM=0.9,
+        MUON_MOMENTUM_WARMUP_START=0.85, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8, TTT_CHUNK_SIZE=32,
+        TTT_LORA_RANK=8, TTT_LORA_LR=0.004),
 }
 DROPPED = {  # settings of this script's ancestors that would change nothing here, and so are refused
     "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE "
@@ -111,7 +111,7 @@ class Config:
     vocab_size: int = knob(8192, 1, 65536)  # pieces of the tokenizer; part of the data files' names
     train_batch_tokens: int = knob(786_432, 8)  # tokens of an optimizer step, over all ranks
     train_seq_len: int = knob(2048, 1)  # longest span of a document that training sees as one context
-    val_batch_tokens: int = knob(524_288, 1)  # tokens of a plain evaluation forward, over all ranks
+    val_batch_tokens: int = knob(524_288, 1)  # plain evaluation: 8 forwards of one rank, or one of 8 ranks
     eval_seq_len: int = knob(2048, 1)  # longest span of a document in plain evaluation
     val_doc_fraction: float = knob(1.0, 1e-9, 1.0)  # score only this first part of the validation documents
     # model
@@ -493,11 +493,12 @@ class Batch(NamedTuple):
     targets: Tensor  # (T,) the token to predict, or IGNORE
     seqs: Seqs
 
-    def to(self, device: torch.device) -> "Batch":
-        move = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-        cu_seqlens, positions, max_seqlen = self.seqs
-        seqs = Seqs(move(cu_seqlens), move(positions), max_seqlen)
-        return Batch(move(self.tokens), move(self.targets), seqs)
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a NamedTuple with all tensors in it, on the device; the host does not wait."""
+    if isinstance(value, tuple):
+        return type(value)(*(to_device(v, device) for v in value))
+    pinned = isinstance(value, Tensor) and device.type == "cuda"
+    return value.pin_memory().to(device, non_blocking=True) if pinned else value
 
 def span_bounds(starts: np.ndarray, total: int, max_len: int) -> np.ndarray:
     """Boundaries of the documents at `starts` in a buffer of `total`, cut into spans of at most max_len."""
@@ -578,7 +579,7 @@ class PackedLoader:
             while ahead:
                 batch = ahead.popleft().result()
                 ahead.extend(pool.submit(self.buffer, n) for n in itertools.islice(numbers, 1))
-                yield batch.to(device)
+                yield to_device(batch, device)
 
 class Validation(NamedTuple):
     """The validation stream in its own order. Target j is token j + 1, so a document's last one is a BOS."""
@@ -1322,7 +1323,7 @@ class Trainer:
         tokens = rng.integers(0, cfg.vocab_size, loader.buffer_tokens + 1)
         bounds = span_bounds(np.arange(0, loader.buffer_tokens, 600), loader.buffer_tokens, cfg.train_seq_len)
         batch = make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len)
-        batch = batch.to(self.ranks.device)
+        batch = to_device(batch, self.ranks.device)
         with preserved(self.model, self.optimizers):
             for plan in self.plans if cfg.loops_at_end else self.plans[:1]:
                 for _ in range(cfg.warmup_steps):
@@ -1351,7 +1352,8 @@ class Trainer:
                 if records and (progress >= 1 or self.steps <= 3 or self.steps % cfg.train_log_every == 0):
                     self.report(records, seconds, progress)
                     records = []
-                if cfg.val_loss_every and (progress >= 1 or self.steps % cfg.val_loss_every == 0):
+                every = self.steps and cfg.val_loss_every
+                if every and (progress >= 1 or self.steps % every == 0):
                     since = time.perf_counter()
                     log(f"step:{self.steps}/{cfg.iterations} {validate()}")
                     phase.began += time.perf_counter() - since
@@ -1685,12 +1687,13 @@ def evaluate(run: Run, model: GPT, val: Validation) -> Tensor:
                   for start, length in zip(val.starts[mine].tolist(), val.lengths[mine].tolist())
                   for lo in range(start, start + length, cfg.eval_seq_len))
     while spans:
-        some, room = [], max(cfg.eval_seq_len, cfg.val_batch_tokens // ranks.world)
+        some, room = [], max(cfg.eval_seq_len, cfg.val_batch_tokens // max(ranks.world, BUFFERS_PER_STEP))
         while spans and spans[0][1] - spans[0][0] <= room:
             some.append(spans.popleft())
             room -= some[-1][1] - some[-1][0]
         batch, which = pack_spans(val, some, cfg.eval_seq_len)
-        nll[torch.from_numpy(which).to(ranks.device)] = model(batch.to(ranks.device), plan, run.ops)
+        which = to_device(torch.from_numpy(which), ranks.device)
+        nll[which] = model(to_device(batch, ranks.device), plan, run.ops)
     nll = gather_scores(nll, ranks, "plain evaluation")
     if (nll == UNSCORED).any():
         raise RuntimeError(f"plain evaluation: {int((nll == UNSCORED).sum())} targets were not scored")
@@ -1736,9 +1739,6 @@ class Round(NamedTuple):
     weight: Tensor  # (T,) in the loss to learn from: 1/chunk in a chunk that its document goes on after
     learns: bool  # whether there is any
 
-    def to(self, device: torch.device) -> "Round":
-        return Round(self.batch.to(device), *(t.to(device) for t in self[1:5]), self.learns)
-
 def make_round(val: Validation, turns: list[Turn], cfg: Config, multiple: int) -> Round:
     """Pack the windows of all turns, to a multiple of `multiple` positions."""
     chunk, spans, scored, weights = cfg.ttt_chunk_size, [], [], []
@@ -1778,7 +1778,7 @@ def rounds(run: Run, val: Validation) -> Iterator[tuple[list[int], Round, float]
     for entering, turns in schedule(val.lengths[mine].tolist(), cfg.ttt_batch_size, chunk):
         turns = [(slot, mine[d], c) for slot, d, c in turns]
         this = make_round(val, turns, cfg, multiple=512 if ranks.on_gpu else 1)
-        yield entering, this.to(ranks.device), done / costs[mine].sum()
+        yield entering, to_device(this, ranks.device), done / costs[mine].sum()
         done += int(this.batch.seqs.cu_seqlens[len(turns)])
 
 def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, ops: Ops,
@@ -1894,9 +1894,11 @@ def score(run: Run, model: GPT, val: Validation, result: dict) -> None:
             ops = ops.compiled(any_length=True)
             if ops.compilable:
                 rehearse(run, model, adapters, ops)
+        graphs = compiled_graphs()
         with log.phase("adapt", "scoring"):
             left = cfg.eval_max_seconds - log.spent("scoring") if cfg.eval_max_seconds else math.inf
             adapted = score_documents(run, model, val, adapters, ops, time.perf_counter() + left)
+        log(f"adapt: recompilations:{compiled_graphs() - graphs}")
         missed = int((adapted == UNSCORED).sum())
         nll = torch.where(adapted == UNSCORED, nll, adapted)
         if missed:

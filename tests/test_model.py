@@ -165,14 +165,14 @@ def test_compiled_forward_is_as_exact_as_bf16_allows():
     docs = documents(700, 1, 300, 47, 1000)
     batch = batch_of(docs, max_spans=8, max_len=2048)
     exact = model(batch, plan).detach()
-    model, batch = model.cuda(), batch.to(torch.device("cuda"))
+    model, batch = model.cuda(), tg.to_device(batch, torch.device("cuda"))
     plain, fast = tg.Ops(attend=tg.choose_attention("varlen", batch.tokens.device)), tg.Ops.choose(cfg, batch.tokens.device)
     for ops in (fast.compiled(), fast.compiled(any_length=True)):
         base, ours = (model(batch, plan, o).detach().cpu() for o in (plain, ops))
         assert (ours - exact).norm() <= 2 * (base - exact).norm()
         model(batch, plan, ops).mean().backward()
         graphs = tg.compiled_graphs()
-        shorter = batch_of(docs[:2], max_spans=8, max_len=2048).to(batch.tokens.device)
+        shorter = tg.to_device(batch_of(docs[:2], max_spans=8, max_len=2048), batch.tokens.device)
         for p in (plan, tg.depth_plan(cfg, False)):
             model(batch, p, ops).mean().backward()
         assert tg.compiled_graphs() == graphs
