@@ -29,7 +29,6 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -186,35 +185,37 @@ class Config:
             if name.startswith(("TTT_", "GPTQ_", "MUON_")) and name not in knobs:
                 raise UserError(f"{name} is not a setting of this script: unset it or look up its name")
         if (preset := env.get("PRESET", "")) not in PRESETS:
-            raise UserError(f"PRESET={preset!r} is none of {', '.join(filter(None, PRESETS))}")
+            raise UserError(f"PRESET={preset!r} is none of {[*PRESETS]}")
         given = {n: str(raw) for n, raw in {**PRESETS[preset], **env}.items() if n in knobs and raw != ""}
         return cls(**{n.lower(): parse_setting(n, raw, type(knobs[n].default)) for n, raw in given.items()})
 
     def __post_init__(self):
-        show = lambda *names: ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
         for f in dataclasses.fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if low is not None and not low <= value <= (math.inf if high is None else high):
-                raise UserError(f"{show(f.name)} is out of range {low} to {high or 'any'}")
+                raise UserError(f"{f.name.upper()}={value} is out of range, from {low} to {high or math.inf}")
         loops, buffer = self.num_loops > 0, self.train_batch_tokens // BUFFERS_PER_STEP
-        for wrong, message in (
-            (self.attention not in ("auto", *ATTENTION), f"{show('attention')}: auto flash3 varlen sdpa"),
+        for wrong, names, why in (
+            (self.attention not in ("auto", *ATTENTION), "attention", "is none of auto flash3 varlen sdpa"),
             (self.model_dim % self.num_heads or self.num_heads % self.num_kv_heads,
-             f"{show('model_dim', 'num_heads', 'num_kv_heads')}: each must be a multiple of the next"),
-            (self.rope_dims % 2 or self.rope_dims > self.head_dim,
-             f"{show('rope_dims')} must be even and at most MODEL_DIM/NUM_HEADS={self.head_dim}"),
-            (self.model_dim * self.mlp_mult % 1, f"{show('model_dim', 'mlp_mult')} give a fractional width"),
+             "model_dim num_heads num_kv_heads", "must each be a multiple of the next"),
+            (self.rope_dims % 2 or self.rope_dims > self.head_dim, "rope_dims model_dim num_heads",
+             "must give an even number of dims of a head"),
+            (self.model_dim * self.mlp_mult % 1, "model_dim mlp_mult", "give a fractional width"),
             (loops and not self.loop_start <= self.loop_end < min(self.num_layers, self.parallel_start_layer),
-             f"{show('loop_start', 'loop_end')}: layers in order, below NUM_LAYERS and PARALLEL_START_LAYER"),
+             "loop_start loop_end num_layers parallel_start_layer", "must be in order, the loop apart"),
             (self.train_batch_tokens % BUFFERS_PER_STEP or self.train_seq_len > buffer,
-             f"{show('train_batch_tokens')} must be 8 buffers of at least {show('train_seq_len')} tokens"),
-            (self.eval_seq_len > self.val_batch_tokens or self.ttt_chunk_size > self.ttt_eval_seq_len,
-             f"{show('val_batch_tokens', 'ttt_eval_seq_len')} < {show('eval_seq_len', 'ttt_chunk_size')}"),
+             "train_batch_tokens train_seq_len", "a step must be 8 buffers of at least a span each"),
+            (self.eval_seq_len > self.val_batch_tokens, "val_batch_tokens eval_seq_len",
+             "a batch must hold a span"),
+            (self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_eval_seq_len ttt_chunk_size",
+             "a window must hold a chunk"),
             (0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds,
-             f"{show('gptq_reserve_seconds')} leaves nothing of {show('max_wallclock_seconds')}"),
+             "max_wallclock_seconds gptq_reserve_seconds", "the reserve leaves nothing to train in"),
         ):
             if wrong:
-                raise UserError(message)
+                given = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names.split())
+                raise UserError(f"{given}: {why}")
 
     @property
     def head_dim(self) -> int:
@@ -231,6 +232,9 @@ class Config:
     @property
     def loops_at_end(self) -> bool:
         return self.num_loops > 0 and self.enable_looping_at < 1
+
+    def pick(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
 
 # Settings without which saved weights do not mean what they meant; settings on which quantization depends
 MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base
@@ -414,7 +418,7 @@ def find_data(cfg: Config, train: bool) -> DataFiles:
     name = f"datasets/fineweb10B_sp{cfg.vocab_size}"
     root = next((root for root in roots if (root / name).is_dir()), None)
     if root is None:
-        raise UserError(f"DATA_DIR={cfg.data_dir}: no {name} in {' or '.join(map(str, roots))}; fetch it by "
+        raise UserError(f"DATA_DIR={cfg.data_dir}: no {name} in any of {[*map(str, roots)]}; fetch it by "
                         "data/download.py or make it by data/prepare.py")
     shards = lambda kind: sorted((root / name).glob(f"fineweb_{kind}_*.bin"))
     files = DataFiles(root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model", shards("train"), shards("val"))
@@ -1333,11 +1337,11 @@ class Trainer:
         """Numbers of the buffers that this rank computes, step after step."""
         return itertools.count(self.ranks.rank, self.ranks.world)
 
-    def train(self, validate: Callable[[], str]) -> None:
+    def train(self, validate: Callable[[], "Score"]) -> None:
         """Step until the training clock less its reserve is spent, or `iterations` done; leave the average.
 
         All ranks go by the largest of their clocks, so learning rates agree and all stop together. It stands
-        still during `validate`, which returns a line to log. The host is two steps ahead of the GPU at most.
+        still during `validate`, the plain score of now. The host is two steps ahead of the GPU at most.
         """
         cfg, ranks, log = self.cfg, self.ranks, self.log
         budget = cfg.max_wallclock_seconds and cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
@@ -1355,7 +1359,9 @@ class Trainer:
                 every = self.steps and cfg.val_loss_every
                 if every and (progress >= 1 or self.steps % every == 0):
                     since = time.perf_counter()
-                    log(f"step:{self.steps}/{cfg.iterations} {validate()}")
+                    current = validate()
+                    log(f"step:{self.steps}/{cfg.iterations} {current}")
+                    log.metrics("validation", step=self.steps, val_loss=current.loss, val_bpb=current.bpb)
                     phase.began += time.perf_counter() - since
                 if progress >= 1:
                     break
@@ -1439,7 +1445,7 @@ def gptq(W: Tensor, H: Tensor, bits: int, clip_sigmas: float, block: int = 128) 
     return codes[:, order.argsort()].to(torch.int8), scale
 
 class Group(NamedTuple):
-    """Matrices with one input, quantized together."""
+    """Matrices with one input, quantized together: q, k and v; or a single one."""
     names: tuple[str, ...]
     hessian: str
     bits: int
@@ -1524,18 +1530,15 @@ def restore(model: GPT, tensors: dict[str, Tensor]) -> None:
 
 def fingerprint(model: GPT, cfg: Config) -> str:
     """Of the weights and the settings of quantization: says what an artifact was made from."""
-    digest = hashlib.blake2b(repr([getattr(cfg, name) for name in QUANT_SETTINGS]).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr(cfg.pick(QUANT_SETTINGS)).encode(), digest_size=DIGEST_BYTES)
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
-def model_settings(cfg: Config) -> dict[str, Any]:
-    return {name: getattr(cfg, name) for name in MODEL_SETTINGS}
-
 def export(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int, path: Path) -> bytes:
     """Quantize, write the artifact, return it as read back. Steps widen until code + model fit the cap."""
     cfg, ranks, widen = run.cfg, run.ranks, 1.0
-    settings = {"model": model_settings(cfg), "made_from": fingerprint(model, cfg)}
+    settings = {"model": cfg.pick(MODEL_SETTINGS), "made_from": fingerprint(model, cfg)}
     for _ in range(10):
         tensors = quantize(run, model, hessians, widen)
         blob = pack_artifact(settings, tensors) if ranks.is_main else b""
@@ -1554,7 +1557,7 @@ def save_checkpoint(model: GPT, cfg: Config, steps: int, path: Path) -> None:
     """Write the weights before quantization, and what calibrating again needs to know."""
     weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
     file = io.BytesIO()
-    torch.save({"model": model_settings(cfg), "steps": steps, "weights": weights}, file)
+    torch.save({"model": cfg.pick(MODEL_SETTINGS), "steps": steps, "weights": weights}, file)
     write_file(path, file.getvalue())
 
 def open_saved(run: Run, model: GPT) -> tuple[bytes, int]:
@@ -1570,7 +1573,7 @@ def open_saved(run: Run, model: GPT) -> tuple[bytes, int]:
         saved = unpack_artifact(data, path)[0] if is_artifact else load()
         wrong = [f"{name.upper()}={v}" for name, v in saved["model"].items() if v != getattr(cfg, name)]
         if wrong:
-            raise UserError(f"EVAL_ONLY_PATH={path} was made with other settings: set {' '.join(wrong)}")
+            raise UserError(f"EVAL_ONLY_PATH={path} was made with other settings: set " + " ".join(wrong))
         if is_artifact:
             return data, 0
         model.load_state_dict(saved["weights"])
@@ -1829,17 +1832,18 @@ def open_run(run: Run) -> dict[str, Any]:
     """Head of the log, packed script, checks of what would else fail late; returns the result's beginning."""
     cfg, ranks, log, ops = run
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    settings = cfg.pick(f.name for f in dataclasses.fields(cfg))
     changed = [f"{name}:{value}" for name, value in settings.items() if value != getattr(Config, name)]
     log(f"run_id:{log.run_id} artifact_dir:{log.folder} code_sha256:{digest}")
     log("versions: " + " ".join(f"{name}:{version}" for name, version in versions().items()))
     log("settings other than the record's: " + (" ".join(changed) or "none"))
+    log.metrics("settings", **settings, world_size=ranks.world)
     log("all settings: " + " ".join(f"{name}:{value}" for name, value in settings.items()), console=False)
+    mlp, compiling = "Triton kernel" if ops.fused_mlp else "PyTorch", "on" if ops.compilable else "off"
     log(f"device:{device_name(ranks.device)} world_size:{ranks.world} dtype:{compute_dtype(ranks.device)} "
-        f"attention:{ops.attend.__name__} mlp:{'Triton kernel' if ops.fused_mlp else 'PyTorch'} "
-        f"compile:{'on' if ops.compilable else 'off'}")
-    source = Path(globals().get("UNPACKED", __file__)).read_text()
-    log(f"{'=' * 100}\n{source}\n{'=' * 100}", console=False)
+        f"attention:{ops.attend.__name__} mlp:{mlp} compile:{compiling}")
+    source, rule = Path(globals().get("UNPACKED", __file__)).read_text(), "=" * 100
+    log(f"{rule}\n{source}\n{rule}", console=False)
     for name in ("brotli", "sentencepiece"):
         tool(name)
     if cfg.save_scores and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):
@@ -1851,7 +1855,7 @@ def open_run(run: Run) -> dict[str, Any]:
                 packed_sha256=hashlib.sha256(packed).hexdigest(), code_bytes=len(packed),
                 hardware=f"{ranks.world} x {device_name(ranks.device)}", versions=versions())
 
-def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[], str]) -> int:
+def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[], Score]) -> int:
     """Warm up and train; leaves the average of the weights in the model, returns the number of steps."""
     trainer = Trainer(run, model, loader)
     with run.log.phase("warm-up"):
@@ -1866,7 +1870,7 @@ def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[], str
     return trainer.steps
 
 def produce(run: Run, model: GPT, steps: int, files: DataFiles, bos: int, result: dict,
-            validate: Callable[[], str]) -> bytes:
+            validate: Callable[[], Score]) -> bytes:
     """Train unless a checkpoint has its steps, calibrate, export; returns the artifact, keeps the weights."""
     cfg, ranks, log, _ = run
     local_buffers, buffer_tokens = split_step(cfg, ranks.world)
@@ -1930,7 +1934,7 @@ def compete(run: Run) -> dict[str, Any]:
         if free < need:
             raise UserError(f"ARTIFACT_DIR={log.folder}: {free >> 20} MiB are free, a run needs {need >> 20}")
     validation = functools.cache(lambda: load_validation(files.val, tokenizer, cfg))
-    validate = lambda: str(Score.of(evaluate(run, model, validation()), validation()))
+    validate = lambda: Score.of(evaluate(run, model, validation()), validation())
     if not blob:
         blob = produce(run, model, steps, files, tokenizer.bos, result, validate)
     result.update(model_bytes=len(blob), total_bytes=result["code_bytes"] + len(blob), cap_bytes=CAP_BYTES)
@@ -1941,7 +1945,7 @@ def compete(run: Run) -> dict[str, Any]:
             f"bytes:{val.token_bytes.sum()} documents_a_byte_short:{val.begin_with_space} (a space first)")
     if has_weights:
         with log.phase("score unquantized"):
-            unquantized = Score.of(evaluate(run, model, val), val)
+            unquantized = validate()
             log(f"unquantized {unquantized}")
         result.update(val_loss_unquantized=unquantized.loss, val_bpb_unquantized=unquantized.bpb)
     restore(model, unpack_artifact(blob, Path("artifact"))[1])

@@ -88,12 +88,14 @@ def in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, path: pathlib.Path) -> None:
     """Train the challenge's kind of SentencePiece model: BPE, byte fallback, identity normalisation, no dummy prefix."""
+    taken = 0
+
     def limited():
-        left = max_bytes
+        nonlocal taken
         for text in documents:
-            if left <= 0:
+            if taken >= max_bytes:
                 return
-            left -= len(text.encode())
+            taken += len(text.encode())
             yield text
 
     part = path.with_name(path.name + ".part")
@@ -106,6 +108,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, p
                 num_threads=os.cpu_count() or 1, minloglevel=2)
     except RuntimeError as error:
         part.unlink(missing_ok=True)
+        if not taken:
+            raise PrepareError("no document is left for training after the first --val-docs") from None
         raise PrepareError(f"--vocab-size {vocab_size}: SentencePiece cannot train on these documents: {error}") from error
     part.rename(path)
 
@@ -159,7 +163,7 @@ def encode_batch(texts: list[str]) -> Encoded:
 def mismatches(texts: list[str], documents: list[np.ndarray]) -> int:
     """How many token documents do not decode to the text at the same place."""
     decoded = _tokenizer.decode([ids[1:].tolist() for ids in documents])
-    return sum(a != b for a, b in zip(texts, decoded, strict=True))
+    return sum(a != b for a, b in zip(texts, decoded)) + abs(len(texts) - len(decoded))
 
 
 def bounded_map(pool: concurrent.futures.Executor, function, batches: Iterable, depth: int) -> Iterator[tuple]:
@@ -266,7 +270,7 @@ def write_split(job: Job, split: str, limit: int, held_out: set[bytes]) -> tuple
     writer.close()
     bar.close()
     if not writer.documents:
-        raise PrepareError(f"no document is left for the {split} shards: the input has {len(kept)} for them")
+        raise PrepareError(f"no document is left for the {split} shards, of {len(kept)} in the input")
     counts.update(documents=writer.documents, tokens=writer.tokens)
     return counts, writer.paths, kept
 

@@ -71,7 +71,7 @@ def blob_of(model):
     hessians = {g.hessian: torch.eye(m.size(1)) for g in tg.quantization_groups(CFG)
                 for m in [dict(model.named_matrices(), embed=model.embed)[g.names[0]]]}
     run = tg.Run(CFG, tg.Ranks(), lambda *a, **k: None, tg.Ops())
-    return tg.pack_artifact({"model": tg.model_settings(CFG)}, tg.quantize(run, model, hessians, 1.0))
+    return tg.pack_artifact({"model": CFG.pick(tg.MODEL_SETTINGS)}, tg.quantize(run, model, hessians, 1.0))
 
 
 def test_any_damage_is_refused():

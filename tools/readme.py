@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Keep the parts of README.md that follow from train_gpt.py as they should be: the table of variables and the map.
+
+    python tools/readme.py            # rewrite them
+    python tools/readme.py --check    # exit status 1 if they are out of date
+"""
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCRIPT, README = ROOT / "train_gpt.py", ROOT / "README.md"
+
+
+def variables(source: str) -> str:
+    """Markdown table of every setting: name, default, range, meaning, from the fields of Config and their comments."""
+    body = source[source.index("class Config:") : source.index("    @classmethod\n    def from_env")]
+    rows = ["| variable | default | range | meaning |", "|---|---|---|---|"]
+    for line in body.splitlines():
+        if group := re.fullmatch(r"    # (.+)", line):
+            rows.append(f"| **{group[1]}** | | | |")
+        elif field := re.fullmatch(r"    (\w+): (\w+) = knob\((.+)\)  # (.+)", line):
+            name, kind, arguments, meaning = field.groups()
+            default, *bounds = [a.strip() for a in arguments.split(",")]
+            shown = {"True": "1", "False": "0", '""': ""}.get(default, default.replace("_", "").strip('"'))
+            limits = {0: "", 1: f"≥ {bounds[0]}" if bounds else "", 2: f"{bounds[0]} … {bounds[-1]}" if bounds else ""}[len(bounds)]
+            limits = "0 or 1" if kind == "bool" else limits.replace("2**63 - 1", "2⁶³ − 1")
+            rows.append(f"| `{name.upper()}` | {shown} | {limits} | {meaning} |")
+    return "\n".join(rows)
+
+
+def file_map(source: str) -> str:
+    """Markdown table of the sections of the script with line numbers and what each defines."""
+    lines = source.splitlines()
+    starts = [(i, m[1].strip()) for i, line in enumerate(lines)
+              if (m := re.match(r"# ---- (.+?) -+$", line)) or (lines[i - 1].startswith("# -----") and (m := re.match(r"# ([A-Z].+)", line))
+                                                               and not lines[i - 2].startswith("#"))]
+    rows = ["| lines | section | defines |", "|---|---|---|"]
+    for (start, title), (end, _) in zip(starts, starts[1:] + [(len(lines), "")]):
+        names = re.findall(r"^(?:def|class) (\w+)", "\n".join(lines[start:end]), flags=re.M)
+        rows.append(f"| {start + 1}–{end} | {title.split(':')[0]} | {', '.join(f'`{n}`' for n in names)} |")
+    return "\n".join(rows)
+
+
+def updated(readme: str, source: str) -> str:
+    for marker, text in (("variables", variables(source)), ("map", file_map(source))):
+        pattern = rf"(<!-- {marker} -->\n).*?(\n<!-- /{marker} -->)"
+        if not re.search(pattern, readme, flags=re.S):
+            raise SystemExit(f"error: README.md lacks the markers <!-- {marker} --> and <!-- /{marker} -->")
+        readme = re.sub(pattern, lambda m: m[1] + text + m[2], readme, flags=re.S)
+    return readme
+
+
+def main() -> int:
+    old = README.read_text(encoding="utf-8")
+    new = updated(old, SCRIPT.read_text())
+    if "--check" in sys.argv[1:]:
+        return int(old != new)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
