@@ -244,12 +244,10 @@ QUANT_SETTINGS = """seed train_batch_tokens train_seq_len gptq_calibration_batch
 
 def parse_setting(name: str, raw: str, kind: type) -> Any:
     """One environment variable as bool, int, float or str."""
-    try:
+    with contextlib.suppress(KeyError, ValueError):
         value = {"0": False, "1": True}[raw] if kind is bool else kind(raw)
         if kind is not float or math.isfinite(value):
             return value
-    except (KeyError, ValueError):
-        pass
     what = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
     raise UserError(f"{name}={raw!r} is not {what}")
 
@@ -887,7 +885,11 @@ class Ops(NamedTuple):
     @classmethod
     def choose(cls, cfg: Config, device: torch.device) -> "Ops":
         """The fastest that this machine has, not compiled."""
-        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        on_gpu, widths = device.type == "cuda", (cfg.vocab_size, cfg.model_dim, cfg.kv_dim, cfg.head_dim,
+                                                 cfg.mlp_dim, cfg.ttt_lora_rank)
+        if on_gpu and any(width % 8 for width in widths):
+            raise UserError(f"VOCAB_SIZE, MODEL_DIM, widths, TTT_LORA_RANK {widths}: GPUs want multiples of 8")
+        hopper = on_gpu and torch.cuda.get_device_capability(device)[0] == 9
         fused_mlp = hopper and importlib.util.find_spec("triton") is not None
         return cls(choose_attention(cfg.attention, device), fused_mlp)
 
@@ -1768,40 +1770,39 @@ def adapt(model: GPT, adapters: Adapters, plan: Plan, ops: Ops, this: Round) -> 
         adapters.learn((nll * this.weight).sum())  # 2. then learn from what has just been scored
     return final
 
-def rounds(run: Run, val: Validation) -> Iterator[tuple[list[int], Round, float]]:
-    """(slots whose document is new, the round, done fraction of the work before it) of this rank's documents.
+def rounds(run: Run, val: Validation) -> Iterator[tuple[list[int], Round, float, int]]:
+    """(slots whose document is new, the round, fraction of work and documents done before it) of this rank.
 
     Documents are dealt to ranks whole and in order, by the tokens in their windows.
     """
-    cfg, ranks = run.cfg, run.ranks
-    chunk, context = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
-    costs = np.array([sum(hi - lo for lo, hi in (window(c, n, chunk, context) for c in range(-(-n // chunk))))
-                      for n in val.lengths.tolist()])
-    mine, done = np.flatnonzero(deal(costs, ranks.world) == ranks.rank), 0
+    cfg, ranks, done, entered = run.cfg, run.ranks, 0, 0
+    chunk, counts = cfg.ttt_chunk_size, -(-val.lengths // cfg.ttt_chunk_size)
+    sizes = np.minimum(np.arange(1, counts.max() + 1) * chunk, cfg.ttt_eval_seq_len)  # of windows, by chunk
+    costs = np.append(0, np.cumsum(sizes))[counts]
+    mine = np.flatnonzero(deal(costs, ranks.world) == ranks.rank)
     for entering, turns in schedule(val.lengths[mine].tolist(), cfg.ttt_batch_size, chunk):
-        turns = [(slot, mine[d], c) for slot, d, c in turns]
-        this = make_round(val, turns, cfg, multiple=512 if ranks.on_gpu else 1)
-        yield entering, to_device(this, ranks.device), done / costs[mine].sum()
-        done += int(this.batch.seqs.cu_seqlens[len(turns)])
+        this = make_round(val, [(slot, mine[d], c) for slot, d, c in turns], cfg, 512 if ranks.on_gpu else 1)
+        entered += len(entering)
+        yield entering, to_device(this, ranks.device), done / costs[mine].sum(), entered - len(turns)
+        done += sizes[[c for _, _, c in turns]].sum()
 
 def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, ops: Ops,
                     deadline: float) -> Tensor:
     """nll of every target by test-time training, (targets,); UNSCORED past the deadline (perf_counter)."""
-    ranks, plan = run.ranks, depth_plan(run.cfg, run.cfg.loops_at_end)
-    began, lines = time.perf_counter(), 1
-    nll = torch.full((len(val.token_bytes),), UNSCORED, device=ranks.device)
-    for entering, this, done in rounds(run, val):
+    plan, began, lines = depth_plan(run.cfg, run.cfg.loops_at_end), time.perf_counter(), 1
+    nll = torch.full((len(val.token_bytes),), UNSCORED, device=run.ranks.device)
+    for entering, this, done, documents in rounds(run, val):
         if time.perf_counter() > deadline:
             break
         if done >= lines / 10:  # ten lines about what this rank has so far
-            lines, seconds, sofar = lines + 1, time.perf_counter() - began, nll.cpu().double()
-            known = (sofar != UNSCORED).numpy()
-            bpb = Score(sofar.numpy()[known].sum(), known.sum(), val.token_bytes[known].sum()).bpb
-            run.log(f"ttt_progress: done:{done:.0%} tokens:{known.sum()} val_bpb:{bpb:.6f} "
-                    f"elapsed:{seconds:.0f}s eta:{seconds / done - seconds:.0f}s")
+            lines, seconds, sofar = lines + 1, time.perf_counter() - began, nll.cpu().double().numpy()
+            known = sofar != UNSCORED
+            bpb = Score(sofar[known].sum(), known.sum(), val.token_bytes[known].sum()).bpb
+            run.log(f"ttt_progress: documents:{documents} tokens:{known.sum()} val_bpb:{bpb:.6f} "
+                    f"done:{done:.0%} elapsed:{seconds:.0f}s eta:{seconds / done - seconds:.0f}s")
         adapters.enter(entering)
         nll[this.where] = adapt(model, adapters, plan, ops, this)
-    return gather_scores(nll, ranks, "test-time training")
+    return gather_scores(nll, run.ranks, "test-time training")
 
 def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
     """Compile what adaptation needs on random tokens, before its clock; leaves the adapters as new."""
@@ -1810,7 +1811,7 @@ def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
     starts = np.arange(slots) * cfg.ttt_eval_seq_len
     val = Validation(tokens, np.ones(len(tokens) - 1), starts, np.full(slots, cfg.ttt_eval_seq_len), 0)
     alone = run._replace(ranks=Ranks(device=str(run.ranks.device)))
-    for _, this, _ in itertools.islice(rounds(alone, val), 3):
+    for _, this, *_ in itertools.islice(rounds(alone, val), 3):
         adapt(model, adapters, depth_plan(cfg, cfg.loops_at_end), ops, this)
     adapters.enter(range(slots))
 
@@ -1844,8 +1845,7 @@ def open_run(run: Run) -> dict[str, Any]:
         f"attention:{ops.attend.__name__} mlp:{mlp} compile:{compiling}")
     source, rule = Path(globals().get("UNPACKED", __file__)).read_text(), "=" * 100
     log(f"{rule}\n{source}\n{rule}", console=False)
-    for name in ("brotli", "sentencepiece"):
-        tool(name)
+    tool("brotli"), tool("sentencepiece")
     if cfg.save_scores and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):
         raise UserError(f"SAVE_SCORES={cfg.save_scores}: its folder is missing or not writable")
     packed = pack_script()

@@ -86,7 +86,7 @@ def every_target_once() -> bool:
     """All documents, all targets, the tail: counted where scores are written."""
     docs, count = documents(), np.zeros(sum(LENGTHS) - 1, dtype=int)
     run = tg.Run(CFG, tg.Ranks(), lambda *a, **k: None, tg.Ops())
-    for _, this, _ in tg.rounds(run, validation(docs)):
+    for _, this, *_ in tg.rounds(run, validation(docs)):
         np.add.at(count, this.where.numpy(), 1)
     return bool((count == 1).all())
 

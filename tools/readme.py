@@ -44,10 +44,10 @@ def file_map(source: str) -> str:
 
 def updated(readme: str, source: str) -> str:
     for marker, text in (("variables", variables(source)), ("map", file_map(source))):
-        pattern = rf"(<!-- {marker} -->\n).*?(\n<!-- /{marker} -->)"
+        pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
         if not re.search(pattern, readme, flags=re.S):
             raise SystemExit(f"error: README.md lacks the markers <!-- {marker} --> and <!-- /{marker} -->")
-        readme = re.sub(pattern, lambda m: m[1] + text + m[2], readme, flags=re.S)
+        readme = re.sub(pattern, lambda m: m[1] + text + "\n" + m[2], readme, flags=re.S)
     return readme
 
 
