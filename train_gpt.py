@@ -885,13 +885,13 @@ class Ops(NamedTuple):
     @classmethod
     def choose(cls, cfg: Config, device: torch.device) -> "Ops":
         """The fastest that this machine has, not compiled."""
-        on_gpu = device.type == "cuda"
         widths = cfg.vocab_size, cfg.model_dim, cfg.kv_dim, cfg.head_dim, cfg.mlp_dim, cfg.ttt_lora_rank
-        if on_gpu and any(width % 8 for width in widths):
+        if device.type == "cuda" and any(width % 8 for width in widths):
             raise UserError("VOCAB_SIZE, MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT and TTT_LORA_RANK give "
                             f"widths {widths}: a GPU wants multiples of 8")
-        hopper = on_gpu and torch.cuda.get_device_capability(device)[0] == 9
-        return cls(choose_attention(cfg.attention, device), hopper and bool(importlib.util.find_spec("triton")))
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        return cls(choose_attention(cfg.attention, device),
+                   fused_mlp=hopper and importlib.util.find_spec("triton") is not None)
 
     @property
     def compilable(self) -> bool:
