@@ -27,6 +27,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -41,6 +42,7 @@ import os
 import platform
 import shutil
 import sys
+import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,17 +55,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CAP_BYTES = 16_000_000  # decimal: code + model, as files
+CLOCK_SECONDS = 600  # of training, and of scoring
 BUFFERS_PER_STEP = 8  # a step's tokens are packed into this many buffers, shared out among ranks
 
 class UserError(Exception):
     """A mistake in settings, files or machine. Its text is one line that names what to change."""
 
-def tool(name: str) -> Any:
+def tool(name: str, remedy: str = "pip install -r requirements.txt") -> Any:
     """Import a dependency at its first use, so that importing this file needs only torch and numpy."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{name} cannot be imported ({error}): pip install -r requirements.txt") from error
+        raise UserError(f"{name} cannot be imported ({error}): {remedy}") from error
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
@@ -122,7 +125,7 @@ class Config:
     rope_dims: int = knob(16, 0)  # dims of each head that know the position
     rope_base: float = knob(10_000.0, 1.0)  # longest wavelength of the rotation over 2 pi
     qk_gain_init: float = knob(5.0, 0.0)  # initial gain of each query head
-    logit_softcap: float = knob(30.0, 1e-3)  # logits stay within plus and minus this
+    logit_softcap: float = knob(30.0, 1e-3, 40.0)  # logits stay within plus and minus this
     tied_embed_init_std: float = knob(0.005, 0.0)  # initial standard deviation of the embedding
     num_loops: int = knob(2, 0, 100)  # extra passes over layers LOOP_START to LOOP_END
     loop_start: int = knob(3, 0)  # first layer of the loop
@@ -174,19 +177,26 @@ class Config:
     eval_max_seconds: float = knob(600.0, 0.0)  # scoring clock; the rest keeps its plain score; 0: none
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Config":
-        """Read all settings from `env`; UserError names a variable that is dropped, misspelt or malformed."""
+    def from_env(cls, env: Mapping[str, str] = os.environ, saved: Mapping[str, Any] = {}) -> "Config":
+        """Settings by `env`, else as `saved` with a model, else by the preset, else the record's.
+
+        UserError names a variable that is dropped, misspelt or malformed.
+        """
         knobs = {f.name.upper(): f for f in dataclasses.fields(cls)}
         for why, names in DROPPED.items():
             for name in names.split():
                 if name in env:
                     raise UserError(f"{name} is not a setting of this script ({why}): unset it")
-        for name in env:
-            if name.startswith(("TTT_", "GPTQ_", "MUON_")) and name not in knobs:
-                raise UserError(f"{name} is not a setting of this script: unset it or look up its name")
+        for name in set(env) - set(knobs):
+            close = difflib.get_close_matches(name.upper(), knobs, 1, cutoff=0.9)
+            if close or name.startswith(("TTT_", "GPTQ_", "MUON_")):
+                hint = f"did you mean {close[0]}?" if close else "unset it or look up its name"
+                raise UserError(f"{name} is not a setting of this script: {hint}")
         if (preset := env.get("PRESET", "")) not in PRESETS:
             raise UserError(f"PRESET={preset!r} is none of {[*PRESETS]}")
-        given = {n: str(raw) for n, raw in {**PRESETS[preset], **env}.items() if n in knobs and raw != ""}
+        given = {name: str(int(value) if isinstance(value, bool) else value) for name, value in (
+            *PRESETS[preset].items(), *((name.upper(), value) for name, value in saved.items()),
+            *((name, value) for name, value in env.items() if name in knobs and value != ""))}
         return cls(**{n.lower(): parse_setting(n, raw, type(knobs[n].default)) for n, raw in given.items()})
 
     def __post_init__(self):
@@ -236,11 +246,17 @@ class Config:
     def pick(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
 
-# Settings without which saved weights do not mean what they meant; settings on which quantization depends
-MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base
+    def to_save(self) -> dict[str, Any]:
+        """What is kept with a model, so that it can be scored again as it was."""
+        return self.pick(f.name for f in dataclasses.fields(self) if f.name not in LOCAL_SETTINGS)
+
+# Settings without which saved weights do not mean what they meant; on which quantization depends; of one run
+MODEL_SETTINGS = """seed vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base
     logit_softcap num_loops loop_start loop_end enable_looping_at parallel_start_layer""".split()
 QUANT_SETTINGS = """seed train_batch_tokens train_seq_len gptq_calibration_batches matrix_bits embed_bits
     attn_clip_sigmas mlp_clip_sigmas matrix_clip_sigmas embed_clip_sigmas""".split()
+LOCAL_SETTINGS = """preset run_id artifact_dir data_dir eval_only_path save_scores attention val_doc_fraction
+    val_loss_every train_log_every eval_max_seconds""".split()
 
 def parse_setting(name: str, raw: str, kind: type) -> Any:
     """One environment variable as bool, int, float or str."""
@@ -278,10 +294,21 @@ class Ranks:
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
         return cls(rank, world, f"cuda:{local}" if gpus else "cpu")
 
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was sent."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
+        return tensor
+
+    def copy_(self, tensor: Tensor, owner: int = 0) -> Tensor:
+        """The owner's values on all ranks, in place."""
+        if self.world > 1:
+            dist.broadcast(tensor, owner)
         return tensor
 
     def max(self, value: float) -> float:
@@ -309,7 +336,10 @@ def deal(costs: Iterable[float], world: int) -> np.ndarray:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write all of a file or none of it: to a name aside, to the disk, then rename."""
+    path = path.resolve()
     part = path.with_name(path.name + ".part")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is not a file")
     try:
         with open(part, "wb") as file:
             file.write(data)
@@ -346,16 +376,15 @@ class RunLog:
         default = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-seed{cfg.seed}"
         self.run_id = ranks.share(cfg.run_id or default)
         self.folder = Path(cfg.artifact_dir or Path("runs", self.run_id))
-        self.phases, self.files, problem = [], {}, None
+        self.ranks, self.phases, self.files, problem = ranks, [], {}, None
         try:
             if ranks.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for name in ("log.txt", "metrics.jsonl", "result.json"):  # an earlier run's are kept aside
-                    if (path := self.folder / name).exists():
-                        path.replace(self.folder / f"previous_{name}")
+                if (self.folder / "result.json").exists():
+                    raise OSError(0, "it holds the result of another run")
                 self.files = {name: open(self.folder / name, "w") for name in ("log.txt", "metrics.jsonl")}
         except OSError as error:
-            problem = f"ARTIFACT_DIR={self.folder} is not writable: {error.strerror}"
+            problem = f"ARTIFACT_DIR={self.folder} cannot be used: {error.strerror}"
         if problem := ranks.share(problem):
             raise UserError(problem)
 
@@ -370,18 +399,21 @@ class RunLog:
         """Add lines to the log and, unless told otherwise, to the console."""
         self.write("log.txt", message)
         if console and self.files:
-            print(message, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # of a reader that has gone
+                print(message, flush=True)
 
     def metrics(self, kind: str, **values: Any) -> None:
         self.write("metrics.jsonl", json.dumps({"kind": kind, **values}))
 
     @contextlib.contextmanager
     def phase(self, name: str, clock: str = "") -> Iterator[Phase]:
-        self.phases.append(Phase(name, clock))
-        yield self.phases[-1]
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.phases[-1].seconds = self.phases[-1].elapsed()
+        if clock:  # counts from when all ranks are here to when all are done
+            self.ranks.max(0.0)
+        phase = Phase(name, clock)
+        self.phases.append(phase)
+        yield phase
+        self.ranks.synchronize()
+        phase.seconds = self.ranks.max(phase.elapsed()) if clock else phase.elapsed()
 
     def spent(self, clock: str) -> float:
         """Seconds of all finished phases of a clock."""
@@ -394,12 +426,9 @@ class Run(NamedTuple):
     log: RunLog
     ops: "Ops"
 
-# ------------------------------------------------------------------------------------------------------------
-# Data
-#
+# ---- Data --------------------------------------------------------------------------------------------------
 # A shard is a header of 256 little-endian int32 (magic, version, token count) and then uint16 tokens. Every
 # document starts with BOS. A span is what attention sees as one context: a document or a piece of a long one.
-# ------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 IGNORE = -1  # target of a position that predicts nothing
@@ -425,6 +454,8 @@ def find_data(cfg: Config, train: bool) -> DataFiles:
                           (f"{root / name}/fineweb_val_*.bin", not files.val)):
         if missing:
             raise UserError(f"DATA_DIR={cfg.data_dir}: there is no {what}")
+    if [path.name for path in files.val] != [f"fineweb_val_{i:06}.bin" for i in range(len(files.val))]:
+        raise UserError(f"{root / name}/fineweb_val_*.bin are not numbered from 000000 without a gap")
     return files
 
 def open_shard(path: Path) -> np.ndarray:
@@ -590,13 +621,15 @@ class Validation(NamedTuple):
     starts: np.ndarray  # (documents,) first token of each, its BOS, and number of its first target
     lengths: np.ndarray  # (documents,) targets of each
     begin_with_space: int  # documents whose first byte is not counted
+    sha256: str = ""  # of the files' tokens
 
 def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Validation:
     """Read all validation shards as one stream. UserError if that is not documents of this tokenizer."""
     shards = [open_shard(path) for path in paths]
     for path, shard in zip(paths, shards):
         check_tokens(shard, cfg.vocab_size, path)
-    tokens = np.concatenate(shards).astype(np.int64)
+    tokens = np.concatenate(shards)
+    digest, tokens = hashlib.sha256(tokens.tobytes()).hexdigest(), tokens.astype(np.int64)
     starts = np.flatnonzero(tokens == tokenizer.bos)
     if not len(starts) or starts[0] != 0:
         raise UserError(f"{paths[0]} does not begin with BOS (id {tokenizer.bos}): another tokenizer's")
@@ -607,13 +640,10 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
         raise UserError(f"{paths[0]}: the validation documents hold no text")
     first = tokens[np.minimum(starts + 1, len(tokens) - 1)]
     return Validation(tokens, token_bytes, starts, np.diff(starts, append=len(token_bytes)),
-                      int(tokenizer.spaced[first].sum()))
+                      int(tokenizer.spaced[first].sum()), digest)
 
-# ------------------------------------------------------------------------------------------------------------
-# Attention: (T, H, E), (T, K, E), (T, K, E), Seqs -> (T, H, E), in three implementations
-#
+# ---- Attention ---------------------------------------------------------------------------------------------
 # Causal within each span, nothing across spans, scale 1/sqrt(E); K divides H. Chosen once, and logged.
-# ------------------------------------------------------------------------------------------------------------
 
 def flash3_attention(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs) -> Tensor:
     """FlashAttention-3 (Hopper), package flash_attn_3; bf16 or fp16."""
@@ -654,9 +684,9 @@ def choose_attention(name: str, device: torch.device) -> Callable:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if name == "auto":
         flash = capability[0] == 9 and importlib.util.find_spec("flash_attn_interface")
-        name = "flash3" if flash else "varlen" if capability[0] else "sdpa"
+        name = "flash3" if flash else "varlen" if capability[0] >= 8 else "sdpa"
     if name == "flash3":
-        tool("flash_attn_interface")
+        tool("flash_attn_interface", "install flash-attn-3 as README says, or set ATTENTION=varlen")
     if name == "flash3" and capability[0] != 9 or name == "varlen" and capability[0] < 8:
         need = "a Hopper" if name == "flash3" else "an Ampere or newer"
         raise UserError(f"ATTENTION={name} needs {need} GPU, here is {device_name(device)}: use sdpa")
@@ -665,15 +695,38 @@ def choose_attention(name: str, device: torch.device) -> Callable:
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
-# ------------------------------------------------------------------------------------------------------------
-# Fused MLP (Hopper, Triton)
-#
-#   forward    pre = x up'           act = f(pre)                   f(p) = leaky_relu(p, .5)^2
-#   backward   dpre = (dy down) * f'(pre)                           f'(p) = 2p if p > 0 else p/2
-#
-# Each line is one kernel, a matrix product whose epilogue applies f or f' to the tile in registers; PyTorch
-# alone writes and reads the (T, 4D) product once more for each. `mlp_reference` is the same in PyTorch.
-# ------------------------------------------------------------------------------------------------------------
+# ---- Kernels (Hopper, Triton) ------------------------------------------------------------------------------
+# Four pieces of a layer that PyTorch alone carries through memory too often. Each in this order: mathematics
+# in PyTorch, which runs where there is no Triton and which tests compare with; kernel, both ways; operators,
+# which torch.compile takes as they are; autograd. Values are bf16 in memory and fp32 in registers.
+
+NORM_EPS = torch.finfo(torch.float32).eps  # in every dtype: an embedding of std .005 has mean square 2.5e-5
+
+def norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm of the last dim, fp32."""
+    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
+
+def operator(fake: Callable) -> Callable:
+    """Make a function the operator train_gpt::NAME, fed contiguous tensors; `fake` allocates its outputs."""
+    def register(launch: Callable) -> Callable:
+        @functools.wraps(launch)
+        def contiguous(*args):
+            return launch(*(a.contiguous() if isinstance(a, Tensor) else a for a in args))
+        op = torch.library.custom_op(f"train_gpt::{launch.__name__}", contiguous, mutates_args=())
+        op.register_fake(fake)
+        return op
+    return register
+
+def keep_tensors(ctx, inputs: tuple, output: Any) -> None:
+    """For autograd: the gradient of an operator follows from the tensors among its inputs."""
+    ctx.save_for_backward(*(x for x in inputs if x is None or isinstance(x, Tensor)))
+
+def multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+# MLP       forward    pre = x up'           act = f(pre)               f(p) = leaky_relu(p, .5)^2
+#           backward   dpre = (dy down) * f'(pre)                       f'(p) = 2p if p > 0 else p/2
+# Each line is one kernel, a matrix product whose epilogue applies f or f' to the tile in registers.
 
 def activation(pre: Tensor) -> Tensor:
     return F.leaky_relu(pre, 0.5).square()
@@ -684,7 +737,7 @@ def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 @functools.cache
 def mlp_kernel():
-    """The Triton kernel, made at its first use so that importing this file needs no Triton."""
+    """The kernel, made at its first use so that importing this file needs no Triton."""
     triton, tl = tool("triton"), tool("triton.language")
 
     @triton.jit
@@ -693,7 +746,7 @@ def mlp_kernel():
         # forward: a (M, K), b (N, K), writes pre and out (M, N)
         # backward: a (M, K), b (K, N), reads pre, writes out (M, N)
         tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-        for tile in range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=not BACKWARD):
             group = tile // (GROUP_M * tiles_n)  # GROUP_M rows of tiles run together, so that b stays in L2
             rows = min(tiles_m - group * GROUP_M, GROUP_M)
             within = tile % (GROUP_M * tiles_n)
@@ -708,12 +761,15 @@ def mlp_kernel():
                     acc = tl.dot(a, b_desc.load([n, k]).T, acc)
             if BACKWARD:
                 pre = pre_desc.load([m, n]).to(tl.float32)
-                out = acc * tl.where(pre > 0, 2 * pre, 0.5 * pre)
-            else:
-                pre_desc.store([m, n], acc.to(pre_desc.dtype))
-                leaky = tl.where(acc > 0, acc, 0.5 * acc)
-                out = leaky * leaky
-            out_desc.store([m, n], out.to(out_desc.dtype))
+                out_desc.store([m, n], (acc * tl.where(pre > 0, 2 * pre, 0.5 * pre)).to(out_desc.dtype))
+            else:  # by halves, so that shared memory holds one more stage
+                lo, hi = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+                pre_desc.store([m, n], lo.to(pre_desc.dtype))
+                lo = tl.where(lo > 0, lo, 0.5 * lo)
+                out_desc.store([m, n], (lo * lo).to(out_desc.dtype))
+                pre_desc.store([m, n + BLOCK_N // 2], hi.to(pre_desc.dtype))
+                hi = tl.where(hi > 0, hi, 0.5 * hi)
+                out_desc.store([m, n + BLOCK_N // 2], (hi * hi).to(out_desc.dtype))
 
     return kernel
 
@@ -725,23 +781,20 @@ def launch_mlp(a: Tensor, b: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor
     out = a.new_empty(m, n)
     pre = pre if backward else torch.empty_like(out)
     bm, bn, bk = (128, 256, 64) if a.is_cuda else (32, 32, 32)  # a CPU tensor: Triton's interpreter
-    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
-    mlp_kernel()[(min(programs, -(-m // bm) * -(-n // bn)),)](
-        descriptor(a, [bm, bk]), descriptor(b, [bk, bn] if backward else [bn, bk]), descriptor(pre, [bm, bn]),
-        descriptor(out, [bm, bn]), m, n, k, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, GROUP_M=8, PROGRAMS=programs,
-        BACKWARD=backward, num_stages=3, num_warps=8)
+    tile, programs = [bm, bn if backward else bn // 2], min(multiprocessors(a), -(-m // bm) * -(-n // bn))
+    mlp_kernel()[(programs,)](
+        descriptor(a, [bm, bk]), descriptor(b, [bk, bn] if backward else [bn, bk]), descriptor(pre, tile),
+        descriptor(out, tile), m, n, k, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, GROUP_M=8, PROGRAMS=programs,
+        BACKWARD=backward, num_stages=3 if backward else 4, num_warps=8)
     return pre, out
 
-@torch.library.custom_op("train_gpt::mlp_up", mutates_args=())
+@operator(lambda x, up: (x.new_empty(len(x), len(up)), x.new_empty(len(x), len(up))))
 def mlp_up(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return launch_mlp(x.contiguous(), up.contiguous(), None)
+    return launch_mlp(x, up, None)
 
-@torch.library.custom_op("train_gpt::mlp_up_grad", mutates_args=())
+@operator(lambda dy, down, pre: torch.empty_like(pre))
 def mlp_up_grad(dy: Tensor, down: Tensor, pre: Tensor) -> Tensor:
-    return launch_mlp(dy.contiguous(), down.contiguous(), pre)[1]
-
-mlp_up.register_fake(lambda x, up: (x.new_empty(x.size(0), up.size(0)), x.new_empty(x.size(0), up.size(0))))
-mlp_up_grad.register_fake(lambda dy, down, pre: torch.empty_like(pre))
+    return launch_mlp(dy, down, pre)[1]
 
 class FusedMLP(torch.autograd.Function):
     """mlp_reference by the two kernels; frozen weights cost no gradient."""
@@ -759,16 +812,265 @@ class FusedMLP(torch.autograd.Function):
         return (dpre @ up, dpre.T @ x if ctx.needs_input_grad[1] else None,
                 dy.T @ act if ctx.needs_input_grad[2] else None)
 
-# ------------------------------------------------------------------------------------------------------------
-# Model
-#
+# Heads     one product apart into heads; q and k normed and rotated, q times its gain
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position on the first dims of each head (T, heads, E); the others know no position."""
+    n = cos.size(-1)
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, (H + 2K) E), (H,), (T, 1, R / 2) twice -> (T, H, E), (T, K, E), (T, K, E)"""
+    H = len(gain)
+    q, k, v = qkv.unflatten(1, (H + 2 * K, -1)).split((H, K, K), dim=1)
+    q = (rotate(norm(q), cos, sin) * gain[:, None]).to(qkv.dtype)
+    return q, rotate(norm(k), cos, sin).to(qkv.dtype), v
+
+@functools.cache
+def heads_kernel():
+    """A program takes one of the H + 2K heads of BLOCK tokens."""
+    triton, tl = tool("triton"), tool("triton.language")
+
+    @triton.jit
+    def kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, T, H, K, E: tl.constexpr, R: tl.constexpr,
+               EPS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+        # forward: writes q, k, v; backward: reads their gradients there, writes dqkv and, by program, dgain
+        h, d = tl.program_id(0), tl.arange(0, E)[None, :]
+        t = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
+        if h < H:
+            one = q + (t * H + h) * E
+        elif h < H + K:
+            one = k + (t * K + h - H) * E
+        else:
+            one = v + (t * K + h - H - K) * E
+        row, normed = (t * (H + 2 * K) + h) * E, h < H + K
+        partner, turns = tl.where(d < R // 2, d + R // 2, d - R // 2), (t < T) & (d < R) & normed
+        angle = t * (R // 2) + tl.minimum(d, partner)
+        c = tl.load(cos + angle, mask=turns, other=1.0)
+        s = tl.load(sin + angle, mask=turns, other=0.0) * tl.where(d < R // 2, 1.0, -1.0)
+        x = tl.load(qkv + row + d, mask=t < T, other=0.0).to(tl.float32)
+        r = tl.where(normed, tl.rsqrt(tl.sum(x * x, 1) / E + EPS), 1.0)[:, None]
+        scale = r * tl.load(gain + h, mask=h < H, other=1.0).to(tl.float32)
+        if BACKWARD:
+            dy = tl.load(one + d, mask=t < T, other=0.0).to(tl.float32)
+            across = tl.load(one + partner, mask=turns, other=0.0).to(tl.float32)
+            n, dn = x * r, dy * c - across * s
+            along = tl.where(normed, tl.sum(n * dn, 1), 0.0)[:, None]
+            tl.store(dgain + tl.program_id(1) * H + h, tl.sum(along), mask=h < H)
+            tl.store(dqkv + row + d, (scale * (dn - n * (along / E))).to(dqkv.dtype.element_ty), mask=t < T)
+        else:
+            across = tl.load(qkv + row + partner, mask=turns, other=0.0).to(tl.float32)
+            tl.store(one + d, ((x * c + across * s) * scale).to(qkv.dtype.element_ty), mask=t < T)
+
+    return kernel
+
+HEADS_BLOCK = 16
+
+def launch_heads(q: Tensor, k: Tensor, v: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+                 dqkv: Tensor | None = None, dgain: Tensor | None = None) -> None:
+    """Forward, into q, k, v; or, with dqkv and dgain, backward from what is there."""
+    (T, H, E), K = q.shape, k.size(1)
+    heads_kernel()[H + 2 * K, -(-T // HEADS_BLOCK)](
+        qkv, gain, cos, sin, q, k, v, dqkv, dgain, T, H, K, E=E, R=2 * cos.size(-1), EPS=NORM_EPS,
+        BLOCK=HEADS_BLOCK, BACKWARD=dqkv is not None, num_warps=2)
+
+def heads_like(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    T, H = len(qkv), len(gain)
+    return tuple(qkv.new_empty(T, heads, qkv.size(1) // (H + 2 * K)) for heads in (H, K, K))
+
+@operator(heads_like)
+def fused_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """split_heads in one pass."""
+    q, k, v = heads_like(qkv, gain, cos, sin, K)
+    launch_heads(q, k, v, qkv, gain, cos, sin)
+    return q, k, v
+
+@operator(lambda dq, dk, dv, qkv, gain, cos, sin: (torch.empty_like(qkv), torch.empty_like(gain)))
+def fused_heads_grad(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor,
+                     sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(dqkv, dgain)"""
+    dqkv, dgain = torch.empty_like(qkv), gain.new_empty(-(-len(qkv) // HEADS_BLOCK), len(gain)).float()
+    launch_heads(dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain)
+    return dqkv, dgain.sum(0).to(gain.dtype)
+
+fused_heads.register_autograd(
+    lambda ctx, *grads: (*fused_heads_grad(*grads, *ctx.saved_tensors), None, None, None),
+    setup_context=keep_tensors)
+
+# Exclusive self-attention     what a head got from attention, less its part along the token's own value
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """(T, H, E), (T, K, E) -> (T, H, E)"""
+    grouped = y.float().unflatten(1, (v.size(1), -1))  # query heads by key/value head
+    own = F.normalize(v.float(), dim=-1).unsqueeze(2)
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2).to(y.dtype)
+
+@functools.cache
+def exclude_kernel():
+    """A program takes one key/value head of BLOCK tokens and its G query heads."""
+    triton, tl = tool("triton"), tool("triton.language")
+
+    @triton.jit
+    def kernel(y, v, out, dz, dv, T, K, G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+               BACKWARD: tl.constexpr):
+        # forward: writes z = y - (y.u) u, where u = v / |v|, to out; backward: dy to out, and dv
+        d, t = tl.arange(0, E)[None, :], (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
+        head = t * K + tl.program_id(0)
+        u = tl.load(v + head * E + d, mask=t < T, other=0.0).to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(u * u, 1)[:, None]), 1e-12)
+        u /= length
+        du = tl.zeros_like(u)
+        for g in tl.static_range(G):
+            at = (head * G + g) * E + d
+            a = tl.load(y + at, mask=t < T, other=0.0).to(tl.float32)
+            along = tl.sum(a * u, 1)[:, None]
+            if BACKWARD:
+                da = tl.load(dz + at, mask=t < T, other=0.0).to(tl.float32)
+                dalong = tl.sum(da * u, 1)[:, None]
+                du -= dalong * a + along * da
+                a, along = da, dalong
+            tl.store(out + at, (a - along * u).to(out.dtype.element_ty), mask=t < T)
+        if BACKWARD:
+            du -= tl.sum(du * u, 1)[:, None] * u
+            tl.store(dv + head * E + d, (du / length).to(dv.dtype.element_ty), mask=t < T)
+
+    return kernel
+
+def launch_exclude(y: Tensor, v: Tensor, out: Tensor, dz: Tensor | None = None,
+                   dv: Tensor | None = None) -> None:
+    """Forward, z into `out`; or, with dz and dv, backward, dy into it."""
+    (T, H, E), K, block = y.shape, v.size(1), 16
+    exclude_kernel()[K, -(-T // block)](y, v, out, dz, dv, T, K, G=H // K, E=E, BLOCK=block,
+                                        BACKWARD=dz is not None)
+
+@operator(lambda y, v: torch.empty_like(y))
+def fused_exclude(y: Tensor, v: Tensor) -> Tensor:
+    """exclude_self in one pass."""
+    launch_exclude(y, v, z := torch.empty_like(y))
+    return z
+
+@operator(lambda dz, y, v: (torch.empty_like(y), torch.empty_like(v)))
+def fused_exclude_grad(dz: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    launch_exclude(y, v, dy := torch.empty_like(y), dz, dv := torch.empty_like(v))
+    return dy, dv
+
+fused_exclude.register_autograd(lambda ctx, dz: fused_exclude_grad(dz, *ctx.saved_tensors),
+                                setup_context=keep_tensors)
+
+# Entry of a layer     what the decoder merges in from a skip, the mix with the embedding, the norm
+
+def merge(x: Tensor, skip: Tensor | None, scale: Tensor | None, gate: Tensor | None) -> Tensor:
+    """(T, D), then nothing or (T, D), (D,), (D,): the gate's share of the stream, the rest from the skip."""
+    return x if skip is None else torch.lerp(scale * skip, x, gate.sigmoid())
+
+def enter(x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, *skip: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(T, D) twice, (2, D), (), then as merge -> stream and what the layer reads, (T, D) both"""
+    x = mix[0] * merge(x, *skip) + mix[1] * x0
+    return x, (norm(x) * depth).to(x.dtype)
+
+@functools.cache
+def enter_kernel():
+    """A program takes BLOCK tokens at a time; WIDTH is D or the next power of two."""
+    triton, tl = tool("triton"), tool("triton.language")
+
+    @triton.jit
+    def kernel(x, x0, mix, depth, skip, scale, gate, out, normed, dx, dx0, dskip, sums, T, D,
+               EPS: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+               PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr):
+        # forward: writes out and normed; backward: reads their gradients there, writes dx, dx0, dskip and, by
+        # program, the gradients of mix, scale and the gate's sigmoid, summed over tokens
+        d = tl.arange(0, WIDTH)[None, :]
+        m = tl.load(mix + d, mask=d < D, other=0.0).to(tl.float32)
+        m0 = tl.load(mix + D + d, mask=d < D, other=0.0).to(tl.float32)
+        if SKIP:
+            s = tl.load(scale + d, mask=d < D, other=0.0).to(tl.float32)
+            share = tl.sigmoid(tl.load(gate + d, mask=d < D, other=0.0).to(tl.float32))
+        dm = tl.zeros((BLOCK, WIDTH), tl.float32)
+        dm0, ds, dshare = dm, dm, dm
+        for block in range(tl.program_id(0), tl.cdiv(T, BLOCK), PROGRAMS):
+            t = (block * BLOCK + tl.arange(0, BLOCK))[:, None]
+            at, inside = t * D + d, (t < T) & (d < D)
+            a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            a0 = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+            u = a
+            if SKIP:
+                k = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+                u = k * s + (a - k * s) * share
+            y = u * m + a0 * m0
+            r = tl.rsqrt(tl.sum(y * y, 1)[:, None] / D + EPS)
+            scaled = r * tl.load(depth).to(tl.float32)
+            if BACKWARD:
+                dn = tl.load(normed + at, mask=inside, other=0.0).to(tl.float32)
+                g = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+                g += scaled * (dn - y * (tl.sum(dn * y, 1)[:, None] * r * r / D))
+                tl.store(dx0 + at, (g * m0).to(x.dtype.element_ty), mask=inside)
+                dm += g * u
+                dm0 += g * a0
+                g *= m
+                if SKIP:
+                    tl.store(dskip + at, (g * (1 - share) * s).to(x.dtype.element_ty), mask=inside)
+                    ds += g * (1 - share) * k
+                    dshare += g * (a - k * s)
+                    g *= share
+                tl.store(dx + at, g.to(x.dtype.element_ty), mask=inside)
+            else:
+                tl.store(out + at, y.to(x.dtype.element_ty), mask=inside)
+                tl.store(normed + at, (y * scaled).to(x.dtype.element_ty), mask=inside)
+        if BACKWARD:
+            mine = sums + tl.program_id(0) * 4 * D + d
+            tl.store(mine, tl.sum(dm, 0)[None, :], mask=d < D)
+            tl.store(mine + D, tl.sum(dm0, 0)[None, :], mask=d < D)
+            tl.store(mine + 2 * D, tl.sum(ds, 0)[None, :], mask=d < D)
+            tl.store(mine + 3 * D, tl.sum(dshare, 0)[None, :], mask=d < D)
+
+    return kernel
+
+ENTER_BLOCK = 4
+
+def launch_enter(inputs: tuple, out: Tensor, normed: Tensor, programs: int, *grads: Tensor) -> None:
+    """Forward, into out and normed; or, with dx, dx0, dskip, sums, backward from what is there."""
+    (T, D), skip = out.shape, inputs[4]
+    enter_kernel()[(programs,)](*inputs, out, normed, *(grads or [None] * 4), T, D, EPS=NORM_EPS,
+                                SKIP=skip is not None, BLOCK=ENTER_BLOCK, WIDTH=1 << (D - 1).bit_length(),
+                                PROGRAMS=programs, BACKWARD=bool(grads))
+
+@operator(lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)))
+def fused_enter(x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, skip: Tensor | None, scale: Tensor | None,
+                gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """enter in one pass."""
+    inputs, out, normed = (x, x0, mix, depth, skip, scale, gate), torch.empty_like(x), torch.empty_like(x)
+    launch_enter(inputs, out, normed, -(-len(x) // ENTER_BLOCK))
+    return out, normed
+
+@operator(lambda dout, dnormed, x, *rest: (torch.empty_like(x), torch.empty_like(x), torch.empty_like(x),
+                                           x.new_empty(4, x.size(1), dtype=torch.float32)))
+def fused_enter_grad(dout: Tensor, dnormed: Tensor, x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor,
+                     skip: Tensor | None, scale: Tensor | None, gate: Tensor | None,
+                     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dx0, dskip, the gradients of mix, scale and the gate's sigmoid as (4, D))"""
+    programs = min(-(-len(x) // ENTER_BLOCK), 4 * multiprocessors(x))
+    dx, dx0, dskip = (torch.empty_like(x) for _ in range(3))
+    sums = x.new_empty(programs, 4, x.size(1), dtype=torch.float32)
+    launch_enter((x, x0, mix, depth, skip, scale, gate), dout, dnormed, programs, dx, dx0, dskip, sums)
+    return dx, dx0, dskip, sums.sum(0)
+
+def enter_backward(ctx, dout: Tensor, dnormed: Tensor) -> tuple:
+    """For autograd: a gradient for every input of fused_enter."""
+    _, _, mix, _, skip, _, gate = ctx.saved_tensors
+    dx, dx0, dskip, sums = fused_enter_grad(dout, dnormed, *ctx.saved_tensors)
+    dmix, dscale, dshare = sums.to(mix.dtype).split((2, 1, 1))
+    if skip is None:
+        return dx, dx0, dmix, None, None, None, None
+    return dx, dx0, dmix, None, dskip, dscale[0], torch.ops.aten.sigmoid_backward(dshare[0], gate.sigmoid())
+
+fused_enter.register_autograd(enter_backward, setup_context=keep_tensors)
+
+# ---- Model -------------------------------------------------------------------------------------------------
 # Weights live in banks: one tensor stacks a matrix over all layers, so that Muon shards it over ranks and EMA
 # and collectives touch 13 tensors. A Layer is views into the banks in compute dtype; a Plan is the order of
 # visits to layers; a tap sees or changes what linears compute: by it, calibration and test-time training use
 # this same forward.
-# ------------------------------------------------------------------------------------------------------------
-
-NORM_EPS = torch.finfo(torch.float32).eps  # in every dtype: an embedding of std .005 has mean square 2.5e-5
 
 class Plan(NamedTuple):
     """Order of visits. One of the encoder leaves a skip; one of the decoder takes the latest that is left."""
@@ -786,9 +1088,9 @@ def depth_plan(cfg: Config, looped: bool) -> Plan:
 class Layer(NamedTuple):
     """The weights of one layer."""
     qkv: Tensor  # (D + 2KE, D)
-    o: Tensor  # (D, D)
+    o: Tensor  # (D, D), times attn_scale
     up: Tensor  # (M, D)
-    down: Tensor  # (D, M)
+    down: Tensor  # (D, M), times mlp_scale
     q_gain: Tensor  # (H,)
     attn_scale: Tensor  # (D,)
     mlp_scale: Tensor  # (D,)
@@ -798,73 +1100,53 @@ class Layer(NamedTuple):
     depth_scale: Tensor  # () 1/sqrt(layer + 1): deeper layers see smaller inputs
 
 class Skip(NamedTuple):
-    """A U-net connection, as a visit of the decoder takes it up."""
-    x: Tensor  # (T, D) what the mirrored visit of the encoder left
-    scale: Tensor  # (D,)
-    gate: Tensor  # (D,)
+    """A U-net connection, as a visit of the decoder takes it up; or none."""
+    x: Tensor | None = None  # (T, D) what the mirrored visit of the encoder left
+    scale: Tensor | None = None  # (D,)
+    gate: Tensor | None = None  # (D,)
 
 class Context(NamedTuple):
     """What all visits of one forward share."""
     cfg: Config
     attend: Callable
-    fused_mlp: bool
+    fused: bool
     x0: Tensor  # (T, D) the normalised embedding
     cos: Tensor  # (T, 1, rope_dims / 2)
     sin: Tensor
     seqs: Seqs
 
-def untapped(site: str, x: Tensor, y: Tensor) -> Tensor:
+def untapped(site: str, x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
     """What a tap puts in place of: sees input and output of a site, returns the output to go on with."""
     return y
 
-def norm(x: Tensor) -> Tensor:
-    """Root-mean-square norm of the last dim, fp32."""
-    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position on the first dims of each head (T, heads, E); the others know no position."""
-    n = cos.size(-1)
-    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention: takes from each head (T, H, E) its part along the token's value (T, K, E)."""
-    heads = y.float().unflatten(1, (v.size(1), -1))  # query heads grouped by key/value head
-    own = F.normalize(v.float(), dim=-1).unsqueeze(2)
-    return (heads - (heads * own).sum(-1, keepdim=True) * own).flatten(1, 2).to(y.dtype)
-
 def attention(x: Tensor, w: Layer, see: Callable, ctx: Context) -> Tensor:
-    """Attention sublayer (T, D) -> (T, D), before its residual scale."""
-    cfg = ctx.cfg
-    q, k, v = F.linear(x, w.qkv).split((cfg.model_dim, cfg.kv_dim, cfg.kv_dim), dim=-1)
-    heads = lambda t: t.unflatten(-1, (-1, cfg.head_dim))
-    q, k, v = heads(see("q", x, q)), heads(see("k", x, k)), heads(see("v", x, v))
-    q = (rotate(norm(q), ctx.cos, ctx.sin) * w.q_gain[:, None]).to(x.dtype)
-    k = rotate(norm(k), ctx.cos, ctx.sin).to(x.dtype)
-    y = exclude_self(ctx.attend(q, k, v, ctx.seqs), v).flatten(1)
-    return see("attn", x, see("o", y, F.linear(y, w.o)))
+    """Attention sublayer (T, D) -> (T, D), times its residual scale."""
+    split, exclude = (fused_heads, fused_exclude) if ctx.fused else (split_heads, exclude_self)
+    qkv = see("qkv", x, F.linear(x, w.qkv))
+    q, k, v = split(qkv, w.q_gain, ctx.cos, ctx.sin, ctx.cfg.num_kv_heads)
+    y = exclude(ctx.attend(q, k, v, ctx.seqs), v).flatten(1)
+    return see("attn", x, see("o", y, F.linear(y, w.o)), w.attn_scale)
 
 def mlp(x: Tensor, w: Layer, see: Callable, ctx: Context) -> Tensor:
-    """MLP sublayer (T, D) -> (T, D), before its residual scale."""
-    if ctx.fused_mlp:
+    """MLP sublayer (T, D) -> (T, D), times its residual scale."""
+    if ctx.fused:
         y = FusedMLP.apply(x, w.up, w.down)
     else:  # mlp_reference, for taps to see inside
         hidden = activation(see("up", x, F.linear(x, w.up)))
         y = see("down", hidden, F.linear(hidden, w.down))
-    return see("mlp", x, y)
+    return see("mlp", x, y, w.mlp_scale)
 
-def block(x: Tensor, lane: Tensor | None, skip: Skip | None, w: Layer, see: Callable,
+def block(x: Tensor, lane: Tensor | None, skip: Skip, w: Layer, see: Callable,
           ctx: Context) -> tuple[Tensor, Tensor | None]:
     """One visit of a layer. `lane` is the MLP's stream once the lanes have parted; returns both streams."""
     scaled = lambda t: (norm(t) * w.depth_scale).to(t.dtype)
-    if skip is not None:  # the gate's share of the stream, the rest from the skip
-        x = torch.lerp(skip.scale * skip.x, x, skip.gate.sigmoid())
-    x_in = w.resid_mix[0] * x + w.resid_mix[1] * ctx.x0
-    a = w.attn_scale * attention(scaled(x_in), w, see, ctx)
     if lane is None:  # the MLP reads what attention wrote
-        x = x_in + a
-        return x + w.mlp_scale * mlp(scaled(x), w, see, ctx), None
-    m = w.mlp_scale * mlp(scaled(lane), w, see, ctx)  # each reads its own stream and writes to both
+        x, normed = (fused_enter if ctx.fused else enter)(x, ctx.x0, w.resid_mix, w.depth_scale, *skip)
+        x = x + attention(normed, w, see, ctx)
+        return x + mlp(scaled(x), w, see, ctx), None
+    x = merge(x, *skip)
+    _, normed = enter(x, ctx.x0, w.resid_mix, w.depth_scale, *Skip())
+    a, m = attention(normed, w, see, ctx), mlp(scaled(lane), w, see, ctx)  # each reads one, writes to both
     return (w.lane_keep[0] * x + w.lane_post[0, 0] * a + w.lane_post[1, 0] * m,
             w.lane_keep[1] * lane + w.lane_post[0, 1] * a + w.lane_post[1, 1] * m)
 
@@ -873,12 +1155,14 @@ def head(x: Tensor, lane: Tensor | None, embed: Tensor, targets: Tensor, see: Ca
     """Negative log-likelihood of each target (T,), fp32, under a normalised distribution; 0 for IGNORE."""
     x = norm(x if lane is None else 0.5 * (x + lane)).to(x.dtype)
     logits = softcap * torch.tanh(see("head", x, F.linear(x, embed)).float() / softcap)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    hit = targets[:, None] == torch.arange(len(embed), device=x.device)
+    nll = softcap + (logits - softcap).exp().sum(-1).log() - logits.where(hit, 0.0).sum(-1)
+    return nll.where(targets != IGNORE, 0.0)
 
 class Ops(NamedTuple):
     """The functions that do the work of a forward. As they stand here they run anywhere."""
     attend: Callable = sdpa_attention
-    fused_mlp: bool = False  # FusedMLP in place of mlp_reference; taps then do not see inside the MLP
+    fused: bool = False  # FusedMLP in place of mlp_reference; taps then do not see inside the MLP
     block: Callable = block
     head: Callable = head
 
@@ -891,14 +1175,14 @@ class Ops(NamedTuple):
                             f"widths {widths}: a GPU wants multiples of 8")
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
         return cls(choose_attention(cfg.attention, device),
-                   fused_mlp=hopper and importlib.util.find_spec("triton") is not None)
+                   fused=hopper and importlib.util.find_spec("triton") is not None)
 
     @property
     def compilable(self) -> bool:
         return self.attend is not sdpa_attention
 
     def compiled(self, any_length: bool = False) -> "Ops":
-        """Block and head compiled one by one, as 17 visits make only 5 graphs; for one T, or for any."""
+        """Block and head compiled one by one, as 17 visits make only 8 graphs; for one T, or for any."""
         if not self.compilable:
             return self
         torch._dynamo.config.recompile_limit = 64
@@ -909,7 +1193,7 @@ class Ops(NamedTuple):
         free = lambda *tensors: [torch._dynamo.maybe_mark_dynamic(t, 0) for t in tensors if t is not None]
 
         def block_of_any_length(x, lane, skip, w, see, ctx):
-            free(x, lane, skip and skip.x, ctx.x0, ctx.cos, ctx.sin)
+            free(x, lane, skip.x, ctx.x0, ctx.cos, ctx.sin)
             return run_block(x, lane, skip, w, see, ctx)
 
         def head_of_any_length(x, lane, embed, targets, see, softcap):
@@ -974,10 +1258,11 @@ class GPT(nn.Module):
 
     def layers(self, dtype: torch.dtype) -> list[Layer]:
         """Views of all layers. Banks are cast and unbound once: the gradient of an index is a whole bank."""
-        (q, o), (k, v) = self.qo_bank.to(dtype).chunk(2), self.kv_bank.to(dtype).chunk(2)
-        stacks = [torch.cat((q, k, v), dim=1), o] + [p.to(dtype) for p in (
-            self.up_bank, self.down_bank, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
-            self.lane_keep, self.lane_post)] + [self.depth_scale]
+        (q, o), (k, v) = self.qo_bank.chunk(2), self.kv_bank.chunk(2)
+        stacks = [p.to(dtype) for p in (
+            torch.cat([p.to(dtype) for p in (q, k, v)], dim=1), o * self.attn_scale[:, :, None], self.up_bank,
+            self.down_bank * self.mlp_scale[:, :, None], self.q_gain, self.attn_scale, self.mlp_scale,
+            self.resid_mix, self.lane_keep, self.lane_post)] + [self.depth_scale]
         return [Layer(*views) for views in zip(*(stack.unbind(0) for stack in stacks))]
 
     def forward(self, batch: Batch, plan: Plan, ops: Ops = Ops(), tap: Callable | None = None) -> Tensor:
@@ -989,7 +1274,7 @@ class GPT(nn.Module):
         cfg, dtype, positions = self.cfg, compute_dtype(self.embed.device), batch.seqs.positions
         x = x0 = norm(F.embedding(batch.tokens, self.embed)).to(dtype)
         rope = self.cos[positions], self.sin[positions]
-        ctx = Context(cfg, ops.attend, ops.fused_mlp, x0, *rope, batch.seqs)
+        ctx = Context(cfg, ops.attend, ops.fused, x0, *rope, batch.seqs)
         see = tap or (lambda visit, layer: untapped)
         layers = self.layers(dtype)
         merges = list(zip(self.skip_scale.to(dtype).unbind(0), self.skip_gate.to(dtype).unbind(0)))
@@ -998,7 +1283,7 @@ class GPT(nn.Module):
             j = visit - len(plan.encoder)  # visit of the decoder; negative in the encoder
             if j >= 0 and i >= cfg.parallel_start_layer and lane is None:
                 lane = x  # the lanes part before the skip is merged: skips feed the attention lane only
-            skip = Skip(skips.pop(), *merges[j]) if j >= 0 and skips else None
+            skip = Skip(skips.pop(), *merges[j]) if j >= 0 and skips else Skip()
             x, lane = ops.block(x, lane, skip, layers[i], see(visit, i), ctx)
             if j < 0:
                 skips.append(x)
@@ -1011,13 +1296,15 @@ def hessian_tap(hessians: dict[str, Tensor]) -> Callable:
 
     Names: "3.qkv" (q, k and v have one input), "3.o", "3.up", "3.down", and "embed" for the tied head.
     """
-    names = {"q": "{}.qkv", "o": "{}.o", "up": "{}.up", "down": "{}.down", "head": "embed"}
+    names = {"qkv": "{}.qkv", "o": "{}.o", "up": "{}.up", "down": "{}.down", "head": "embed"}
 
     def tap(visit: int, layer: int) -> Callable:
-        def see(site: str, x: Tensor, y: Tensor) -> Tensor:
+        def see(site: str, x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
             if site in names:
                 x, name = x.float(), names[site].format(layer)
-                hessians.setdefault(name, x.new_zeros(x.size(1), x.size(1))).addmm_(x.T, x)
+                if name not in hessians:
+                    hessians[name] = x.new_zeros(x.size(1), x.size(1))
+                hessians[name].addmm_(x.T, x)
             return y
         return see
 
@@ -1030,21 +1317,25 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     bounds = [0] + ends.tolist()
     return torch.cat([x[lo:hi] @ w for lo, hi, w in zip(bounds, bounds[1:], weights) if hi > lo])
 
+SITES = {"qkv": ("q", "k", "v"), "attn": ("attn",), "mlp": ("mlp",), "head": ("head",)}  # and their adapters
+
 class AdapterSight(NamedTuple):
     """Adds B A x to what a site computes; the rows of x belong to the slots, in order."""
-    adapters: dict[str, tuple[Tensor, Tensor]]  # site -> A (slots, rank, in), B (slots, out, rank)
+    adapters: dict[str, tuple[Tensor, Tensor]]  # A (slots, rank, in), B (slots, out, rank)
     ends: Tensor  # (slots,) int32, where each slot's rows end
 
-    def __call__(self, site: str, x: Tensor, y: Tensor) -> Tensor:
-        if site not in self.adapters:
+    def __call__(self, site: str, x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
+        pairs = [self.adapters[name] for name in SITES.get(site, ())]
+        if not pairs:
             return y
-        A, B = self.adapters[site]
-        return y + grouped_linear(grouped_linear(x, A.mT, self.ends), B.mT, self.ends)
+        add = [grouped_linear(grouped_linear(x, A.mT, self.ends), B.mT, self.ends) for A, B in pairs]
+        add = torch.cat(add, dim=-1) if len(add) > 1 else add[0]
+        return y + (add if scale is None else scale * add)
 
 class Adapters:
     """Low-rank adapters and their AdamW state for as many documents as there are slots, all independent.
 
-    Sites are named after what they span: q, k, v; attn and mlp (whole sublayers, fed their normalised input);
+    They are named after what they span: q, k, v; attn and mlp (whole sublayers, fed their normalised input);
     head. A[site] (visits, slots, rank, in) starts from a draw that follows from SEED alone, the same for each
     document; B[site] (visits, slots, out, rank) from zero. Beta 1 is 0, so there is no first moment.
     """
@@ -1068,7 +1359,7 @@ class Adapters:
     @torch.no_grad()
     def enter(self, slots: Iterable[int]) -> None:
         """Make slots as new: of the documents that were there nothing stays."""
-        slots = torch.tensor(list(slots), dtype=torch.long, device=self.updates.device)
+        slots = to_device(torch.tensor(list(slots), dtype=torch.long), self.updates.device)
         for site, draw in self.draw.items():
             self.A[site][:, slots] = draw
             self.B[site][:, slots] = 0
@@ -1126,9 +1417,10 @@ class Shard:
 class Muon(torch.optim.Optimizer):
     """Momentum, equal row norms, orthogonalization, for banks of matrices stacked along dim 0.
 
-    Every rank owns a contiguous slice of each bank. A step has phases, to hide communication behind work:
+    Every rank owns a contiguous slice of each bank. A step has phases:
       1. reduce()  sends all gradients out (reduce-scatter, sum), the biggest bank first
-      2. step()    orthogonalizes the own slice of each bank and sends the update back (all-gather)
+      2. step()    orthogonalizes the own slice of each bank and sends the update back (all-gather), while
+                   the next bank is at work
       3. step()    applies the updates
     One rank owns all. Momentum is fp32 and in state_dict(); bf16 travels on a GPU, fp32 on a CPU.
     """
@@ -1137,7 +1429,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(sorted(banks, key=lambda p: -p.numel()), defaults)
         self.ranks, self.shards = ranks, {}
         for p in self.param_groups[0]["params"]:
-            rows = -(-len(p) // ranks.world)  # the last ranks may own padding
+            rows = -(-len(p) // ranks.world)  # the last ranks may own padding: zeros, whose update is zero
             shape = (ranks.world * rows, *p.shape[1:])
             full = torch.zeros(shape, device=p.device, dtype=compute_dtype(p.device))
             self.shards[p] = Shard(full, torch.zeros_like(full[:rows]))
@@ -1339,7 +1631,7 @@ class Trainer:
         """Numbers of the buffers that this rank computes, step after step."""
         return itertools.count(self.ranks.rank, self.ranks.world)
 
-    def train(self, validate: Callable[[], "Score"]) -> None:
+    def train(self, validate: Callable[[Plan], "Score"]) -> None:
         """Step until the training clock less its reserve is spent, or `iterations` done; leave the average.
 
         All ranks go by the largest of their clocks, so learning rates agree and all stop together. It stands
@@ -1355,17 +1647,20 @@ class Trainer:
                     marks.popleft().synchronize()
                 seconds = ranks.max(phase.elapsed())
                 progress = max(self.steps / cfg.iterations, seconds / budget if budget else 0.0)
-                if records and (progress >= 1 or self.steps <= 3 or self.steps % cfg.train_log_every == 0):
+                ahead = (1 + len(marks)) * seconds / max(1, self.steps)  # of the clock, once one more is sent
+                done = progress >= 1 or 0 < budget < seconds + ahead
+                if records and (done or self.steps <= 3 or self.steps % cfg.train_log_every == 0):
                     self.report(records, seconds, progress)
                     records = []
                 every = self.steps and cfg.val_loss_every
-                if every and (progress >= 1 or self.steps % every == 0):
+                if every and (done or self.steps % every == 0):
+                    self.ranks.synchronize()  # what was sent before belongs to training
                     since = time.perf_counter()
-                    current = validate()
+                    current = validate(self.plans[looped])
                     log(f"step:{self.steps}/{cfg.iterations} {current}")
                     log.metrics("validation", step=self.steps, val_loss=current.loss, val_bpb=current.bpb)
                     phase.began += time.perf_counter() - since
-                if progress >= 1:
+                if done:
                     break
                 if not looped and cfg.num_loops and progress >= cfg.enable_looping_at:
                     looped = True
@@ -1406,16 +1701,16 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> dict[st
     torch.set_float32_matmul_precision("high")  # TF32 holds bf16 inputs exactly and sums in fp32
     own = list(range(first + ranks.rank, first + cfg.gptq_calibration_batches, ranks.world))
     for batch in loader.buffers(iter(own or [first]), ranks.device):  # without any, one to know the shapes
-        model(batch, plan, run.ops._replace(fused_mlp=False), tap=hessian_tap(hessians))
+        model(batch, plan, run.ops._replace(fused=False), tap=hessian_tap(hessians))
     torch.set_float32_matmul_precision(precision)
-    return {name: ranks.sum_(H if own else H.zero_()) for name, H in hessians.items()}
+    hessians = {name: ranks.sum_(H if own else H.zero_()) for name, H in hessians.items()}
+    if not torch.stack([H.diagonal().sum() for H in hessians.values()]).isfinite().all():
+        raise UserError("activations are not finite after training, it diverged: lower MATRIX_LR")
+    return hessians
 
-# ------------------------------------------------------------------------------------------------------------
-# Quantization and the artifact
-#
+# ---- Quantization and the artifact -------------------------------------------------------------------------
 # The artifact is a magic, the BLAKE2b digest of what follows, then Brotli streams, each after its length.
 # Together they hold a JSON header (settings; name, dtype, shape of tensors) after its length, then raw bytes.
-# ------------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, DIGEST_BYTES = b"PGOLF001", 16
 STREAM_BYTES = 1 << 18  # a stream ends with the tensor that fills it; streams are compressed in parallel
@@ -1446,45 +1741,33 @@ def gptq(W: Tensor, H: Tensor, bits: int, clip_sigmas: float, block: int = 128) 
         W[:, hi:] -= errors @ U[lo:hi, hi:]
     return codes[:, order.argsort()].to(torch.int8), scale
 
-class Group(NamedTuple):
-    """Matrices with one input, quantized together: q, k and v; or a single one."""
-    names: tuple[str, ...]
-    hessian: str
-    bits: int
-    clip_sigmas: float
-
-def quantization_groups(cfg: Config) -> list[Group]:
-    """All matrices and the embedding, with bits and clips."""
+def quantization_plan(cfg: Config) -> dict[str, tuple[str, int, float]]:
+    """Name of every matrix that is quantized -> name of its Hessian, bits, clip in standard deviations."""
     attn, mlp = (cfg.matrix_clip_sigmas or clip for clip in (cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas))
-    groups = [Group(("embed",), "embed", cfg.embed_bits, cfg.embed_clip_sigmas)]
+    plan = {"embed": ("embed", cfg.embed_bits, cfg.embed_clip_sigmas)}
     for i in range(cfg.num_layers):
-        groups.append(Group((f"{i}.q", f"{i}.k", f"{i}.v"), f"{i}.qkv", cfg.matrix_bits, attn))
-        groups += [Group((name,), name, cfg.matrix_bits, clip)
-                   for name, clip in ((f"{i}.o", attn), (f"{i}.up", mlp), (f"{i}.down", mlp))]
-    return groups
+        plan |= {f"{i}.{name}": (f"{i}.qkv", cfg.matrix_bits, attn) for name in "qkv"}
+        for name, clip in (("o", attn), ("up", mlp), ("down", mlp)):
+            plan[f"{i}.{name}"] = f"{i}.{name}", cfg.matrix_bits, clip
+    return plan
 
 @torch.no_grad()
 def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], widen: float) -> dict[str, Tensor]:
     """All tensors of the artifact, on the CPU of every rank: codes and scales of matrices, the rest as fp16.
 
-    Groups are dealt to ranks. `widen` multiplies every clip: larger steps, fewer bytes.
+    Matrices are dealt to ranks. `widen` multiplies every clip: larger steps, fewer bytes.
     """
-    ranks, matrices = run.ranks, {"embed": model.embed, **dict(model.named_matrices())}
+    ranks, coded, plan = run.ranks, {}, quantization_plan(run.cfg)
+    matrices = {"embed": model.embed, **dict(model.named_matrices())}
+    owners = deal([W.numel() for W in matrices.values()], ranks.world).tolist()
+    for (name, W), owner in zip(matrices.items(), owners):
+        hessian, bits, clip = plan[name]
+        coded[name] = gptq(W, hessians[hessian], bits, clip * widen) if owner == ranks.rank else (
+            torch.empty_like(W, dtype=torch.int8), W.new_empty(len(W), dtype=torch.float16))
     tensors = {name: p.half().cpu() for name, p in model.named_parameters() if name in Optimizers.SCALARS}
-    groups = quantization_groups(run.cfg)
-    owners = deal([len(hessians[group.hessian]) for group in groups], ranks.world)  # by columns
-    for group, owner in zip(groups, owners.tolist()):
-        W = torch.cat([matrices[name] for name in group.names])
-        if owner == ranks.rank:
-            codes, scale = gptq(W, hessians[group.hessian], group.bits, group.clip_sigmas * widen)
-        else:
-            codes, scale = torch.empty_like(W, dtype=torch.int8), W.new_empty(len(W), dtype=torch.float16)
-        if ranks.world > 1:
-            dist.broadcast(codes, owner)
-            dist.broadcast(scale, owner)
-        rows = [len(matrices[name]) for name in group.names]
-        for name, c, s in zip(group.names, codes.cpu().split(rows), scale.cpu().split(rows)):
-            tensors |= {f"{name}.scale": s, f"{name}.codes": c}
+    for (name, (codes, scale)), owner in zip(coded.items(), owners):
+        tensors[f"{name}.scale"] = ranks.copy_(scale, owner).cpu()
+        tensors[f"{name}.codes"] = ranks.copy_(codes, owner).cpu()
     return tensors
 
 def pack_artifact(settings: dict, tensors: dict[str, Tensor]) -> bytes:
@@ -1540,7 +1823,7 @@ def fingerprint(model: GPT, cfg: Config) -> str:
 def export(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int, path: Path) -> bytes:
     """Quantize, write the artifact, return it as read back. Steps widen until code + model fit the cap."""
     cfg, ranks, widen = run.cfg, run.ranks, 1.0
-    settings = {"model": cfg.pick(MODEL_SETTINGS), "made_from": fingerprint(model, cfg)}
+    settings = {"settings": cfg.to_save(), "made_from": fingerprint(model, cfg)}
     for _ in range(10):
         tensors = quantize(run, model, hessians, widen)
         blob = pack_artifact(settings, tensors) if ranks.is_main else b""
@@ -1559,40 +1842,47 @@ def save_checkpoint(model: GPT, cfg: Config, steps: int, path: Path) -> None:
     """Write the weights before quantization, and what calibrating again needs to know."""
     weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
     file = io.BytesIO()
-    torch.save({"model": cfg.pick(MODEL_SETTINGS), "steps": steps, "weights": weights}, file)
+    torch.save({"settings": cfg.to_save(), "steps": steps, "weights": weights}, file)
     write_file(path, file.getvalue())
 
-def open_saved(run: Run, model: GPT) -> tuple[bytes, int]:
-    """What EVAL_ONLY_PATH holds: (artifact, 0), or of a checkpoint, which fills the model, (artifact, steps).
-
-    A checkpoint's artifact is the one beside it if made from it, else empty. UserError if it is neither.
-    """
-    cfg, path = run.cfg, Path(run.cfg.eval_only_path)
+def read_saved(path: Path) -> dict[str, Any]:
+    """An artifact (settings, artifact) or a checkpoint (settings, weights, steps), else UserError."""
     data = read_file(path)
     try:
-        is_artifact = data.startswith(ARTIFACT_MAGIC)
-        load = lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        saved = unpack_artifact(data, path)[0] if is_artifact else load()
-        wrong = [f"{name.upper()}={v}" for name, v in saved["model"].items() if v != getattr(cfg, name)]
-        if wrong:
-            raise UserError(f"EVAL_ONLY_PATH={path} was made with other settings: set " + " ".join(wrong))
-        if is_artifact:
-            return data, 0
-        model.load_state_dict(saved["weights"])
-        steps = int(saved["steps"])
+        if data.startswith(ARTIFACT_MAGIC):
+            return dict(settings=unpack_artifact(data, path)[0]["settings"], artifact=data)
+        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return dict(settings=dict(saved["settings"]), weights=saved["weights"], steps=int(saved["steps"]))
     except UserError:
         raise
     except Exception as error:  # whatever foreign or damaged bytes provoke
         raise UserError(f"EVAL_ONLY_PATH={path} is no artifact or checkpoint of this script, or damaged: "
                         f"{type(error).__name__}") from error
+
+def open_saved(run: Run, model: GPT, saved: dict[str, Any]) -> tuple[bytes, int]:
+    """(artifact, 0), or of a checkpoint, with which the model is filled, (artifact, steps).
+
+    A checkpoint's artifact is the one beside it if made from it, else empty. UserError if settings forbid it.
+    """
+    cfg, path = run.cfg, Path(run.cfg.eval_only_path)
+    settings = {name: value for name, value in saved["settings"].items() if value != getattr(cfg, name)}
+    if wrong := [f"{name.upper()}={value}" for name, value in settings.items() if name in MODEL_SETTINGS]:
+        raise UserError(f"EVAL_ONLY_PATH={path} was made with other settings, which are taken from it unless "
+                        "set: unset them, or set " + " ".join(wrong))
+    if settings:
+        run.log("settings other than those of its run, which were: "
+                + " ".join(f"{name}:{value}" for name, value in settings.items()))
+    if "artifact" in saved:
+        return saved["artifact"], 0
+    model.load_state_dict(saved["weights"])
     beside = path.with_name("final_model.int6.ptz")
     blob = read_file(beside) if beside.is_file() else b""
     if blob and unpack_artifact(blob, beside)[0]["made_from"] == fingerprint(model, cfg):
         run.log(f"{beside} was made from {path} with these settings")
-        return blob, steps
+        return blob, saved["steps"]
     run.log(f"no {beside} made from {path} with these settings: calibrating again, for which training shards "
             "are needed")
-    return b"", steps
+    return b"", saved["steps"]
 
 PACKED = '''"""train_gpt.py, packed: unpacks it to a real file, whose lines Triton can read, and runs that."""
 import base64, hashlib, lzma, os, tempfile
@@ -1653,14 +1943,15 @@ class Score(NamedTuple):
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
 
-def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int,
-               multiple: int = 1) -> tuple[Batch, np.ndarray]:
+PACK_MULTIPLE = 128  # of positions, as kernels and grouped products like it
+
+def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int) -> tuple[Batch, np.ndarray]:
     """Stretches of targets [lo, hi) end to end, each a context of its own, and the target of every position.
 
-    Filled up to a multiple of `multiple` with positions that have none (-1).
+    Filled up to a multiple of PACK_MULTIPLE with positions that have none (-1).
     """
     which = np.concatenate([np.arange(lo, hi) for lo, hi in spans])
-    total = -(-len(which) // multiple) * multiple
+    total = -(-len(which) // PACK_MULTIPLE) * PACK_MULTIPLE
     bounds = span_bounds(np.cumsum([0] + [hi - lo for lo, hi in spans])[: None if total > len(which) else -1],
                          total, max_len)
     which = np.append(which, np.full(total - len(which), -1))
@@ -1668,25 +1959,36 @@ def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int,
     targets = np.where(which < 0, IGNORE, val.tokens[which + 1])
     return make_batch(tokens, targets, bounds, len(bounds) - 1, max_len), which
 
-def gather_scores(nll: Tensor, ranks: Ranks, what: str) -> Tensor:
-    """The scores of all ranks as one, (targets,) fp32 on the CPU; UNSCORED where no rank has any.
+class Tally:
+    """The nll of every target of the validation stream, on this rank, and how often each was scored."""
 
-    A target that was scored twice or whose loss is not finite ends the run.
-    """
-    scored = nll != UNSCORED
-    times, total = ranks.sum_(scored.int()), ranks.sum_(nll.where(scored, 0.0))
-    if times.max() > 1:
-        raise RuntimeError(f"{what}: {int((times > 1).sum())} targets were scored more than once")
-    if not total.isfinite().all():
-        raise UserError(f"{what}: {int((~total.isfinite()).sum())} losses are not finite; if those of plain "
-                        "evaluation are, lower TTT_LORA_LR")
-    return total.where(times == 1, UNSCORED).cpu()
+    def __init__(self, targets: int, ranks: Ranks):
+        self.ranks, self.nll = ranks, torch.zeros(targets, device=ranks.device)
+        self.times = torch.zeros(targets, dtype=torch.int32, device=ranks.device)
+
+    def add(self, where: Tensor, nll: Tensor) -> None:
+        self.nll.index_add_(0, where, nll)
+        self.times.index_add_(0, where, torch.ones_like(where, dtype=torch.int32))
+
+    def gather(self, what: str, may_miss: bool = False) -> Tensor:
+        """Of all ranks as one, (targets,) fp32 on the CPU; UNSCORED where there is none and may be none.
+
+        Any other target that was not scored exactly once, or whose nll is not finite, ends the run.
+        """
+        times, nll = self.ranks.sum_(self.times), self.ranks.sum_(self.nll)
+        if times.max() > 1 or not may_miss and times.min() < 1:
+            raise RuntimeError(f"{what}: {int((times > 1).sum())} targets were scored more than once, "
+                               f"{int((times < 1).sum())} never")
+        if not nll.isfinite().all():
+            raise UserError(f"{what}: {int((~nll.isfinite()).sum())} losses are not finite; if only here, "
+                            "lower TTT_LORA_LR")
+        return nll.where(times == 1, UNSCORED).cpu()
 
 @torch.no_grad()
-def evaluate(run: Run, model: GPT, val: Validation) -> Tensor:
+def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
     """Plain nll of every target, (targets,): documents cut at eval_seq_len, nothing learned."""
-    cfg, ranks, plan = run.cfg, run.ranks, depth_plan(run.cfg, run.cfg.loops_at_end)
-    nll = torch.full((len(val.token_bytes),), UNSCORED, device=ranks.device)
+    cfg, ranks = run.cfg, run.ranks
+    tally = Tally(len(val.token_bytes), ranks)
     mine = np.flatnonzero(deal(val.lengths, ranks.world) == ranks.rank)
     spans = deque((lo, min(lo + cfg.eval_seq_len, start + length))
                   for start, length in zip(val.starts[mine].tolist(), val.lengths[mine].tolist())
@@ -1697,21 +1999,15 @@ def evaluate(run: Run, model: GPT, val: Validation) -> Tensor:
             some.append(spans.popleft())
             room -= some[-1][1] - some[-1][0]
         batch, which = pack_spans(val, some, cfg.eval_seq_len)
-        which = to_device(torch.from_numpy(which), ranks.device)
-        nll[which] = model(to_device(batch, ranks.device), plan, run.ops)
-    nll = gather_scores(nll, ranks, "plain evaluation")
-    if (nll == UNSCORED).any():
-        raise RuntimeError(f"plain evaluation: {int((nll == UNSCORED).sum())} targets were not scored")
-    return nll
+        which = to_device(torch.from_numpy(which[which >= 0]), ranks.device)
+        tally.add(which, model(to_device(batch, ranks.device), plan, run.ops)[: len(which)])
+    return tally.gather("plain evaluation")
 
-# ------------------------------------------------------------------------------------------------------------
-# Score-first test-time training
-#
+# ---- Score-first test-time training ------------------------------------------------------------------------
 # Every document on its own, with fresh adapters, in chunks from left to right. A chunk is scored with what
 # earlier chunks of its document taught; that is final; then the adapters take one step on it. Documents share
 # nothing, and nothing depends on where one ends before its end is read. They enter a fixed number of slots in
 # validation order; when one ends, the next takes its slot. The windows of all slots are packed end to end.
-# ------------------------------------------------------------------------------------------------------------
 
 Turn = tuple[int, int, int]  # slot, document, number of the chunk
 
@@ -1744,8 +2040,8 @@ class Round(NamedTuple):
     weight: Tensor  # (T,) in the loss to learn from: 1/chunk in a chunk that its document goes on after
     learns: bool  # whether there is any
 
-def make_round(val: Validation, turns: list[Turn], cfg: Config, multiple: int) -> Round:
-    """Pack the windows of all turns, to a multiple of `multiple` positions."""
+def make_round(val: Validation, turns: list[Turn], cfg: Config) -> Round:
+    """Pack the windows of all turns."""
     chunk, spans, scored, weights = cfg.ttt_chunk_size, [], [], []
     sizes = np.zeros(cfg.ttt_batch_size, dtype=np.int64)
     for slot, d, c in turns:
@@ -1755,7 +2051,7 @@ def make_round(val: Validation, turns: list[Turn], cfg: Config, multiple: int) -
         scored.append(in_chunk)
         weights.append(in_chunk * (last < val.lengths[d]) / chunk)
         sizes[slot] = last - first
-    batch, which = pack_spans(val, spans, cfg.ttt_eval_seq_len, multiple)
+    batch, which = pack_spans(val, spans, cfg.ttt_eval_seq_len)
     ends, positions = np.cumsum(sizes), np.flatnonzero(np.concatenate(scored))
     weight = np.concatenate(weights + [np.zeros(len(which) - ends[-1])]).astype(np.float32)
     ends[-1] = len(which)  # what fills up counts as the last slot's, and weighs nothing
@@ -1781,7 +2077,7 @@ def rounds(run: Run, val: Validation) -> Iterator[tuple[list[int], Round, float,
     costs = np.append(0, np.cumsum(sizes))[counts]
     mine = np.flatnonzero(deal(costs, ranks.world) == ranks.rank)
     for entering, turns in schedule(val.lengths[mine].tolist(), cfg.ttt_batch_size, chunk):
-        this = make_round(val, [(slot, mine[d], c) for slot, d, c in turns], cfg, 512 if ranks.on_gpu else 1)
+        this = make_round(val, [(slot, mine[d], c) for slot, d, c in turns], cfg)
         entered += len(entering)
         yield entering, to_device(this, ranks.device), done / costs[mine].sum(), entered - len(turns)
         done += sizes[[c for _, _, c in turns]].sum()
@@ -1790,19 +2086,18 @@ def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, o
                     deadline: float) -> Tensor:
     """nll of every target by test-time training, (targets,); UNSCORED past the deadline (perf_counter)."""
     plan, began, lines = depth_plan(run.cfg, run.cfg.loops_at_end), time.perf_counter(), 1
-    nll = torch.full((len(val.token_bytes),), UNSCORED, device=run.ranks.device)
+    tally, late = Tally(len(val.token_bytes), run.ranks), False
     for entering, this, done, documents in rounds(run, val):
-        if time.perf_counter() > deadline:
+        if late := time.perf_counter() > deadline:
             break
-        if done >= lines / 10:  # ten lines about what this rank has so far
-            lines, seconds, sofar = lines + 1, time.perf_counter() - began, nll.cpu().double().numpy()
-            known = sofar != UNSCORED
-            bpb = Score(sofar[known].sum(), known.sum(), val.token_bytes[known].sum()).bpb
+        if done >= lines / 10 and run.ranks.is_main:  # ten lines about what this rank has so far
+            lines, seconds, known = lines + 1, time.perf_counter() - began, tally.times.cpu().numpy() > 0
+            bpb = Score(tally.nll.double().sum().item(), known.sum(), val.token_bytes[known].sum()).bpb
             run.log(f"ttt_progress: documents:{documents} tokens:{known.sum()} val_bpb:{bpb:.6f} "
                     f"done:{done:.0%} elapsed:{seconds:.0f}s eta:{seconds / done - seconds:.0f}s")
         adapters.enter(entering)
-        nll[this.where] = adapt(model, adapters, plan, ops, this)
-    return gather_scores(nll, run.ranks, "test-time training")
+        tally.add(this.where, adapt(model, adapters, plan, ops, this))
+    return tally.gather("test-time training", may_miss=run.ranks.max(late) > 0)
 
 def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
     """Compile what adaptation needs on random tokens, before its clock; leaves the adapters as new."""
@@ -1810,9 +2105,9 @@ def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, slots * cfg.ttt_eval_seq_len + 1)
     starts = np.arange(slots) * cfg.ttt_eval_seq_len
     val = Validation(tokens, np.ones(len(tokens) - 1), starts, np.full(slots, cfg.ttt_eval_seq_len), 0)
-    alone = run._replace(ranks=Ranks(device=str(run.ranks.device)))
-    for _, this, *_ in itertools.islice(rounds(alone, val), 3):
-        adapt(model, adapters, depth_plan(cfg, cfg.loops_at_end), ops, this)
+    for c in (0, 1, 2, cfg.ttt_eval_seq_len // cfg.ttt_chunk_size - 1):  # the last one takes the most memory
+        this = make_round(val, [(slot, slot, c) for slot in range(slots)], cfg)
+        adapt(model, adapters, depth_plan(cfg, cfg.loops_at_end), ops, to_device(this, run.ranks.device))
     adapters.enter(range(slots))
 
 # ---- The run -----------------------------------------------------------------------------------------------
@@ -1832,30 +2127,31 @@ def versions() -> dict[str, str]:
 def open_run(run: Run) -> dict[str, Any]:
     """Head of the log, packed script, checks of what would else fail late; returns the result's beginning."""
     cfg, ranks, log, ops = run
-    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    source = Path(globals().get("UNPACKED", __file__)).read_text()
+    digest = hashlib.sha256(source.encode()).hexdigest()
     settings = cfg.pick(f.name for f in dataclasses.fields(cfg))
-    changed = [f"{name}:{value}" for name, value in settings.items() if value != getattr(Config, name)]
+    changed = {name: value for name, value in settings.items() if value != getattr(Config, name)}
+    listed = lambda values: " ".join(f"{name}:{value}" for name, value in values.items()) or "none"
     log(f"run_id:{log.run_id} artifact_dir:{log.folder} code_sha256:{digest}")
     log("versions: " + " ".join(f"{name}:{version}" for name, version in versions().items()))
-    log("settings other than the record's: " + (" ".join(changed) or "none"))
+    log(f"settings other than the record's: {listed(changed)}")
     log.metrics("settings", **settings, world_size=ranks.world)
-    log("all settings: " + " ".join(f"{name}:{value}" for name, value in settings.items()), console=False)
-    mlp, compiling = "Triton kernel" if ops.fused_mlp else "PyTorch", "on" if ops.compilable else "off"
+    log(f"all settings: {listed(settings)}", console=False)
+    mlp, compiling = "Triton kernel" if ops.fused else "PyTorch", "on" if ops.compilable else "off"
     log(f"device:{device_name(ranks.device)} world_size:{ranks.world} dtype:{compute_dtype(ranks.device)} "
         f"attention:{ops.attend.__name__} mlp:{mlp} compile:{compiling}")
-    source, rule = Path(globals().get("UNPACKED", __file__)).read_text(), "=" * 100
-    log(f"{rule}\n{source}\n{rule}", console=False)
+    log("\n".join(("=" * 100, source, "=" * 100)), console=False)
     tool("brotli"), tool("sentencepiece")
-    if cfg.save_scores and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):
+    if cfg.save_scores and ranks.is_main and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):
         raise UserError(f"SAVE_SCORES={cfg.save_scores}: its folder is missing or not writable")
-    packed = pack_script()
+    packed = ranks.share(pack_script() if ranks.is_main else b"")
     if ranks.is_main:
         write_file(log.folder / "train_gpt_packed.py", packed)
-    return dict(run_id=log.run_id, seed=cfg.seed, preset=cfg.preset, code_sha256=digest,
+    return dict(run_id=log.run_id, seed=cfg.seed, settings=changed, versions=versions(), code_sha256=digest,
                 packed_sha256=hashlib.sha256(packed).hexdigest(), code_bytes=len(packed),
-                hardware=f"{ranks.world} x {device_name(ranks.device)}", versions=versions())
+                hardware=f"{ranks.world} x {device_name(ranks.device)}")
 
-def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[], Score]) -> int:
+def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[Plan], Score]) -> int:
     """Warm up and train; leaves the average of the weights in the model, returns the number of steps."""
     trainer = Trainer(run, model, loader)
     with run.log.phase("warm-up"):
@@ -1870,7 +2166,7 @@ def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[], Sco
     return trainer.steps
 
 def produce(run: Run, model: GPT, steps: int, files: DataFiles, bos: int, result: dict,
-            validate: Callable[[], Score]) -> bytes:
+            validate: Callable[[Plan], Score]) -> bytes:
     """Train unless a checkpoint has its steps, calibrate, export; returns the artifact, keeps the weights."""
     cfg, ranks, log, _ = run
     local_buffers, buffer_tokens = split_step(cfg, ranks.world)
@@ -1883,14 +2179,14 @@ def produce(run: Run, model: GPT, steps: int, files: DataFiles, bos: int, result
             save_checkpoint(model, cfg, result["steps"], log.folder / "final_model.pt")
         return export(run, model, hessians, result["code_bytes"], log.folder / "final_model.int6.ptz")
 
-def score(run: Run, model: GPT, val: Validation, result: dict) -> None:
-    """Plain score of the model as it is, then the adapted one, which is the headline."""
+def score(run: Run, model: GPT, val: Validation, result: dict) -> Tensor:
+    """Plain score of the model as it is, then the adapted one, which is the headline; returns every nll."""
     cfg, ranks, log, ops = run
     with log.phase("score quantized", "scoring"):
-        nll = evaluate(run, model, val)
+        nll = evaluate(run, model, val, depth_plan(cfg, cfg.loops_at_end))
         plain = Score.of(nll, val)
         log(f"quantized {plain}")
-    missed = 0
+    missed = nll.numel()
     if cfg.ttt_enabled:
         model.requires_grad_(False)
         with log.phase("prepare adaptation"):
@@ -1900,7 +2196,7 @@ def score(run: Run, model: GPT, val: Validation, result: dict) -> None:
                 rehearse(run, model, adapters, ops)
         graphs = compiled_graphs()
         with log.phase("adapt", "scoring"):
-            left = cfg.eval_max_seconds - log.spent("scoring") if cfg.eval_max_seconds else math.inf
+            left = 0.99 * cfg.eval_max_seconds - log.spent("scoring") if cfg.eval_max_seconds else math.inf
             adapted = score_documents(run, model, val, adapters, ops, time.perf_counter() + left)
         log(f"adapt: recompilations:{compiled_graphs() - graphs}")
         missed = int((adapted == UNSCORED).sum())
@@ -1912,45 +2208,25 @@ def score(run: Run, model: GPT, val: Validation, result: dict) -> None:
     log(f"final {final}")
     result.update(val_loss=final.loss, val_bpb=final.bpb, val_loss_quantized=plain.loss,
                   val_bpb_quantized=plain.bpb, documents=len(val.starts), tokens=final.targets,
-                  bytes=final.text_bytes, unadapted_tokens=missed)
-    if cfg.save_scores and ranks.is_main:
-        file = io.BytesIO()
-        np.savez(file, nll=nll.numpy(), token_bytes=val.token_bytes, document_starts=val.starts)
-        write_file(Path(cfg.save_scores), file.getvalue())
+                  bytes=final.text_bytes, unadapted_tokens=missed,
+                  val_sha256=val.sha256)
+    return nll
 
-def compete(run: Run) -> dict[str, Any]:
-    """The whole run; returns what becomes the RESULT line."""
+def caveats(run: Run, result: dict[str, Any]) -> list[str]:
+    """What speaks against taking this result for a record's, measured by the challenge's limits."""
     cfg, ranks, log, _ = run
-    with log.phase("setup"):
-        result = open_run(run)
-        model = GPT(cfg).to(ranks.device)
-        parameters = sum(p.numel() for p in model.parameters())
-        log(f"model_params:{parameters}")
-        blob, steps = open_saved(run, model) if cfg.eval_only_path else (b"", 0)
-        has_weights = bool(steps) or not blob  # or will have, after training
-        files = find_data(cfg, train=not blob)
-        tokenizer = load_tokenizer(files.tokenizer, cfg.vocab_size)
-        free, need = shutil.disk_usage(log.folder).free if ranks.is_main else math.inf, 2**25 + 6 * parameters
-        if free < need:
-            raise UserError(f"ARTIFACT_DIR={log.folder}: {free >> 20} MiB are free, a run needs {need >> 20}")
-    validation = functools.cache(lambda: load_validation(files.val, tokenizer, cfg))
-    validate = lambda: Score.of(evaluate(run, model, validation()), validation())
-    if not blob:
-        blob = produce(run, model, steps, files, tokenizer.bos, result, validate)
-    result.update(model_bytes=len(blob), total_bytes=result["code_bytes"] + len(blob), cap_bytes=CAP_BYTES)
-    log("bytes: code:{code_bytes} model:{model_bytes} total:{total_bytes} cap:{cap_bytes}".format(**result))
-    with log.phase("open validation"):
-        val = validation()
-        log(f"validation: documents:{len(val.starts)} tokens:{len(val.token_bytes)} "
-            f"bytes:{val.token_bytes.sum()} documents_a_byte_short:{val.begin_with_space} (a space first)")
-    if has_weights:
-        with log.phase("score unquantized"):
-            unquantized = validate()
-            log(f"unquantized {unquantized}")
-        result.update(val_loss_unquantized=unquantized.loss, val_bpb_unquantized=unquantized.bpb)
-    restore(model, unpack_artifact(blob, Path("artifact"))[1])
-    score(run, model, val, result)
-    return result
+    training, scoring = log.spent("training"), log.spent("scoring")
+    total, plain = result["total_bytes"], result["unadapted_tokens"]
+    return [why for why, holds in (
+        (f"preset {cfg.preset}", cfg.preset),
+        (f"not trained by this run, which read {cfg.eval_only_path}", result["mode"] != "train"),
+        (f"training took {training:.1f} s of {CLOCK_SECONDS}", training > CLOCK_SECONDS),
+        (f"scoring took {scoring:.1f} s of {CLOCK_SECONDS}", scoring > CLOCK_SECONDS),
+        (f"{total} bytes of {CAP_BYTES}", total > CAP_BYTES),
+        (f"{plain} targets have their plain score", plain),
+        (f"VAL_DOC_FRACTION={cfg.val_doc_fraction}: not all documents", cfg.val_doc_fraction < 1),
+        (f"VAL_LOSS_EVERY={cfg.val_loss_every}: validation was read during training", cfg.val_loss_every),
+        ("not on 8 GPUs", not (ranks.on_gpu and ranks.world == 8))) if holds]
 
 def summarize(run: Run, result: dict[str, Any]) -> None:
     """The table of phases, then the RESULT line: the last one, and the content of result.json."""
@@ -1958,12 +2234,16 @@ def summarize(run: Run, result: dict[str, Any]) -> None:
     budgets = {"training": cfg.max_wallclock_seconds, "scoring": cfg.eval_max_seconds}
     for phase in log.phases:
         log(f"phase {phase.name:20}{phase.seconds:9.1f} s  {phase.clock}".rstrip())
-    for clock, budget in budgets.items():
-        over = " EXCEEDED" if 0 < budget < log.spent(clock) else ""
-        log(f"clock {clock:20}{log.spent(clock):9.1f} s" + (f"  of {budget:g} s{over}" if budget else ""))
     result["phases"] = {phase.name: round(phase.seconds, 3) for phase in log.phases}
-    result["clocks"] = {c: {"seconds": round(log.spent(c), 3), "budget": b} for c, b in budgets.items()}
+    result["clocks"] = {}
+    for clock, budget in budgets.items():
+        seconds = log.spent(clock)
+        over = " EXCEEDED" if 0 < budget < seconds else ""
+        log(f"clock {clock:20}{seconds:9.1f} s" + (f"  of {budget:g} s{over}" if budget else ""))
+        result["clocks"][clock] = {"seconds": round(seconds, 3), "budget": budget}
     result["seconds"] = round(time.perf_counter() - START, 3)
+    result["caveats"] = caveats(run, result)
+    log("caveats: " + ("; ".join(result["caveats"]) or "none"))
     if ranks.on_gpu:
         result["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     result = dict(sorted(result.items(), key=lambda item: not item[0].startswith("val_")))  # the score first
@@ -1972,17 +2252,60 @@ def summarize(run: Run, result: dict[str, Any]) -> None:
         write_file(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     log("RESULT " + json.dumps(result))
 
+def compete(run: Run, saved: dict[str, Any]) -> None:
+    """The whole run; `saved` is what EVAL_ONLY_PATH holds, on rank 0."""
+    cfg, ranks, log, _ = run
+    with log.phase("setup"):
+        result = open_run(run)
+        model = GPT(cfg).to(ranks.device)
+        parameters = sum(p.numel() for p in model.parameters())
+        log(f"model_params:{parameters}")
+        blob, steps = ranks.share(open_saved(run, model, saved) if saved else (b"", 0))
+        result["mode"] = "checkpoint" if steps else "artifact" if blob else "train"
+        for p in model.parameters():  # one host may have a file that another has not, or another LAPACK
+            ranks.copy_(p.data)
+        has_weights = bool(steps) or not blob  # or will have, after training
+        files = find_data(cfg, train=not blob)
+        tokenizer = load_tokenizer(files.tokenizer, cfg.vocab_size)
+        result["tokenizer_sha256"] = hashlib.sha256(read_file(files.tokenizer)).hexdigest()
+        free, need = shutil.disk_usage(log.folder).free if ranks.is_main else math.inf, 2**25 + 6 * parameters
+        if free < need:
+            raise UserError(f"ARTIFACT_DIR={log.folder}: {free >> 20} MiB are free, a run needs {need >> 20}")
+    validation = functools.cache(lambda: load_validation(files.val, tokenizer, cfg))
+    validate = lambda plan: Score.of(evaluate(run, model, validation(), plan), validation())
+    if not blob:
+        blob = produce(run, model, steps, files, tokenizer.bos, result, validate)
+    result.update(model_bytes=len(blob), total_bytes=result["code_bytes"] + len(blob), cap_bytes=CAP_BYTES)
+    log("bytes: code:{code_bytes} model:{model_bytes} total:{total_bytes} cap:{cap_bytes}".format(**result)
+        + " EXCEEDED" * (result["total_bytes"] > CAP_BYTES))
+    with log.phase("open validation"):
+        val = validation()
+        log(f"validation: documents:{len(val.starts)} tokens:{len(val.token_bytes)} "
+            f"bytes:{val.token_bytes.sum()} documents_a_byte_short:{val.begin_with_space} (a space first)")
+    if has_weights:
+        with log.phase("score unquantized"):
+            unquantized = validate(depth_plan(cfg, cfg.loops_at_end))
+            log(f"unquantized {unquantized}")
+        result.update(val_loss_unquantized=unquantized.loss, val_bpb_unquantized=unquantized.bpb)
+    restore(model, unpack_artifact(blob, Path("artifact"))[1])
+    nll = score(run, model, val, result)
+    summarize(run, result)
+    if cfg.save_scores and ranks.is_main:  # last: a full disk then costs no result
+        file, token_bytes = io.BytesIO(), val.token_bytes.astype(np.uint16)
+        np.savez(file, nll=nll.numpy(), token_bytes=token_bytes, document_starts=val.starts)
+        write_file(Path(cfg.save_scores), file.getvalue())
+
 def main(env: Mapping[str, str] = os.environ) -> int:
     """Run; returns the exit status, 2 after a mistake of the user's and one line that says what to change."""
     log = None
     try:
         cfg = Config.from_env(env)
         ranks = Ranks.join()
+        saved = read_saved(Path(cfg.eval_only_path)) if cfg.eval_only_path and ranks.is_main else {}
+        cfg = ranks.share(Config.from_env(env, saved.get("settings", {})))  # all go by the first's
         log = RunLog(cfg, ranks)
         run = Run(cfg, ranks, log, Ops.choose(cfg, ranks.device))
-        summarize(run, compete(run))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        compete(run, saved)
         return 0
     except (UserError, torch.OutOfMemoryError) as error:
         message = str(error)
@@ -1996,5 +2319,9 @@ def main(env: Mapping[str, str] = os.environ) -> int:
     return 2
 
 if __name__ == "__main__":
-    if status := main():
-        os._exit(status)  # at once: threads of collectives would keep a failed rank and so the others waiting
+    try:
+        status = main()
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    os._exit(status)  # at once: threads of collectives may abort a slow end, or keep other ranks waiting

@@ -28,7 +28,7 @@ def test_model_has_the_published_size():
 
 
 def test_environment_overrides_are_typed():
-    cfg = tg.Config.from_env({"SEED": "7", "MATRIX_LR": "1e-2", "TTT_ENABLED": "0", "RUN_ID": "x", "HOME": "/", "BETA1": ""})
+    cfg = tg.Config.from_env({"SEED": "7", "MATRIX_LR": "1e-2", "TTT_ENABLED": "0", "RUN_ID": "x", "HOME": "/", "BETA1": "", "MODEL_DIR": "/", "SEEDS": "3"})
     assert (cfg.seed, cfg.matrix_lr, cfg.ttt_enabled, cfg.run_id, cfg.beta1) == (7, 0.01, False, "x", 0.9)
     assert [type(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)] == [type(f.default) for f in dataclasses.fields(cfg)]
 
@@ -37,6 +37,17 @@ def test_any_variable_overrides_the_preset():
     smoke = tg.Config.from_env({"PRESET": "smoke"})
     assert smoke.model_dim < 512 and smoke.data_dir == "data/smoke"
     assert tg.Config.from_env({"PRESET": "smoke", "MODEL_DIM": "64"}) == dataclasses.replace(smoke, model_dim=64)
+
+
+def test_an_empty_variable_is_unset():
+    assert tg.Config.from_env({"PRESET": "smoke", "DATA_DIR": "", "MODEL_DIM": ""}) == tg.Config.from_env({"PRESET": "smoke"})
+
+
+def test_a_saved_model_goes_before_the_preset_and_after_the_environment():
+    saved = tg.Config(matrix_lr=0.5, ttt_enabled=False, num_layers=9, model_dim=128).to_save()
+    cfg = tg.Config.from_env({"PRESET": "smoke", "MATRIX_LR": "0.25"}, saved)
+    assert (cfg.matrix_lr, cfg.ttt_enabled, cfg.num_layers, cfg.model_dim) == (0.25, False, 9, 128)
+    assert cfg.data_dir == "data/smoke" and not set(saved) & set(tg.LOCAL_SETTINGS)
 
 
 def test_config_is_frozen():
@@ -60,7 +71,7 @@ def test_dropped_settings_are_those_of_the_specification():
 @pytest.mark.parametrize("env", [
     {"SEED": "x"}, {"SEED": "1.5"}, {"SEED": "-1"}, {"MATRIX_LR": "fast"}, {"MATRIX_LR": "nan"}, {"MATRIX_LR": "inf"},
     {"MATRIX_LR": "-1"}, {"TTT_ENABLED": "maybe"}, {"TTT_ENABLED": "2"}, {"PRESET": "big"}, {"ATTENTION": "magic"},
-    {"TTT_LORA_RNAK": "8"}, {"GPTQ_BATCHES": "8"}, {"MODEL_DIM": "500"}, {"NUM_HEADS": "6"}, {"NUM_KV_HEADS": "3"},
+    {"TTT_LORA_RNAK": "8"}, {"MATRIX_LRR": "1"}, {"MATRIXLR": "1"}, {"matrix_lr": "1"}, {"ITERATION": "1"}, {"LOGIT_SOFTCAP": "50"}, {"GPTQ_BATCHES": "8"}, {"MODEL_DIM": "500"}, {"NUM_HEADS": "6"}, {"NUM_KV_HEADS": "3"},
     {"ROPE_DIMS": "15"}, {"ROPE_DIMS": "128"}, {"MLP_MULT": "0.001"}, {"LOOP_START": "6"}, {"LOOP_END": "8"},
     {"NUM_LAYERS": "5"}, {"TRAIN_BATCH_TOKENS": "786433"}, {"TRAIN_SEQ_LEN": "98305"}, {"TRAIN_SEQ_LEN": "0"},
     {"VAL_BATCH_TOKENS": "1024"}, {"TTT_CHUNK_SIZE": "4096"}, {"GPTQ_RESERVE_SECONDS": "600"}, {"MATRIX_BITS": "9"},

@@ -76,7 +76,7 @@ def test_logits(model, tag):
     seen = {}
 
     def tap(visit, layer):
-        def see(site, x, y):
+        def see(site, x, y, scale=None):
             seen[site] = y
             return y
         return see

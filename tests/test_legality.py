@@ -295,13 +295,89 @@ def test_deadline_leaves_the_rest_unscored():
 
 
 def test_a_target_scored_twice_or_without_a_number_ends_the_run(monkeypatch):
-    nll = torch.tensor([1.0, float("nan"), 2.0])
+    def tally(*wheres, nll=(1.0, 2.0, 3.0), ranks=tg.Ranks()):
+        tally = tg.Tally(3, ranks)
+        for where in wheres:
+            tally.add(torch.tensor(where), torch.tensor(nll)[where])
+        return tally
+
+    assert tally([2, 0], [1]).gather("x").tolist() == [1.0, 2.0, 3.0]
+    assert tally([2, 0]).gather("x", may_miss=True).tolist() == [1.0, tg.UNSCORED, 3.0]
+    with pytest.raises(RuntimeError, match="1 never"):
+        tally([2, 0]).gather("x")
+    for twice in (tally([0, 1, 2], [1]), tally([0, 1, 1, 2])):
+        with pytest.raises(RuntimeError, match="1 targets were scored more than once"):
+            twice.gather("x", may_miss=True)
     with pytest.raises(tg.UserError, match="1 losses are not finite"):
-        tg.gather_scores(nll, tg.Ranks(), "x")
+        tally([0, 1, 2], nll=(1.0, float("nan"), 2.0)).gather("x")
     doubled = tg.Ranks()
     monkeypatch.setattr(doubled, "sum_", lambda t: 2 * t)
-    with pytest.raises(RuntimeError, match="scored more than once"):
-        tg.gather_scores(torch.ones(3), doubled, "x")
+    with pytest.raises(RuntimeError, match="3 targets were scored more than once"):
+        tally([0, 1, 2], ranks=doubled).gather("x")
+
+
+def test_a_round_that_runs_twice_ends_the_run(monkeypatch):
+    """A cheat: every chunk scored again after learning from it."""
+    original = tg.rounds
+    monkeypatch.setattr(tg, "rounds", lambda *args: (r for r in original(*args) for _ in range(2)))
+    with pytest.raises(RuntimeError, match="more than once"):
+        score(documents())
+
+
+def test_rounds_that_are_left_out_end_the_run(monkeypatch):
+    original = tg.rounds
+    monkeypatch.setattr(tg, "rounds", lambda *args: itertools.islice(original(*args), 3))
+    with pytest.raises(RuntimeError, match="never"):
+        score(documents())
+
+
+class Log:
+    """A run log that keeps its phases and says nothing."""
+    phase, spent = tg.RunLog.phase, tg.RunLog.spent
+
+    def __init__(self):
+        self.ranks, self.phases = tg.Ranks(), []
+
+    def __call__(self, *args, **kwargs):
+        pass
+
+
+def test_the_headline_is_the_adapted_score_and_nothing_else(monkeypatch):
+    """Neither the better of two passes, nor BOS for free, nor more bytes than there are."""
+    val = validation(documents())._replace(begin_with_space=5)
+    n = len(val.token_bytes)
+    rng = np.random.default_rng(0)
+    plain, adapted = (torch.from_numpy(rng.uniform(1, 5, n).astype(np.float32)) for _ in range(2))
+    monkeypatch.setattr(tg, "evaluate", lambda *args: plain.clone())
+    monkeypatch.setattr(tg, "score_documents", lambda *args: adapted.clone())
+    result, run = {}, tg.Run(CFG, tg.Ranks(), Log(), tg.Ops())
+    nll = tg.score(run, tiny_model(CFG), val, result)
+    assert torch.equal(nll, adapted) and (plain < adapted).any()
+    assert result["val_loss"] == pytest.approx(adapted.double().mean().item(), rel=1e-12)
+    assert result["val_bpb"] == pytest.approx(adapted.double().sum().item() / np.log(2) / n, rel=1e-12)
+    assert result["val_bpb_quantized"] == pytest.approx(plain.double().sum().item() / np.log(2) / n, rel=1e-12)
+    assert result["bytes"] == result["tokens"] == n and result["unadapted_tokens"] == 0
+    assert {p.name: p.clock for p in run.log.phases} == {
+        "score quantized": "scoring", "prepare adaptation": "", "adapt": "scoring"}
+    adapted[3] = tg.UNSCORED
+    nll = tg.score(run, tiny_model(CFG), val, result)
+    assert nll[3] == plain[3] and torch.equal(nll[4:], adapted[4:]) and result["unadapted_tokens"] == 1
+
+
+def test_rehearsal_learns_nothing_and_knows_no_validation(monkeypatch):
+    seen, original = [], tg.adapt
+    monkeypatch.setattr(tg, "adapt", lambda model, adapters, plan, ops, this: (
+        seen.append(this.batch.tokens), original(model, adapters, plan, ops, this))[1])
+    adapters = tg.Adapters(CFG, 9, torch.device("cpu"))
+    before = [t.detach().clone() for t in (*adapters.tensors, *adapters.second_moments, adapters.updates)]
+    run, model = tg.Run(CFG, tg.Ranks(), Log(), tg.Ops()), tiny_model(CFG).requires_grad_(False)
+    weights = [p.clone() for p in model.parameters()]
+    tg.rehearse(run, model, adapters, tg.Ops())
+    after = (*adapters.tensors, *adapters.second_moments, adapters.updates)
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
+    assert max(map(len, seen)) >= CFG.ttt_batch_size * CFG.ttt_eval_seq_len, "the largest round is among them"
+    assert "val" not in tg.inspect.signature(tg.rehearse).parameters
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,7 +394,7 @@ def test_bits_per_byte_by_hand():
 def evaluate_in_ranks(lengths=LENGTHS):
     torch.set_num_threads(1)
     run = tg.Run(CFG, tg.Ranks.join(), lambda *a, **k: None, tg.Ops())
-    return tg.evaluate(run, tiny_model(CFG), validation(documents(lengths)))
+    return tg.evaluate(run, tiny_model(CFG), validation(documents(lengths)), tg.depth_plan(CFG, True))
 
 
 def test_plain_evaluation_cuts_as_training_does_and_drops_nothing(tmp_path):

@@ -104,7 +104,7 @@ def test_taps_see_every_site_of_every_visit():
     seen = []
 
     def tap(visit, layer):
-        def see(site, x, y):
+        def see(site, x, y, scale=None):
             seen.append((visit, layer, site))
             return y
         return see
@@ -113,7 +113,7 @@ def test_taps_see_every_site_of_every_visit():
     tapped = model(batch, PLAN, tap=tap)
     assert torch.equal(tapped, model(batch, PLAN))
     order = PLAN.encoder + PLAN.decoder
-    sites = ["q", "k", "v", "o", "attn", "up", "down", "mlp"]
+    sites = ["qkv", "o", "attn", "up", "down", "mlp"]
     assert seen == [(v, i, s) for v, i in enumerate(order) for s in sites] + [(-1, -1, "head")]
 
 
@@ -128,7 +128,7 @@ def test_hessians_are_those_of_the_inputs():
     model, batch, hessians, inputs = tiny_model(CFG), batch_of(documents(20, 30)), {}, {}
 
     def spy(visit, layer):
-        def see(site, x, y):
+        def see(site, x, y, scale=None):
             inputs.setdefault((layer, site), []).append(x.detach())
             return y
         return see
@@ -138,7 +138,7 @@ def test_hessians_are_those_of_the_inputs():
         model(batch, PLAN, tap=spy)
     assert set(hessians) == {f"{i}.{s}" for i in range(5) for s in ("qkv", "o", "up", "down")} | {"embed"}
     for name, H in hessians.items():
-        layer, site = (-1, "head") if name == "embed" else (int(name[0]), name[2:].replace("qkv", "q"))
+        layer, site = (-1, "head") if name == "embed" else (int(name[0]), name[2:])
         x = torch.cat(inputs[layer, site])
         torch.testing.assert_close(H, x.T @ x, rtol=1e-4, atol=1e-4)
     visits = {i: (PLAN.encoder + PLAN.decoder).count(i) for i in range(5)}

@@ -67,11 +67,15 @@ def test_container_round_trip(kinds):
         assert back[name].dtype == t.dtype and back[name].shape == t.shape and torch.equal(back[name], t)
 
 
+def hessians_of(model):
+    matrices = dict(model.named_matrices(), embed=model.embed)
+    return {hessian: torch.eye(matrices[name].size(1)) for name, (hessian, *_) in tg.quantization_plan(CFG).items()}
+
+
 def blob_of(model):
-    hessians = {g.hessian: torch.eye(m.size(1)) for g in tg.quantization_groups(CFG)
-                for m in [dict(model.named_matrices(), embed=model.embed)[g.names[0]]]}
+    hessians = hessians_of(model)
     run = tg.Run(CFG, tg.Ranks(), lambda *a, **k: None, tg.Ops())
-    return tg.pack_artifact({"model": CFG.pick(tg.MODEL_SETTINGS)}, tg.quantize(run, model, hessians, 1.0))
+    return tg.pack_artifact({"settings": CFG.to_save()}, tg.quantize(run, model, hessians, 1.0))
 
 
 def test_any_damage_is_refused():
@@ -123,8 +127,7 @@ class Log:
 def test_steps_widen_until_all_fits(monkeypatch, tmp_path, room):
     model, log = tiny_model(CFG), Log()
     run = tg.Run(CFG, tg.Ranks(), log, tg.Ops())
-    hessians = {g.hessian: torch.eye(m.size(1)) for g in tg.quantization_groups(CFG)
-                for m in [dict(model.named_matrices(), embed=model.embed)[g.names[0]]]}
+    hessians = hessians_of(model)
     free = tg.export(run, model, hessians, 1000, tmp_path / "free.ptz")
     assert not log.lines
     cap = int(1000 + len(free) * room)
@@ -137,8 +140,7 @@ def test_steps_widen_until_all_fits(monkeypatch, tmp_path, room):
 def test_what_cannot_fit_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(tg, "CAP_BYTES", 500)
     model = tiny_model(CFG)
-    hessians = {g.hessian: torch.eye(m.size(1)) for g in tg.quantization_groups(CFG)
-                for m in [dict(model.named_matrices(), embed=model.embed)[g.names[0]]]}
+    hessians = hessians_of(model)
     with pytest.raises(tg.UserError, match="does not fit into 500 bytes"):
         tg.export(tg.Run(CFG, tg.Ranks(), Log(), tg.Ops()), model, hessians, 1000, tmp_path / "x.ptz")
     assert not list(tmp_path.iterdir())
@@ -155,12 +157,12 @@ def test_a_committed_artifact_still_decodes():
 
 
 def test_embedding_and_matrices_get_their_own_settings():
-    groups = {name: g for g in tg.quantization_groups(tg.Config()) for name in g.names}
-    assert (groups["embed"].bits, groups["embed"].clip_sigmas) == (7, 14.0)
-    assert {groups[f"3.{n}"].clip_sigmas for n in "qkvo"} == {13.0} and groups["3.up"].clip_sigmas == 11.5
-    same = tg.quantization_groups(tg.Config(matrix_clip_sigmas=12.85, matrix_bits=5))
-    assert {(g.bits, g.clip_sigmas) for g in same if g.hessian != "embed"} == {(5, 12.85)}
-    assert len(groups) == 11 * 6 + 1
+    plan = tg.quantization_plan(tg.Config())
+    assert plan["embed"] == ("embed", 7, 14.0) and plan["3.up"] == ("3.up", 6, 11.5)
+    assert all(plan[f"3.{n}"] == ("3.qkv", 6, 13.0) for n in "qkv") and plan["3.o"] == ("3.o", 6, 13.0)
+    same = tg.quantization_plan(tg.Config(matrix_clip_sigmas=12.85, matrix_bits=5))
+    assert {(bits, clip) for hessian, bits, clip in same.values() if hessian != "embed"} == {(5, 12.85)}
+    assert len(plan) == 11 * 6 + 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

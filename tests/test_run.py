@@ -149,12 +149,131 @@ def test_a_checkpoint_without_training_shards(run, finished, tmp_path):
     assert "training shards are needed" in outcome.out and "fineweb_train_*.bin" in outcome.error
 
 
-def test_a_run_into_the_same_folder_keeps_the_earlier_log(run, finished, tmp_path):
-    run()
-    first = (tmp_path / "run/log.txt").read_text()
-    run(EVAL_ONLY_PATH=tmp_path / "run/final_model.int6.ptz")
-    assert (tmp_path / "run/previous_log.txt").read_text() == first
-    assert "calibrate" not in json.loads((tmp_path / "run/result.json").read_text())["phases"]
+def test_a_result_is_never_written_over(run, finished):
+    folder, before = finished[0], {path: path.read_bytes() for path in finished[0].iterdir()}
+    for settings in ({}, dict(EVAL_ONLY_PATH=folder / "final_model.int6.ptz")):
+        assert "holds the result of another run" in run(ARTIFACT_DIR=folder, **settings).error
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_model_brings_its_settings(run, finished, tiny_data, tmp_path, capfd):
+    """Without any of the run's variables the score is the same; the seed of a model cannot be another."""
+    for saved in ("final_model.int6.ptz", "final_model.pt"):
+        env = {"EVAL_ONLY_PATH": finished[0] / saved, "DATA_DIR": tiny_data, "ARTIFACT_DIR": tmp_path / saved}
+        assert tg.main({name: str(value) for name, value in env.items()}) == 0
+        result = json.loads((tmp_path / saved / "result.json").read_text())
+        assert result["val_bpb"] == finished[2]["val_bpb"] and result["seed"] == 1337
+        assert result["mode"] == ("artifact" if saved.endswith("ptz") else "checkpoint")
+    assert "set SEED=1337" in run(EVAL_ONLY_PATH=finished[0] / "final_model.int6.ptz", SEED=4).error
+    changed = run(EVAL_ONLY_PATH=finished[0] / "final_model.int6.ptz", TTT_CHUNK_SIZE=8)
+    assert "settings other than those of its run, which were: ttt_chunk_size:16" in changed.out
+
+
+def test_a_result_says_what_speaks_against_it(run, finished, tmp_path):
+    assert finished[2]["mode"] == "train" and finished[2]["caveats"] == ["not on 8 GPUs"]
+    artifact = finished[0] / "final_model.int6.ptz"
+    for i, (settings, why) in enumerate((
+            (dict(EVAL_ONLY_PATH=artifact), "not trained by this run"),
+            (dict(EVAL_ONLY_PATH=artifact, VAL_DOC_FRACTION=0.4), "not all documents"),
+            (dict(EVAL_ONLY_PATH=artifact, TTT_ENABLED=0), "targets have their plain score"),
+            (dict(EVAL_ONLY_PATH=artifact, EVAL_MAX_SECONDS=0.01), "targets have their plain score"),
+            (dict(VAL_LOSS_EVERY=4), "validation was read during training"))):
+        outcome = run(ARTIFACT_DIR=tmp_path / str(i), **settings)
+        assert why in "; ".join(outcome.result["caveats"]) and why in outcome.out.rsplit("caveats: ")[1]
+
+
+def test_clocks_are_judged_by_the_challenge_and_not_by_the_settings(run, monkeypatch):
+    monkeypatch.setattr(tg, "CLOCK_SECONDS", 0.01)
+    outcome = run(MAX_WALLCLOCK_SECONDS=0, EVAL_MAX_SECONDS=0.02)
+    why = "; ".join(outcome.result["caveats"])
+    assert "training took" in why and "scoring took" in why and "EXCEEDED" in outcome.out
+    monkeypatch.setattr(tg, "CAP_BYTES", 100_000)
+    small = dict(artifact := {"val_loss": 0}, total_bytes=100_001, unadapted_tokens=0, mode="train")
+    log = type("Log", (), {"spent": lambda self, clock: 0.0})()
+    assert "100001 bytes of 100000" in "; ".join(tg.caveats(tg.Run(tg.Config(), tg.Ranks(), log, tg.Ops()), small))
+
+
+def test_clocks_hold_what_the_rules_put_on_them(finished):
+    result = finished[2]
+    seconds = result["phases"]
+    for clock, phases in (("training", ("train", "calibrate")), ("scoring", ("score quantized", "adapt"))):
+        assert result["clocks"][clock]["seconds"] == pytest.approx(sum(seconds[name] for name in phases), abs=0.01)
+    table = [line.split() for line in (finished[0] / "log.txt").read_text().splitlines() if line.startswith("phase ")]
+    assert {" ".join(row[1:-3]): row[-1] for row in table if row[-1] != "s"} == {
+        "train": "training", "calibrate": "training", "score quantized": "scoring", "adapt": "scoring"}
+
+
+def test_steps_are_taken_in_training_and_warm_up_only(run, monkeypatch):
+    logs, taken = [], []
+    opened, step = tg.RunLog.__init__, tg.Optimizers.step
+    monkeypatch.setattr(tg.RunLog, "__init__", lambda self, *args: (logs.append(self), opened(self, *args))[1])
+    monkeypatch.setattr(tg.Optimizers, "step", lambda self, *args: (
+        taken.append([p.name for p in logs[0].phases if not p.seconds]), step(self, *args))[1])
+    assert run().status == 0
+    assert taken.count(["train"]) == 6 and all(names in (["train"], ["warm-up"]) for names in taken)
+
+
+def test_the_clock_stands_still_for_validation_only_after_training_is_done(run, monkeypatch):
+    """What was sent to a GPU before validation belongs to the training clock: it is waited for first."""
+    events, evaluate = [], tg.evaluate
+    monkeypatch.setattr(tg.Ranks, "synchronize", lambda self: events.append("wait"))
+    monkeypatch.setattr(tg, "evaluate", lambda *args: (events.append("validate"), evaluate(*args))[1])
+    run(VAL_LOSS_EVERY=3)
+    assert all(events[i - 1] == "wait" for i, event in enumerate(events) if event == "validate") and "validate" in events
+
+
+def test_what_is_scored_is_what_was_read_back(run, monkeypatch, tmp_path):
+    """An artifact that changes between writing and reading ends the run."""
+    write = tg.write_file
+
+    def damaging(path, data):
+        write(path, data)
+        if path.suffix == ".ptz":
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    monkeypatch.setattr(tg, "write_file", damaging)
+    assert "damaged" in run().error
+
+
+def test_a_lost_scores_file_costs_no_result(run, monkeypatch, tmp_path):
+    write = tg.write_file
+
+    def full(path, data):
+        if path.suffix == ".npz":
+            raise tg.UserError(f"cannot write {path}: No space left on device")
+        write(path, data)
+    monkeypatch.setattr(tg, "write_file", full)
+    outcome = run(SAVE_SCORES=tmp_path / "s.npz")
+    assert outcome.status == 2 and "No space left" in outcome.err and "RESULT {" in outcome.out
+    assert (tmp_path / "run/result.json").exists()
+
+
+def test_only_files_are_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(tg.UserError, match="it is not a file"):
+            tg.write_file(tmp_path / name, b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    tg.write_file(tmp_path / "link", b"x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_bytes() == b"x"
+
+
+def test_validation_shards_have_no_gaps_and_no_strangers(run, tiny_data, tmp_path):
+    tokens = smoke_tokens("val")
+    data = make_data(tmp_path / "d", [smoke_tokens("train")[:4000]], [tokens[:500], tokens[:500], tokens[:500]])
+    folder = data / "datasets/fineweb10B_sp1024"
+    (folder / "fineweb_val_000001.bin").rename(folder / "fineweb_val_000001_copy.bin")
+    assert "not numbered from 000000 without a gap" in run(DATA_DIR=data).error
+    (folder / "fineweb_val_000001_copy.bin").unlink()
+    assert "not numbered" in run(DATA_DIR=data).error
+
+
+def test_a_result_names_its_data(finished, tiny_data):
+    shards = sorted((tiny_data / "datasets/fineweb10B_sp1024").glob("*val*"))
+    tokens = b"".join(np.array(tg.open_shard(path)).tobytes() for path in shards)
+    assert finished[2]["val_sha256"] == hashlib.sha256(tokens).hexdigest()
+    model = (tiny_data / "tokenizers/fineweb_1024_bpe.model").read_bytes()
+    assert finished[2]["tokenizer_sha256"] == hashlib.sha256(model).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,7 +385,10 @@ def test_packed_script_is_the_script(finished, tiny_data, tmp_path):
     own = json.loads((tmp_path / "r/result.json").read_text())
     assert (tmp_path / "r/final_model.int6.ptz").read_bytes() == (folder / "final_model.int6.ptz").read_bytes()
     assert np.array_equal(nll_of(tmp_path / "s.npz"), nll_of(scores))
-    assert own["code_bytes"] == result["code_bytes"] and own["packed_sha256"] == own["code_sha256"] == result["packed_sha256"]
+    assert own["code_bytes"] == result["code_bytes"] and own["packed_sha256"] == result["packed_sha256"]
+    log = (tmp_path / "r/log.txt").read_text()
+    logged = log.split("=" * 100 + "\n")[1][:-1]
+    assert hashlib.sha256(logged.encode()).hexdigest() == own["code_sha256"], "the source in the log is what ran"
     assert packed.stat().st_size == own["code_bytes"]
 
 
@@ -430,16 +552,15 @@ def test_a_run_killed_while_writing(tiny_data, tmp_path, victim):
     """SIGKILL between writing and renaming, over a finished earlier run: the old file stays, whole."""
     folder = tmp_path / "r"
     folder.mkdir()
-    (folder / victim).write_bytes(b"old")
+    if victim != "result.json":
+        (folder / victim).write_bytes(b"old")
     code = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt as tg; replace = os.replace\n"
             f"def dying(src, dst):\n    if str(dst) == {str(folder / victim)!r}: os.kill(os.getpid(), signal.SIGKILL)\n    replace(src, dst)\n"
             "os.replace = dying\nsys.exit(tg.main())")
     env = {**os.environ, **{k: str(v) for k, v in TINY.items()}, "DATA_DIR": str(tiny_data), "ARTIFACT_DIR": str(folder)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
-    kept = folder / (f"previous_{victim}" if victim == "result.json" else victim)
-    assert kept.read_bytes() == b"old"
-    assert victim != "result.json" or not (folder / victim).exists()
+    assert not (folder / victim).exists() if victim == "result.json" else (folder / victim).read_bytes() == b"old"
 
 
 def test_missing_tool_is_said_before_training(run, monkeypatch):
