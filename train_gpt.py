@@ -788,7 +788,7 @@ def launch_mlp(a: Tensor, b: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor
         BACKWARD=backward, num_stages=3 if backward else 4, num_warps=8)
     return pre, out
 
-@operator(lambda x, up: (x.new_empty(len(x), len(up)), x.new_empty(len(x), len(up))))
+@operator(lambda x, up: (x.new_empty(x.size(0), up.size(0)), x.new_empty(x.size(0), up.size(0))))
 def mlp_up(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return launch_mlp(x, up, None)
 
@@ -876,7 +876,7 @@ def launch_heads(q: Tensor, k: Tensor, v: Tensor, qkv: Tensor, gain: Tensor, cos
         BLOCK=HEADS_BLOCK, BACKWARD=dqkv is not None, num_warps=2)
 
 def heads_like(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    T, H = len(qkv), len(gain)
+    T, H = qkv.size(0), gain.size(0)  # len() would tie compiled code to this T
     return tuple(qkv.new_empty(T, heads, qkv.size(1) // (H + 2 * K)) for heads in (H, K, K))
 
 @operator(heads_like)
@@ -1945,10 +1945,11 @@ class Score(NamedTuple):
 
 PACK_MULTIPLE = 128  # of positions, as kernels and grouped products like it
 
-def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int) -> tuple[Batch, np.ndarray]:
+def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int,
+               max_spans: int) -> tuple[Batch, np.ndarray]:
     """Stretches of targets [lo, hi) end to end, each a context of its own, and the target of every position.
 
-    Filled up to a multiple of PACK_MULTIPLE with positions that have none (-1).
+    Filled up to a multiple of PACK_MULTIPLE with positions that have none (-1), and with empty spans.
     """
     which = np.concatenate([np.arange(lo, hi) for lo, hi in spans])
     total = -(-len(which) // PACK_MULTIPLE) * PACK_MULTIPLE
@@ -1957,7 +1958,7 @@ def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int) -> t
     which = np.append(which, np.full(total - len(which), -1))
     tokens = np.where(which < 0, 0, val.tokens[which])
     targets = np.where(which < 0, IGNORE, val.tokens[which + 1])
-    return make_batch(tokens, targets, bounds, len(bounds) - 1, max_len), which
+    return make_batch(tokens, targets, bounds, max_spans + -(-PACK_MULTIPLE // max_len), max_len), which
 
 class Tally:
     """The nll of every target of the validation stream, on this rank, and how often each was scored."""
@@ -1998,7 +1999,7 @@ def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
         while spans and spans[0][1] - spans[0][0] <= room:
             some.append(spans.popleft())
             room -= some[-1][1] - some[-1][0]
-        batch, which = pack_spans(val, some, cfg.eval_seq_len)
+        batch, which = pack_spans(val, some, cfg.eval_seq_len, len(some))
         which = to_device(torch.from_numpy(which[which >= 0]), ranks.device)
         tally.add(which, model(to_device(batch, ranks.device), plan, run.ops)[: len(which)])
     return tally.gather("plain evaluation")
@@ -2051,7 +2052,7 @@ def make_round(val: Validation, turns: list[Turn], cfg: Config) -> Round:
         scored.append(in_chunk)
         weights.append(in_chunk * (last < val.lengths[d]) / chunk)
         sizes[slot] = last - first
-    batch, which = pack_spans(val, spans, cfg.ttt_eval_seq_len)
+    batch, which = pack_spans(val, spans, cfg.ttt_eval_seq_len, cfg.ttt_batch_size)
     ends, positions = np.cumsum(sizes), np.flatnonzero(np.concatenate(scored))
     weight = np.concatenate(weights + [np.zeros(len(which) - ends[-1])]).astype(np.float32)
     ends[-1] = len(which)  # what fills up counts as the last slot's, and weighs nothing
