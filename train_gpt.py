@@ -781,8 +781,8 @@ def launch_mlp(a: Tensor, b: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor
     out = a.new_empty(m, n)
     pre = pre if backward else torch.empty_like(out)
     bm, bn, bk = (128, 256, 64) if a.is_cuda else (32, 32, 32)  # a CPU tensor: Triton's interpreter
-    tile, programs = [bm, bn if backward else bn // 2], min(multiprocessors(a), -(-m // bm) * -(-n // bn))
-    mlp_kernel()[(programs,)](
+    tile, programs = [bm, bn if backward else bn // 2], multiprocessors(a)
+    mlp_kernel()[(min(programs, -(-m // bm) * -(-n // bn)),)](
         descriptor(a, [bm, bk]), descriptor(b, [bk, bn] if backward else [bn, bk]), descriptor(pre, tile),
         descriptor(out, tile), m, n, k, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, GROUP_M=8, PROGRAMS=programs,
         BACKWARD=backward, num_stages=3 if backward else 4, num_warps=8)
@@ -977,7 +977,7 @@ def enter_kernel():
     @triton.jit
     def kernel(x, x0, mix, depth, skip, scale, gate, out, normed, dx, dx0, dskip, sums, T, D,
                EPS: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-               PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr):
+               BACKWARD: tl.constexpr):
         # forward: writes out and normed; backward: reads their gradients there, writes dx, dx0, dskip and, by
         # program, the gradients of mix, scale and the gate's sigmoid, summed over tokens
         d = tl.arange(0, WIDTH)[None, :]
@@ -988,7 +988,7 @@ def enter_kernel():
             share = tl.sigmoid(tl.load(gate + d, mask=d < D, other=0.0).to(tl.float32))
         dm = tl.zeros((BLOCK, WIDTH), tl.float32)
         dm0, ds, dshare = dm, dm, dm
-        for block in range(tl.program_id(0), tl.cdiv(T, BLOCK), PROGRAMS):
+        for block in range(tl.program_id(0), tl.cdiv(T, BLOCK), tl.num_programs(0)):
             t = (block * BLOCK + tl.arange(0, BLOCK))[:, None]
             at, inside = t * D + d, (t < T) & (d < D)
             a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -1033,7 +1033,7 @@ def launch_enter(inputs: tuple, out: Tensor, normed: Tensor, programs: int, *gra
     (T, D), skip = out.shape, inputs[4]
     enter_kernel()[(programs,)](*inputs, out, normed, *(grads or [None] * 4), T, D, EPS=NORM_EPS,
                                 SKIP=skip is not None, BLOCK=ENTER_BLOCK, WIDTH=1 << (D - 1).bit_length(),
-                                PROGRAMS=programs, BACKWARD=bool(grads))
+                                BACKWARD=bool(grads))
 
 @operator(lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)))
 def fused_enter(x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, skip: Tensor | None, scale: Tensor | None,

@@ -65,7 +65,7 @@ def test_kernels_under_the_interpreter():
 LAUNCHES = {  # kernel -> settings that are compiled in; which arguments a direction lacks
     "heads_kernel": (dict(E=64, R=16, EPS=tg.NORM_EPS, BLOCK=tg.HEADS_BLOCK), "dqkv dgain"),
     "exclude_kernel": (dict(G=2, E=64, BLOCK=16), "dz dv"),
-    "enter_kernel": (dict(SKIP=True, EPS=tg.NORM_EPS, BLOCK=tg.ENTER_BLOCK, WIDTH=512, PROGRAMS=528), "dx dx0 dskip sums"),
+    "enter_kernel": (dict(SKIP=True, EPS=tg.NORM_EPS, BLOCK=tg.ENTER_BLOCK, WIDTH=512), "dx dx0 dskip sums"),
 }
 
 
@@ -82,6 +82,34 @@ def test_kernels_compile_for_hopper(name, backward):
     signature = {arg: "constexpr" if arg in constants else kinds.get(arg, "*bf16") for arg in kernel.arg_names}
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 1000
+
+
+def test_no_length_makes_a_kernel(monkeypatch):
+    """What is compiled into a kernel does not follow from the number of tokens: adaptation has a new one in every round."""
+    settings = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: settings.setdefault((self.name, constants["BACKWARD"]), set()).add(
+                tuple(sorted(constants.items())))
+
+    for name in ("mlp_kernel", "heads_kernel", "exclude_kernel", "enter_kernel"):
+        monkeypatch.setattr(tg, name, lambda name=name: Recorder(name))
+    monkeypatch.setattr(tg, "multiprocessors", lambda x: 132)
+    monkeypatch.setattr(tg, "tool", lambda name: type("", (), {"TensorDescriptor": type("", (), {"from_tensor": lambda *args: 0})}))
+    for T in (128, 1280, 6400, 129_024):
+        x, mix, scale = torch.empty(T, 8), torch.empty(2, 8), torch.empty(8)
+        inputs = x, x, mix, torch.tensor(1.0), None, None, None
+        tg.mlp_up(x, torch.empty(32, 8)), tg.mlp_up_grad(x, torch.empty(8, 32), torch.empty(T, 32))
+        q, k = torch.empty(T, 2, 8), torch.empty(T, 1, 8)
+        qkv, cos = torch.empty(T, 32), torch.empty(T, 1, 2)
+        tg.fused_heads(qkv, torch.empty(2), cos, cos, 1), tg.fused_heads_grad(q, k, k, qkv, torch.empty(2), cos, cos)
+        tg.fused_exclude(q, k), tg.fused_exclude_grad(q, q, k)
+        tg.fused_enter(*inputs), tg.fused_enter_grad(x, x, *inputs)
+    assert len(settings) == 8 and all(len(variants) == 1 for variants in settings.values()), settings
 
 
 def mlp_case(T, draw):
