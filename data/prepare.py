@@ -53,17 +53,18 @@ def open_text(path: pathlib.Path):
 
 
 def read_documents(paths: list[pathlib.Path], key: str) -> Iterator[str]:
-    """Yield the text of every line of every file; a line that is not {key: text} is an error that names it."""
+    """Yield the text of every line of every file; a line that is neither {key: text} nor blank is an error that names it."""
     for path in paths:
         try:
             with open_text(path) as lines:
                 for number, line in enumerate(lines, 1):
+                    if not line.strip():
+                        continue
                     try:
                         text = json.loads(line)[key]
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise PrepareError(f'{path}:{number}: not a JSON object with a "{key}" ({error!r})') from None
-                    if not isinstance(text, str):
-                        raise PrepareError(f'{path}:{number}: "{key}" is not a string')
+                        text.encode()
+                    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        raise PrepareError(f'{path}:{number}: not a JSON object with a text "{key}" ({error!r})') from None
                     yield text
         except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
             raise PrepareError(f"cannot read {path}: {error}") from error
@@ -90,13 +91,19 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, p
     """Train the challenge's kind of SentencePiece model: BPE, byte fallback, identity normalisation, no dummy prefix."""
     taken = 0
 
+    problem = []
+
     def limited():
         nonlocal taken
-        for text in documents:
-            if taken >= max_bytes:
-                return
-            taken += len(text.encode())
-            yield text
+        try:
+            for text in documents:
+                if taken >= max_bytes:
+                    return
+                taken += len(text.encode())
+                yield text
+        except PrepareError as error:  # SentencePiece would wrap it in lines of its own
+            problem.append(error)
+            raise
 
     part = path.with_name(path.name + ".part")
     try:
@@ -108,6 +115,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, p
                 num_threads=os.cpu_count() or 1, minloglevel=2)
     except RuntimeError as error:
         part.unlink(missing_ok=True)
+        if problem:
+            raise problem[0] from None
         if not taken:
             raise PrepareError("no document is left for training after the first --val-docs") from None
         raise PrepareError(f"--vocab-size {vocab_size}: SentencePiece cannot train on these documents: {error}") from error

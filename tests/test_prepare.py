@@ -106,8 +106,8 @@ def test_inexact_and_empty_documents_are_left_out_and_counted(tmp_path):
 
 @pytest.mark.parametrize("arguments,says", [
     (["missing.jsonl"], "cannot read missing.jsonl"), (["bad.jsonl"], "bad.jsonl:2: not a JSON object"),
-    (["number.jsonl"], 'number.jsonl:1: "text" is not a string'), (["cut.jsonl.xz"], "cannot read cut.jsonl.xz"),
-    (["ok.jsonl", "--text-key", "body"], 'ok.jsonl:1: not a JSON object with a "body"'), (["ok.jsonl", "--val-docs", "20"], "no document is left for training"),
+    (["number.jsonl"], 'number.jsonl:1: not a JSON object with a text "text"'), (["cut.jsonl.xz"], "cannot read cut.jsonl.xz"),
+    (["ok.jsonl", "--text-key", "body"], 'ok.jsonl:1: not a JSON object with a text "body"'), (["ok.jsonl", "--val-docs", "20"], "no document is left for training"),
     (["ok.jsonl", "--tokenizer", "bad.jsonl"], "not a SentencePiece model"), (["ok.jsonl", "--vocab-size", "60000"], "--vocab-size 60000"),
     (["ok.jsonl", "--vocab-size", "70000"], "--vocab-size wants 300 to 65536"), (["ok.jsonl", "--val-docs", "0"], "--val-docs"),
 ])

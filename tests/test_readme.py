@@ -1,4 +1,5 @@
 """README.md says what is so: generated parts are current, links lead somewhere, named tests exist, commands are CI's."""
+import json
 import re
 import subprocess
 import sys
@@ -43,3 +44,11 @@ def test_no_machine_of_ours_is_named():
         hidden = any(part.startswith(".") or part in ("runs", "__pycache__") for part in path.relative_to(ROOT).parts)
         if path.is_file() and not hidden and path.suffix in (".py", ".md", ".txt", ".json", ".jsonl", "") and path != Path(__file__):
             assert "/wo" + "rk/" not in path.read_text(encoding="utf-8", errors="ignore"), path
+
+
+def test_the_scores_are_those_of_the_log():
+    result = json.loads((ROOT / "logs/proxy-4xH200/result.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for name in ("val_bpb", "val_bpb_quantized", "val_bpb_unquantized"):
+        assert f"{result[name]:.4f}" in readme
+    assert f"{result['total_bytes']:,}" in readme and f"{result['steps']:,}" in readme

@@ -37,7 +37,10 @@ def speeds(run: dict) -> tuple[list[int], list[float]]:
 
 
 def draw(runs: list[dict], out: pathlib.Path) -> None:
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("error: drawing needs matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

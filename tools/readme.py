@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Keep the parts of README.md that follow from train_gpt.py as they should be: the table of variables and the map.
+"""Keep what in README.md follows from train_gpt.py and logs/ as it should be: variables, map, smoke runs.
 
     python tools/readme.py            # rewrite them
     python tools/readme.py --check    # exit status 1 if they are out of date
 """
+import argparse
+import json
 import pathlib
 import re
 import sys
@@ -42,8 +44,18 @@ def file_map(source: str) -> str:
     return "\n".join(rows)
 
 
+def smoke_runs() -> str:
+    """Markdown table of the logged smoke runs."""
+    rows = ["| seed | unquantized | quantized | adapted | bytes of the model | log |", "|---|---|---|---|---|---|"]
+    for path in sorted((ROOT / "logs").glob("smoke-seed*/result.json")):
+        r = json.loads(path.read_text())
+        scores = " | ".join(f"{r[name]:.4f}" for name in ("val_bpb_unquantized", "val_bpb_quantized", "val_bpb"))
+        rows.append(f"| {r['seed']} | {scores} | {r['model_bytes']:,} | [log](logs/{path.parent.name}/log.txt) |")
+    return "\n".join(rows)
+
+
 def updated(readme: str, source: str) -> str:
-    for marker, text in (("variables", variables(source)), ("map", file_map(source))):
+    for marker, text in (("variables", variables(source)), ("map", file_map(source)), ("smoke", smoke_runs())):
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
         if not re.search(pattern, readme, flags=re.S):
             raise SystemExit(f"error: README.md lacks the markers <!-- {marker} --> and <!-- /{marker} -->")
@@ -52,9 +64,12 @@ def updated(readme: str, source: str) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if they are out of date")
+    args = parser.parse_args()
     old = README.read_text(encoding="utf-8")
     new = updated(old, SCRIPT.read_text())
-    if "--check" in sys.argv[1:]:
+    if args.check:
         return int(old != new)
     README.write_text(new, encoding="utf-8")
     return 0
