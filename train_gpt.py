@@ -15,8 +15,8 @@ A run is a list of phases, and `compete` at the end of the file reads like it. T
     adapt      score-first test-time training of per-document adapters: the headline        |
 
 Every setting is an environment variable (see Config), and the defaults are the record. The score rests on
-the order above, on `adapt`, which scores a chunk and only then learns from it, and on `gather_scores`, which
-wants every target once. Shapes: T packed tokens, D model width, H query and K key/value heads of width E.
+the order above, on `adapt`, which scores a chunk and only then learns from it, and on `Tally`, which wants
+every target once. Shapes: T packed tokens, D model width, H query and K key/value heads of width E.
 """
 import time
 
@@ -1162,7 +1162,7 @@ def head(x: Tensor, lane: Tensor | None, embed: Tensor, targets: Tensor, see: Ca
 class Ops(NamedTuple):
     """The functions that do the work of a forward. As they stand here they run anywhere."""
     attend: Callable = sdpa_attention
-    fused: bool = False  # FusedMLP in place of mlp_reference; taps then do not see inside the MLP
+    fused: bool = False  # kernels in place of PyTorch; taps then do not see inside the MLP
     block: Callable = block
     head: Callable = head
 
@@ -2138,9 +2138,9 @@ def open_run(run: Run) -> dict[str, Any]:
     log(f"settings other than the record's: {listed(changed)}")
     log.metrics("settings", **settings, world_size=ranks.world)
     log(f"all settings: {listed(settings)}", console=False)
-    mlp, compiling = "Triton kernel" if ops.fused else "PyTorch", "on" if ops.compilable else "off"
+    kernels, compiling = "Triton" if ops.fused else "PyTorch", "on" if ops.compilable else "off"
     log(f"device:{device_name(ranks.device)} world_size:{ranks.world} dtype:{compute_dtype(ranks.device)} "
-        f"attention:{ops.attend.__name__} mlp:{mlp} compile:{compiling}")
+        f"attention:{ops.attend.__name__} kernels:{kernels} compile:{compiling}")
     log("\n".join(("=" * 100, source, "=" * 100)), console=False)
     tool("brotli"), tool("sentencepiece")
     if cfg.save_scores and ranks.is_main and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):

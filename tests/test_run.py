@@ -339,10 +339,18 @@ def test_validation_during_training_changes_nothing_and_is_not_timed(run, finish
     assert (tmp_path / "run/final_model.int6.ptz").read_bytes() == (finished[0] / "final_model.int6.ptz").read_bytes()
 
 
-def test_the_training_clock_ends_a_run(run):
+def test_the_training_clock_ends_a_run(run, monkeypatch):
+    """On a clock by which every step takes .05 s: as many steps as fit, none beyond, and rates that follow it."""
+    taken, step = [], tg.Optimizers.step
+    monkeypatch.setattr(tg.Optimizers, "step", lambda self, *args: (taken.append(1), step(self, *args))[1])
+
+    def elapsed(phase):
+        began = phase.__dict__.setdefault("steps_before", len(taken))
+        return 0.05 * (len(taken) - began) if phase.name == "train" else 0.0
+    monkeypatch.setattr(tg.Phase, "elapsed", elapsed)
     outcome = run(MAX_WALLCLOCK_SECONDS=3, GPTQ_RESERVE_SECONDS=1, ITERATIONS=100000, TRAIN_LOG_EVERY=1000000)
     result = outcome.result
-    assert 1.9 < result["phases"]["train"] < 2.6 and 0 < result["steps"] < 1000
+    assert 38 <= result["steps"] <= 40 and result["phases"]["train"] <= 2
     assert result["clocks"]["training"]["budget"] == 3
     rows = [json.loads(line) for line in Path(outcome.out.split("artifact_dir:")[1].split()[0], "metrics.jsonl").open()]
     rates = [row["lr"] for row in rows if row["kind"] == "step"]
