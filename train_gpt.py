@@ -868,12 +868,12 @@ def heads_kernel():
 HEADS_BLOCK = 16
 
 def launch_heads(q: Tensor, k: Tensor, v: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
-                 dqkv: Tensor | None = None, dgain: Tensor | None = None) -> None:
+                 *grads: Tensor) -> None:
     """Forward, into q, k, v; or, with dqkv and dgain, backward from what is there."""
     (T, H, E), K = q.shape, k.size(1)
     heads_kernel()[H + 2 * K, -(-T // HEADS_BLOCK)](
-        qkv, gain, cos, sin, q, k, v, dqkv, dgain, T, H, K, E=E, R=2 * cos.size(-1), EPS=NORM_EPS,
-        BLOCK=HEADS_BLOCK, BACKWARD=dqkv is not None, num_warps=2)
+        qkv, gain, cos, sin, q, k, v, *(grads or [None] * 2), T, H, K, E=E, R=2 * cos.size(-1), EPS=NORM_EPS,
+        BLOCK=HEADS_BLOCK, BACKWARD=bool(grads), num_warps=2)
 
 def heads_like(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
     T, H = qkv.size(0), gain.size(0)  # len() would tie compiled code to this T
@@ -890,7 +890,8 @@ def fused_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, K: int) -> 
 def fused_heads_grad(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor,
                      sin: Tensor) -> tuple[Tensor, Tensor]:
     """(dqkv, dgain)"""
-    dqkv, dgain = torch.empty_like(qkv), gain.new_empty(-(-len(qkv) // HEADS_BLOCK), len(gain)).float()
+    dqkv, blocks = torch.empty_like(qkv), -(-len(qkv) // HEADS_BLOCK)
+    dgain = gain.new_empty(blocks, len(gain), dtype=torch.float32)
     launch_heads(dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain)
     return dqkv, dgain.sum(0).to(gain.dtype)
 
@@ -937,12 +938,11 @@ def exclude_kernel():
 
     return kernel
 
-def launch_exclude(y: Tensor, v: Tensor, out: Tensor, dz: Tensor | None = None,
-                   dv: Tensor | None = None) -> None:
+def launch_exclude(y: Tensor, v: Tensor, out: Tensor, *grads: Tensor) -> None:
     """Forward, z into `out`; or, with dz and dv, backward, dy into it."""
     (T, H, E), K, block = y.shape, v.size(1), 16
-    exclude_kernel()[K, -(-T // block)](y, v, out, dz, dv, T, K, G=H // K, E=E, BLOCK=block,
-                                        BACKWARD=dz is not None)
+    exclude_kernel()[K, -(-T // block)](y, v, out, *(grads or [None] * 2), T, K, G=H // K, E=E, BLOCK=block,
+                                        BACKWARD=bool(grads))
 
 @operator(lambda y, v: torch.empty_like(y))
 def fused_exclude(y: Tensor, v: Tensor) -> Tensor:
@@ -2106,7 +2106,8 @@ def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, slots * cfg.ttt_eval_seq_len + 1)
     starts = np.arange(slots) * cfg.ttt_eval_seq_len
     val = Validation(tokens, np.ones(len(tokens) - 1), starts, np.full(slots, cfg.ttt_eval_seq_len), 0)
-    for c in (0, 1, 2, cfg.ttt_eval_seq_len // cfg.ttt_chunk_size - 1):  # the last one takes the most memory
+    chunks = range(cfg.ttt_eval_seq_len // cfg.ttt_chunk_size)
+    for c in (*chunks[:3], chunks[-1]):  # the last one takes the most memory
         this = make_round(val, [(slot, slot, c) for slot in range(slots)], cfg)
         adapt(model, adapters, depth_plan(cfg, cfg.loops_at_end), ops, to_device(this, run.ranks.device))
     adapters.enter(range(slots))
@@ -2209,8 +2210,7 @@ def score(run: Run, model: GPT, val: Validation, result: dict) -> Tensor:
     log(f"final {final}")
     result.update(val_loss=final.loss, val_bpb=final.bpb, val_loss_quantized=plain.loss,
                   val_bpb_quantized=plain.bpb, documents=len(val.starts), tokens=final.targets,
-                  bytes=final.text_bytes, unadapted_tokens=missed,
-                  val_sha256=val.sha256)
+                  bytes=final.text_bytes, unadapted_tokens=missed, val_sha256=val.sha256)
     return nll
 
 def caveats(run: Run, result: dict[str, Any]) -> list[str]:

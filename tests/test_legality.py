@@ -364,7 +364,10 @@ def test_the_headline_is_the_adapted_score_and_nothing_else(monkeypatch):
     assert nll[3] == plain[3] and torch.equal(nll[4:], adapted[4:]) and result["unadapted_tokens"] == 1
 
 
-def test_rehearsal_learns_nothing_and_knows_no_validation(monkeypatch):
+@pytest.mark.parametrize("chunk", [16, 20, 48])
+def test_rehearsal_learns_nothing_and_knows_no_validation(monkeypatch, chunk):
+    """Also where a window holds two chunks, or one."""
+    CFG = tiny_config(ttt_chunk_size=chunk)
     seen, original = [], tg.adapt
     monkeypatch.setattr(tg, "adapt", lambda model, adapters, plan, ops, this: (
         seen.append(this.batch.tokens), original(model, adapters, plan, ops, this))[1])
@@ -376,7 +379,8 @@ def test_rehearsal_learns_nothing_and_knows_no_validation(monkeypatch):
     after = (*adapters.tensors, *adapters.second_moments, adapters.updates)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
-    assert max(map(len, seen)) >= CFG.ttt_batch_size * CFG.ttt_eval_seq_len, "the largest round is among them"
+    largest = CFG.ttt_batch_size * (CFG.ttt_eval_seq_len // chunk) * chunk
+    assert min(map(len, seen)) > 0 and max(map(len, seen)) >= largest, "the largest round is among them"
     assert "val" not in tg.inspect.signature(tg.rehearse).parameters
 
 
