@@ -46,7 +46,7 @@ import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -90,6 +90,8 @@ DROPPED = {  # settings of this script's ancestors that would change nothing her
     "replaced by the windows of test-time training (TTT_CHUNK_SIZE)": "SLIDING_WINDOW_ENABLED EVAL_STRIDE",
     "replaced by VAL_DOC_FRACTION": "TTT_EVAL_BATCHES",
     "replaced by SAVE_SCORES": "TTT_OUTPUT_DIR",
+    "steps follow from sensitivity and cap": "MATRIX_BITS EMBED_BITS MATRIX_CLIP_SIGMAS ATTN_CLIP_SIGMAS "
+                                             "MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS",
 }
 
 def knob(default, low=None, high=None):
@@ -159,19 +161,13 @@ class Config:
     # quantization
     gptq_calibration_batches: int = knob(16, 1)  # training buffers behind the Hessians, over all ranks
     gptq_reserve_seconds: float = knob(4.0, 0.0)  # of the training clock, kept for them
-    matrix_bits: int = knob(6, 2, 8)  # of the layers' matrices
-    embed_bits: int = knob(7, 2, 8)  # of the embedding
-    attn_clip_sigmas: float = knob(13.0, 0.1)  # q, k, v, o: largest code, in standard deviations of the row
-    mlp_clip_sigmas: float = knob(11.5, 0.1)  # up, down: likewise
-    matrix_clip_sigmas: float = knob(0.0, 0.0)  # if above 0, in place of the two before
-    embed_clip_sigmas: float = knob(14.0, 0.1)  # embedding: likewise
     # test-time training
     ttt_enabled: bool = knob(True)  # 0: the plain score of the quantized model is the headline
     ttt_lora_rank: int = knob(80, 1)  # of every adapter
-    ttt_lora_lr: float = knob(1e-4, 0.0)  # AdamW, for adapters
-    ttt_chunk_size: int = knob(48, 1)  # tokens scored between two updates
+    ttt_lora_lr: float = knob(2e-4, 0.0)  # AdamW, for adapters
+    ttt_chunk_size: int = knob(24, 1)  # tokens scored between two updates
     ttt_eval_seq_len: int = knob(2048, 1)  # longest window, chunk included
-    ttt_batch_size: int = knob(64, 1)  # documents that advance together on a rank
+    ttt_batch_size: int = knob(96, 1)  # documents that advance together on a rank
     ttt_weight_decay: float = knob(0.5, 0.0)  # of adapters
     ttt_beta2: float = knob(0.99, 0.0, 0.999999)  # AdamW, for adapters; beta 1 is 0
     eval_max_seconds: float = knob(600.0, 0.0)  # scoring clock; the rest keeps its plain score; 0: none
@@ -253,8 +249,7 @@ class Config:
 # Settings without which saved weights do not mean what they meant; on which quantization depends; of one run
 MODEL_SETTINGS = """seed vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base
     logit_softcap num_loops loop_start loop_end enable_looping_at parallel_start_layer""".split()
-QUANT_SETTINGS = """seed train_batch_tokens train_seq_len gptq_calibration_batches matrix_bits embed_bits
-    attn_clip_sigmas mlp_clip_sigmas matrix_clip_sigmas embed_clip_sigmas""".split()
+QUANT_SETTINGS = "seed train_batch_tokens train_seq_len gptq_calibration_batches".split()
 LOCAL_SETTINGS = """preset run_id artifact_dir data_dir eval_only_path save_scores attention val_doc_fraction
     val_loss_every train_log_every eval_max_seconds""".split()
 
@@ -376,7 +371,8 @@ class RunLog:
         default = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-seed{cfg.seed}"
         self.run_id = ranks.share(cfg.run_id or default)
         self.folder = Path(cfg.artifact_dir or Path("runs", self.run_id))
-        self.ranks, self.phases, self.files, problem = ranks, [], {}, None
+        self.ranks, self.files, problem = ranks, {}, None
+        self.phases = [Phase("imports", "", START, time.perf_counter() - START)]  # and finding ranks
         try:
             if ranks.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -557,6 +553,12 @@ def make_batch(tokens: np.ndarray, targets: np.ndarray, bounds: np.ndarray, max_
     seqs = Seqs(torch.from_numpy(cu_seqlens.astype(np.int32)), whole(positions), max_len)
     return Batch(whole(tokens), whole(targets), seqs)
 
+def first_part(batch: Batch, count: int) -> Batch:
+    """The first `count` positions of a batch."""
+    seqs = batch.seqs
+    seqs = Seqs(seqs.cu_seqlens.clamp(max=count), seqs.positions[:count], seqs.max_seqlen)
+    return Batch(batch.tokens[:count], batch.targets[:count], seqs)
+
 class PackedLoader:
     """Training buffers: documents end to end, cut where a buffer ends, shards in a seeded order every epoch.
 
@@ -643,7 +645,7 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
                       int(tokenizer.spaced[first].sum()), digest)
 
 # ---- Attention ---------------------------------------------------------------------------------------------
-# Causal within each span, nothing across spans, scale 1/sqrt(E); K divides H. Chosen once, and logged.
+# Causal within each span, nothing across spans, scale 1/sqrt(E); (T, H, E) all. Chosen once, and logged.
 
 def flash3_attention(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs) -> Tensor:
     """FlashAttention-3 (Hopper), package flash_attn_3; bf16 or fp16."""
@@ -654,10 +656,9 @@ def flash3_attention(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs) -> Tensor:
 
 @functools.cache
 def varlen_options() -> dict[str, Any]:
-    """How this PyTorch wants to be told "causal" and "grouped heads": its signature has changed."""
+    """How this PyTorch wants to be told "causal": its signature has changed."""
     known = inspect.signature(tool("torch.nn.attention.varlen").varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+    return {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs) -> Tensor:
     """PyTorch's own varlen attention (NVIDIA GPUs from Ampere on); bf16 or fp16."""
@@ -672,7 +673,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs) -> Tensor:
         if length:
             hi = lo + length * len(list(run))
             heads = [t[lo:hi].unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v)]
-            y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            y = F.scaled_dot_product_attention(*heads, is_causal=True)
             outputs.append(y.transpose(1, 2).flatten(0, 1))
             lo = hi
     return torch.cat(outputs)
@@ -708,10 +709,13 @@ def norm(x: Tensor) -> Tensor:
 
 def operator(fake: Callable) -> Callable:
     """Make a function the operator train_gpt::NAME, fed contiguous tensors; `fake` allocates its outputs."""
+    def dense(a: Any) -> Any:
+        return a.contiguous() if isinstance(a, Tensor) else [*map(dense, a)] if isinstance(a, list) else a
+
     def register(launch: Callable) -> Callable:
         @functools.wraps(launch)
         def contiguous(*args):
-            return launch(*(a.contiguous() if isinstance(a, Tensor) else a for a in args))
+            return launch(*map(dense, args))
         op = torch.library.custom_op(f"train_gpt::{launch.__name__}", contiguous, mutates_args=())
         op.register_fake(fake)
         return op
@@ -724,16 +728,56 @@ def keep_tensors(ctx, inputs: tuple, output: Any) -> None:
 def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
-# MLP       forward    pre = x up'           act = f(pre)               f(p) = leaky_relu(p, .5)^2
-#           backward   dpre = (dy down) * f'(pre)                       f'(p) = 2p if p > 0 else p/2
-# Each line is one kernel, a matrix product whose epilogue applies f or f' to the tile in registers.
+# MLP sublayer     y = x + a, n = norm(y) depth, out = y + f(n up') down'      f(p) = leaky_relu(p, .5)^2
+# Two kernels, join and a product whose epilogue applies f; backward, its epilogue applies f' and join_grad
+# ends. The product keeps no p: act is rounded to an even last bit where p > 0, to an odd one elsewhere, and
+# f'(p) = 2 sqrt(act) or -sqrt(act). So act errs by twice a rounding, as if p had been rounded before f.
 
 def activation(pre: Tensor) -> Tensor:
     return F.leaky_relu(pre, 0.5).square()
 
-def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """(T, D), (M, D), (D, M) -> (T, D)"""
-    return F.linear(activation(F.linear(x, up)), down)
+def mlp_reference(x: Tensor, a: Tensor | None, up: Tensor, down: Tensor,
+                  depth: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, D) twice, (M, D), (D, M), () -> out and n, (T, D) both; without a, out is what to add to x."""
+    y = x if a is None else x + a
+    n = (norm(y) * depth).to(x.dtype)
+    out = F.linear(activation(F.linear(n, up)), down)
+    return out if a is None else y + out, n
+
+@functools.cache
+def join_kernel():
+    """A program takes BLOCK tokens; WIDTH is D or the next power of two."""
+    triton, tl = tool("triton"), tool("triton.language")
+
+    @triton.jit
+    def join_program(x, a, depth, n, r, out, T, D, EPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+                     WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
+        # forward: writes y = x + a to out if there is an a, then n and r, with n = y r depth
+        # backward: x and a hold the gradients of n and, if there was an a, of y; writes that of x to out
+        d, t = tl.arange(0, WIDTH)[None, :], tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at, inside, scale = t[:, None] * D + d, (t[:, None] < T) & (d < D), tl.load(depth).to(tl.float32)
+        y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if BACKWARD:
+            unit = tl.load(n + at, mask=inside, other=0.0).to(tl.float32) / scale
+            y -= unit * (tl.sum(y * unit, 1) / D)[:, None]
+            y *= (tl.load(r + t, mask=t < T) * scale)[:, None]
+        if ADD:
+            y += tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD or BACKWARD:
+            tl.store(out + at, y.to(x.dtype.element_ty), mask=inside)
+        if not BACKWARD:
+            rms = tl.rsqrt(tl.sum(y * y, 1) / D + EPS)
+            tl.store(r + t, rms, mask=t < T)
+            tl.store(n + at, (y * (rms * scale)[:, None]).to(x.dtype.element_ty), mask=inside)
+
+    return join_program
+
+def launch_join(x: Tensor, a: Tensor | None, depth: Tensor, n: Tensor, r: Tensor, out: Tensor,
+                backward: bool) -> None:
+    """Run the kernel, one way or the other."""
+    (T, D), block = x.shape, 4
+    join_kernel()[(-(-T // block),)](x, a, depth, n, r, out, T, D, EPS=NORM_EPS, ADD=a is not None,
+                                     BLOCK=block, WIDTH=1 << (D - 1).bit_length(), BACKWARD=backward)
 
 @functools.cache
 def mlp_kernel():
@@ -741,11 +785,13 @@ def mlp_kernel():
     triton, tl = tool("triton"), tool("triton.language")
 
     @triton.jit
-    def kernel(a_desc, b_desc, pre_desc, out_desc, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr):
-        # forward: a (M, K), b (N, K), writes pre and out (M, N)
-        # backward: a (M, K), b (K, N), reads pre, writes out (M, N)
+    def mlp_program(a_desc, b_desc, act_desc, out_desc, M, N, K, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+                    PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr):
+        # forward: a (M, K), b (N, K), writes act to out (M, N); UNIT is its last bit in fp32
+        # backward: a (M, K), b (K, N), reads act, writes out (M, N)
         tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        BITS: tl.constexpr = tl.int32 if UNIT == 1 else tl.int16
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=not BACKWARD):
             group = tile // (GROUP_M * tiles_n)  # GROUP_M rows of tiles run together, so that b stays in L2
             rows = min(tiles_m - group * GROUP_M, GROUP_M)
@@ -760,57 +806,73 @@ def mlp_kernel():
                 else:
                     acc = tl.dot(a, b_desc.load([n, k]).T, acc)
             if BACKWARD:
-                pre = pre_desc.load([m, n]).to(tl.float32)
-                out_desc.store([m, n], (acc * tl.where(pre > 0, 2 * pre, 0.5 * pre)).to(out_desc.dtype))
-            else:  # by halves, so that shared memory holds one more stage
-                lo, hi = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-                pre_desc.store([m, n], lo.to(pre_desc.dtype))
-                lo = tl.where(lo > 0, lo, 0.5 * lo)
-                out_desc.store([m, n], (lo * lo).to(out_desc.dtype))
-                pre_desc.store([m, n + BLOCK_N // 2], hi.to(pre_desc.dtype))
-                hi = tl.where(hi > 0, hi, 0.5 * hi)
-                out_desc.store([m, n + BLOCK_N // 2], (hi * hi).to(out_desc.dtype))
+                act = act_desc.load([m, n])
+                root, odd = tl.sqrt(act.to(tl.float32)), act.to(BITS, bitcast=True) & 1
+                out_desc.store([m, n], (acc * tl.where(odd == 0, 2 * root, -root)).to(out_desc.dtype))
+            else:
+                odd = tl.where(acc > 0, 0, UNIT)
+                acc = tl.where(acc > 0, acc, 0.5 * acc)
+                bits = ((acc * acc).to(tl.int32, bitcast=True) + (UNIT - odd)) & (-2 * UNIT) | odd
+                out_desc.store([m, n], bits.to(tl.float32, bitcast=True).to(out_desc.dtype))
 
-    return kernel
+    return mlp_program
 
-def launch_mlp(a: Tensor, b: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run the kernel, forward if pre is None; returns (pre, out), each (M, N)."""
+def launch_mlp(a: Tensor, b: Tensor, act: Tensor | None = None) -> Tensor:
+    """Run the product, forward if act is None; (M, K) and b -> (M, N)."""
     descriptor = tool("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
-    backward, (m, k) = pre is not None, a.shape
+    backward, (m, k) = act is not None, a.shape
     n = b.size(1) if backward else b.size(0)
     out = a.new_empty(m, n)
-    pre = pre if backward else torch.empty_like(out)
     bm, bn, bk = (128, 256, 64) if a.is_cuda else (32, 32, 32)  # a CPU tensor: Triton's interpreter
-    tile, programs = [bm, bn if backward else bn // 2], multiprocessors(a)
+    tile, programs = [bm, bn], multiprocessors(a)
     mlp_kernel()[(min(programs, -(-m // bm) * -(-n // bn)),)](
-        descriptor(a, [bm, bk]), descriptor(b, [bk, bn] if backward else [bn, bk]), descriptor(pre, tile),
-        descriptor(out, tile), m, n, k, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, GROUP_M=8, PROGRAMS=programs,
-        BACKWARD=backward, num_stages=3 if backward else 4, num_warps=8)
-    return pre, out
+        descriptor(a, [bm, bk]), descriptor(b, [bk, bn] if backward else [bn, bk]),
+        descriptor(act if backward else out, tile), descriptor(out, tile), m, n, k,
+        UNIT=1 << 16 if a.dtype == torch.bfloat16 else 1, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, GROUP_M=8,
+        PROGRAMS=programs, BACKWARD=backward, num_stages=3, num_warps=8)
+    return out
 
-@operator(lambda x, up: (x.new_empty(x.size(0), up.size(0)), x.new_empty(x.size(0), up.size(0))))
-def mlp_up(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return launch_mlp(x, up, None)
+@operator(lambda x, a, up, down, depth: (torch.empty_like(x), torch.empty_like(x), x.new_empty(
+    x.size(0), dtype=torch.float32), x.new_empty(x.size(0), up.size(0))))
+def fused_mlp(x: Tensor, a: Tensor | None, up: Tensor, down: Tensor,
+              depth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, n, the rms norm's factor r (T,), act)"""
+    y, n, r = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    launch_join(x, a, depth, n, r, y, backward=False)
+    act = launch_mlp(n, up)
+    return F.linear(act, down) if a is None else y.addmm_(act, down.T), n, r, act
 
-@operator(lambda dy, down, pre: torch.empty_like(pre))
-def mlp_up_grad(dy: Tensor, down: Tensor, pre: Tensor) -> Tensor:
-    return launch_mlp(dy, down, pre)[1]
+@operator(lambda dout, down, act: torch.empty_like(act))
+def mlp_grad(dout: Tensor, down: Tensor, act: Tensor) -> Tensor:
+    """Of n up'."""
+    return launch_mlp(dout, down, act)
+
+@operator(lambda dn, dy, depth, n, r: torch.empty_like(n))
+def join_grad(dn: Tensor, dy: Tensor | None, depth: Tensor, n: Tensor, r: Tensor) -> Tensor:
+    """Of x, and of a."""
+    launch_join(dn, dy, depth, n, r, dx := torch.empty_like(n), backward=True)
+    return dx
 
 class FusedMLP(torch.autograd.Function):
-    """mlp_reference by the two kernels; frozen weights cost no gradient."""
+    """mlp_reference by these kernels; frozen weights cost no gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        pre, act = mlp_up(x, up)
-        ctx.save_for_backward(x, up, down, pre, act)
-        return F.linear(act, down)
+    def forward(ctx, x: Tensor, a: Tensor | None, up: Tensor, down: Tensor,
+                depth: Tensor) -> tuple[Tensor, Tensor]:
+        out, n, r, act = fused_mlp(x, a, up, down, depth)
+        ctx.set_materialize_grads(False)
+        ctx.adds = a is not None
+        ctx.save_for_backward(up, down, depth, n, r, act)
+        return out, n
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, up, down, pre, act = ctx.saved_tensors
-        dpre = mlp_up_grad(dy, down, pre)
-        return (dpre @ up, dpre.T @ x if ctx.needs_input_grad[1] else None,
-                dy.T @ act if ctx.needs_input_grad[2] else None)
+    def backward(ctx, dout: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
+        up, down, depth, n, r, act = ctx.saved_tensors
+        dpre = mlp_grad(dout, down, act)
+        dn = dpre @ up if dn is None else dn + dpre @ up
+        dx = join_grad(dn, dout if ctx.adds else None, depth, n, r)
+        return (dx, dx if ctx.adds else None, dpre.T @ n if ctx.needs_input_grad[2] else None,
+                dout.T @ act if ctx.needs_input_grad[3] else None, None)
 
 # Heads     one product apart into heads; q and k normed and rotated, q times its gain
 
@@ -820,12 +882,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
-def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, (H + 2K) E), (H,), (T, 1, R / 2) twice -> (T, H, E), (T, K, E), (T, K, E)"""
+def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+                K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(T, (H + 2K) E), (H,), (longest, 1, R / 2) twice, (T,) -> q, k, v (T, H, E) and own values (T, K, E)
+
+    Keys and values are repeated for every query head: FlashAttention-3 then need not add up their gradients.
+    """
     H = len(gain)
+    cos, sin = cos[positions], sin[positions]
     q, k, v = qkv.unflatten(1, (H + 2 * K, -1)).split((H, K, K), dim=1)
     q = (rotate(norm(q), cos, sin) * gain[:, None]).to(qkv.dtype)
-    return q, rotate(norm(k), cos, sin).to(qkv.dtype), v
+    k = rotate(norm(k), cos, sin).to(qkv.dtype)
+    return q, *(x.repeat_interleave(H // K, dim=1) for x in (k, v)), v
 
 @functools.cache
 def heads_kernel():
@@ -833,70 +901,80 @@ def heads_kernel():
     triton, tl = tool("triton"), tool("triton.language")
 
     @triton.jit
-    def kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, T, H, K, E: tl.constexpr, R: tl.constexpr,
-               EPS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
-        # forward: writes q, k, v; backward: reads their gradients there, writes dqkv and, by program, dgain
-        h, d = tl.program_id(0), tl.arange(0, E)[None, :]
+    def heads_program(qkv, gain, cos, sin, positions, q, k, v, own, dqkv, dgain, T, K, G: tl.constexpr,
+                      E: tl.constexpr, R: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+                      BACKWARD: tl.constexpr):
+        # forward: writes the heads; backward: reads their gradients there, writes dqkv and, by program, dgain
+        h, H, d = tl.program_id(0), K * G, tl.arange(0, E)[None, :]
         t = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
         if h < H:
             one = q + (t * H + h) * E
         elif h < H + K:
-            one = k + (t * K + h - H) * E
+            one = k + (t * H + (h - H) * G) * E
         else:
-            one = v + (t * K + h - H - K) * E
+            one = v + (t * H + (h - H - K) * G) * E
         row, normed = (t * (H + 2 * K) + h) * E, h < H + K
+        mine = own + (t * K + h - H - K) * E + d
         partner, turns = tl.where(d < R // 2, d + R // 2, d - R // 2), (t < T) & (d < R) & normed
-        angle = t * (R // 2) + tl.minimum(d, partner)
+        angle = tl.load(positions + t, mask=t < T, other=0) * (R // 2) + tl.minimum(d, partner)
         c = tl.load(cos + angle, mask=turns, other=1.0)
         s = tl.load(sin + angle, mask=turns, other=0.0) * tl.where(d < R // 2, 1.0, -1.0)
         x = tl.load(qkv + row + d, mask=t < T, other=0.0).to(tl.float32)
         r = tl.where(normed, tl.rsqrt(tl.sum(x * x, 1) / E + EPS), 1.0)[:, None]
         scale = r * tl.load(gain + h, mask=h < H, other=1.0).to(tl.float32)
         if BACKWARD:
-            dy = tl.load(one + d, mask=t < T, other=0.0).to(tl.float32)
-            across = tl.load(one + partner, mask=turns, other=0.0).to(tl.float32)
+            dy = tl.load(mine, mask=(t < T) & (h >= H + K), other=0.0).to(tl.float32)
+            across = tl.zeros_like(dy)
+            for g in tl.static_range(G):  # of a query head there is one
+                there = (h >= H) | (g == 0)
+                dy += tl.load(one + g * E + d, mask=(t < T) & there, other=0.0).to(tl.float32)
+                across += tl.load(one + g * E + partner, mask=turns & there, other=0.0).to(tl.float32)
             n, dn = x * r, dy * c - across * s
             along = tl.where(normed, tl.sum(n * dn, 1), 0.0)[:, None]
             tl.store(dgain + tl.program_id(1) * H + h, tl.sum(along), mask=h < H)
             tl.store(dqkv + row + d, (scale * (dn - n * (along / E))).to(dqkv.dtype.element_ty), mask=t < T)
         else:
             across = tl.load(qkv + row + partner, mask=turns, other=0.0).to(tl.float32)
-            tl.store(one + d, ((x * c + across * s) * scale).to(qkv.dtype.element_ty), mask=t < T)
+            y = ((x * c + across * s) * scale).to(qkv.dtype.element_ty)
+            tl.store(mine, y, mask=(t < T) & (h >= H + K))
+            for g in tl.static_range(G):
+                tl.store(one + g * E + d, y, mask=(t < T) & ((h >= H) | (g == 0)))
 
-    return kernel
+    return heads_program
 
 HEADS_BLOCK = 16
 
-def launch_heads(q: Tensor, k: Tensor, v: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
-                 *grads: Tensor) -> None:
-    """Forward, into q, k, v; or, with dqkv and dgain, backward from what is there."""
-    (T, H, E), K = q.shape, k.size(1)
+def launch_heads(heads: Sequence[Tensor], inputs: tuple[Tensor, ...], *grads: Tensor) -> None:
+    """Forward, into the heads q, k, v, own; or, with dqkv and dgain, backward from what is there."""
+    (T, H, E), K, R = heads[0].shape, heads[3].size(1), 2 * inputs[2].size(-1)
     heads_kernel()[H + 2 * K, -(-T // HEADS_BLOCK)](
-        qkv, gain, cos, sin, q, k, v, *(grads or [None] * 2), T, H, K, E=E, R=2 * cos.size(-1), EPS=NORM_EPS,
-        BLOCK=HEADS_BLOCK, BACKWARD=bool(grads), num_warps=2)
+        *inputs, *heads, *(grads or [None] * 2), T, K, G=H // K, E=E, R=R, EPS=NORM_EPS, BLOCK=HEADS_BLOCK,
+        BACKWARD=bool(grads), num_warps=2)
 
-def heads_like(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+def heads_like(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+               K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, H = qkv.size(0), gain.size(0)  # len() would tie compiled code to this T
-    return tuple(qkv.new_empty(T, heads, qkv.size(1) // (H + 2 * K)) for heads in (H, K, K))
+    return tuple(qkv.new_empty(T, heads, qkv.size(1) // (H + 2 * K)) for heads in (H, H, H, K))
 
 @operator(heads_like)
-def fused_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+def fused_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+                K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """split_heads in one pass."""
-    q, k, v = heads_like(qkv, gain, cos, sin, K)
-    launch_heads(q, k, v, qkv, gain, cos, sin)
-    return q, k, v
+    heads = heads_like(qkv, gain, cos, sin, positions, K)
+    launch_heads(heads, (qkv, gain, cos, sin, positions))
+    return heads
 
-@operator(lambda dq, dk, dv, qkv, gain, cos, sin: (torch.empty_like(qkv), torch.empty_like(gain)))
-def fused_heads_grad(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor,
-                     sin: Tensor) -> tuple[Tensor, Tensor]:
+@operator(lambda dheads, qkv, gain, *rest: (torch.empty_like(qkv), torch.empty_like(gain)))
+def fused_heads_grad(dheads: list[Tensor], qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+                     positions: Tensor) -> tuple[Tensor, Tensor]:
     """(dqkv, dgain)"""
     dqkv, blocks = torch.empty_like(qkv), -(-len(qkv) // HEADS_BLOCK)
     dgain = gain.new_empty(blocks, len(gain), dtype=torch.float32)
-    launch_heads(dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain)
+    launch_heads(dheads, (qkv, gain, cos, sin, positions), dqkv, dgain)
     return dqkv, dgain.sum(0).to(gain.dtype)
 
 fused_heads.register_autograd(
-    lambda ctx, *grads: (*fused_heads_grad(*grads, *ctx.saved_tensors), None, None, None),
+    lambda ctx, *grads: (*fused_heads_grad(list(grads), *ctx.saved_tensors), *[None] * 4),
     setup_context=keep_tensors)
 
 # Exclusive self-attention     what a head got from attention, less its part along the token's own value
@@ -913,8 +991,8 @@ def exclude_kernel():
     triton, tl = tool("triton"), tool("triton.language")
 
     @triton.jit
-    def kernel(y, v, out, dz, dv, T, K, G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-               BACKWARD: tl.constexpr):
+    def exclude_program(y, v, out, dz, dv, T, K, G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+                        BACKWARD: tl.constexpr):
         # forward: writes z = y - (y.u) u, where u = v / |v|, to out; backward: dy to out, and dv
         d, t = tl.arange(0, E)[None, :], (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
         head = t * K + tl.program_id(0)
@@ -936,7 +1014,7 @@ def exclude_kernel():
             du -= tl.sum(du * u, 1)[:, None] * u
             tl.store(dv + head * E + d, (du / length).to(dv.dtype.element_ty), mask=t < T)
 
-    return kernel
+    return exclude_program
 
 def launch_exclude(y: Tensor, v: Tensor, out: Tensor, *grads: Tensor) -> None:
     """Forward, z into `out`; or, with dz and dv, backward, dy into it."""
@@ -964,10 +1042,15 @@ def merge(x: Tensor, skip: Tensor | None, scale: Tensor | None, gate: Tensor | N
     """(T, D), then nothing or (T, D), (D,), (D,): the gate's share of the stream, the rest from the skip."""
     return x if skip is None else torch.lerp(scale * skip, x, gate.sigmoid())
 
-def enter(x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, *skip: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(T, D) twice, (2, D), (), then as merge -> stream and what the layer reads, (T, D) both"""
-    x = mix[0] * merge(x, *skip) + mix[1] * x0
-    return x, (norm(x) * depth).to(x.dtype)
+def enter(x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, apart: bool,
+          *skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, D) twice, (2, D), (), then as merge -> stream, what the layer reads, and x0 for the next visit.
+
+    The stream goes on mixed or, where it is one of two lanes, `apart` from the mix that the layer reads.
+    """
+    x = merge(x, *skip)
+    mixed = mix[0] * x + mix[1] * x0
+    return x if apart else mixed, (norm(mixed) * depth).to(x.dtype), x0
 
 @functools.cache
 def enter_kernel():
@@ -975,18 +1058,18 @@ def enter_kernel():
     triton, tl = tool("triton"), tool("triton.language")
 
     @triton.jit
-    def kernel(x, x0, mix, depth, skip, scale, gate, out, normed, dx, dx0, dskip, sums, T, D,
-               EPS: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-               BACKWARD: tl.constexpr):
+    def enter_program(x, x0, mix, depth, skip, scale, gate, out, normed, dx0_next, dx, dx0, dskip, sums, T, D,
+                      EPS: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+                      BACKWARD: tl.constexpr):
         # forward: writes out and normed; backward: reads their gradients there, writes dx, dx0, dskip and, by
         # program, the gradients of mix, scale and the gate's sigmoid, summed over tokens
-        d = tl.arange(0, WIDTH)[None, :]
+        d = tl.arange(0, WIDTH)
         m = tl.load(mix + d, mask=d < D, other=0.0).to(tl.float32)
         m0 = tl.load(mix + D + d, mask=d < D, other=0.0).to(tl.float32)
-        if SKIP:
+        if skip is not None:
             s = tl.load(scale + d, mask=d < D, other=0.0).to(tl.float32)
             share = tl.sigmoid(tl.load(gate + d, mask=d < D, other=0.0).to(tl.float32))
-        dm = tl.zeros((BLOCK, WIDTH), tl.float32)
+        dm = tl.zeros((WIDTH,), tl.float32)
         dm0, ds, dshare = dm, dm, dm
         for block in range(tl.program_id(0), tl.cdiv(T, BLOCK), tl.num_programs(0)):
             t = (block * BLOCK + tl.arange(0, BLOCK))[:, None]
@@ -994,7 +1077,7 @@ def enter_kernel():
             a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
             a0 = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
             u = a
-            if SKIP:
+            if skip is not None:
                 k = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
                 u = k * s + (a - k * s) * share
             y = u * m + a0 * m0
@@ -1002,69 +1085,145 @@ def enter_kernel():
             scaled = r * tl.load(depth).to(tl.float32)
             if BACKWARD:
                 dn = tl.load(normed + at, mask=inside, other=0.0).to(tl.float32)
-                g = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-                g += scaled * (dn - y * (tl.sum(dn * y, 1)[:, None] * r * r / D))
-                tl.store(dx0 + at, (g * m0).to(x.dtype.element_ty), mask=inside)
-                dm += g * u
-                dm0 += g * a0
-                g *= m
-                if SKIP:
+                dout = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+                g = scaled * (dn - y * (tl.sum(dn * y, 1)[:, None] * r * r / D))
+                if not APART:
+                    g += dout
+                dm += tl.sum(g * u, 0)
+                dm0 += tl.sum(g * a0, 0)
+                if dx0 is not None:
+                    g0 = g * m0 + tl.load(dx0_next + at, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(dx0 + at, g0.to(x.dtype.element_ty), mask=inside)
+                g = g * m + dout if APART else g * m
+                if skip is not None:
                     tl.store(dskip + at, (g * (1 - share) * s).to(x.dtype.element_ty), mask=inside)
-                    ds += g * (1 - share) * k
-                    dshare += g * (a - k * s)
+                    ds += tl.sum(g * (1 - share) * k, 0)
+                    dshare += tl.sum(g * (a - k * s), 0)
                     g *= share
                 tl.store(dx + at, g.to(x.dtype.element_ty), mask=inside)
             else:
-                tl.store(out + at, y.to(x.dtype.element_ty), mask=inside)
+                tl.store(out + at, (u if APART else y).to(x.dtype.element_ty), mask=inside)
                 tl.store(normed + at, (y * scaled).to(x.dtype.element_ty), mask=inside)
         if BACKWARD:
             mine = sums + tl.program_id(0) * 4 * D + d
-            tl.store(mine, tl.sum(dm, 0)[None, :], mask=d < D)
-            tl.store(mine + D, tl.sum(dm0, 0)[None, :], mask=d < D)
-            tl.store(mine + 2 * D, tl.sum(ds, 0)[None, :], mask=d < D)
-            tl.store(mine + 3 * D, tl.sum(dshare, 0)[None, :], mask=d < D)
+            tl.store(mine, dm, mask=d < D)
+            tl.store(mine + D, dm0, mask=d < D)
+            tl.store(mine + 2 * D, ds, mask=d < D)
+            tl.store(mine + 3 * D, dshare, mask=d < D)
 
-    return kernel
+    return enter_program
 
 ENTER_BLOCK = 4
 
-def launch_enter(inputs: tuple, out: Tensor, normed: Tensor, programs: int, *grads: Tensor) -> None:
-    """Forward, into out and normed; or, with dx, dx0, dskip, sums, backward from what is there."""
-    (T, D), skip = out.shape, inputs[4]
-    enter_kernel()[(programs,)](*inputs, out, normed, *(grads or [None] * 4), T, D, EPS=NORM_EPS,
-                                SKIP=skip is not None, BLOCK=ENTER_BLOCK, WIDTH=1 << (D - 1).bit_length(),
-                                BACKWARD=bool(grads))
+def launch_enter(inputs: Sequence, apart: bool, out: Tensor, normed: Tensor, programs: int,
+                 *grads: Tensor | None) -> None:
+    """Forward, into out and normed; or, with dx0_next, dx, dx0, dskip, sums, backward from what is there."""
+    (T, D), backward = out.shape, bool(grads)
+    enter_kernel()[(programs,)](*inputs, out, normed, *(grads or [None] * 5), T, D, EPS=NORM_EPS, APART=apart,
+                                BLOCK=1 if backward else ENTER_BLOCK, WIDTH=1 << (D - 1).bit_length(),
+                                BACKWARD=backward, num_warps=1 if backward else 4)
 
 @operator(lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)))
-def fused_enter(x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, skip: Tensor | None, scale: Tensor | None,
-                gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """enter in one pass."""
-    inputs, out, normed = (x, x0, mix, depth, skip, scale, gate), torch.empty_like(x), torch.empty_like(x)
-    launch_enter(inputs, out, normed, -(-len(x) // ENTER_BLOCK))
+def fused_enter(x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, apart: bool, skip: Tensor | None,
+                scale: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two tensors of enter that are computed, in one pass."""
+    out, normed, programs = torch.empty_like(x), torch.empty_like(x), -(-len(x) // ENTER_BLOCK)
+    launch_enter((x, x0, mix, depth, skip, scale, gate), apart, out, normed, programs)
     return out, normed
 
-@operator(lambda dout, dnormed, x, *rest: (torch.empty_like(x), torch.empty_like(x), torch.empty_like(x),
-                                           x.new_empty(4, x.size(1), dtype=torch.float32)))
-def fused_enter_grad(dout: Tensor, dnormed: Tensor, x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor,
-                     skip: Tensor | None, scale: Tensor | None, gate: Tensor | None,
-                     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dx0, dskip, the gradients of mix, scale and the gate's sigmoid as (4, D))"""
-    programs = min(-(-len(x) // ENTER_BLOCK), 4 * multiprocessors(x))
-    dx, dx0, dskip = (torch.empty_like(x) for _ in range(3))
+@operator(lambda dout, dnormed, dx0_next, apart, inputs: (
+    torch.empty_like(dout), dout.new_empty(0) if dx0_next is None else torch.empty_like(dout),
+    dout.new_empty(0) if inputs[4] is None else torch.empty_like(dout),
+    dout.new_empty(4, dout.size(1), dtype=torch.float32)))
+def fused_enter_grad(dout: Tensor, dnormed: Tensor, dx0_next: Tensor | None, apart: bool,
+                     inputs: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dx0, dskip, the gradients of mix, scale and the gate's sigmoid (4, D)); empty what is not there.
+
+    dx0_next is what later visits want of x0; None if nobody wants a gradient of it.
+    """
+    x, skip = inputs[0], inputs[4]
+    programs = min(len(x), (12 if skip is None else 8) * multiprocessors(x))
+    dx, dx0, dskip = (torch.empty_like(x) if wanted else x.new_empty(0)
+                      for wanted in (True, dx0_next is not None, skip is not None))
     sums = x.new_empty(programs, 4, x.size(1), dtype=torch.float32)
-    launch_enter((x, x0, mix, depth, skip, scale, gate), dout, dnormed, programs, dx, dx0, dskip, sums)
-    return dx, dx0, dskip, sums.sum(0)
+    wanted = dx0 if len(dx0) else None
+    launch_enter(inputs, apart, dout, dnormed, programs, dx0_next, dx, wanted, dskip, sums)
+    return dx, dx0, dskip, (sums.new_ones(1, programs) @ sums.flatten(1)).view(4, -1)  # sum(0), but fast
 
-def enter_backward(ctx, dout: Tensor, dnormed: Tensor) -> tuple:
-    """For autograd: a gradient for every input of fused_enter."""
-    _, _, mix, _, skip, _, gate = ctx.saved_tensors
-    dx, dx0, dskip, sums = fused_enter_grad(dout, dnormed, *ctx.saved_tensors)
-    dmix, dscale, dshare = sums.to(mix.dtype).split((2, 1, 1))
-    if skip is None:
-        return dx, dx0, dmix, None, None, None, None
-    return dx, dx0, dmix, None, dskip, dscale[0], torch.ops.aten.sigmoid_backward(dshare[0], gate.sigmoid())
+class FusedEnter(torch.autograd.Function):
+    """enter in one pass. x0 goes through, so that its gradient is added up in passing and not by itself."""
 
-fused_enter.register_autograd(enter_backward, setup_context=keep_tensors)
+    @staticmethod
+    def forward(ctx, x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, apart: bool,
+                *skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.apart = apart
+        ctx.save_for_backward(x, x0, mix, depth, *skip)
+        return *fused_enter(x, x0, mix, depth, apart, *skip), x0.view_as(x0)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor, dnormed: Tensor, dx0_next: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, mix, _, skip, _, gate = inputs = ctx.saved_tensors
+        dx0_next = dx0_next if ctx.needs_input_grad[1] else None
+        dx, dx0, dskip, sums = fused_enter_grad(dout, dnormed, dx0_next, ctx.apart, list(inputs))
+        dmix, dscale, dshare = sums.to(mix.dtype).split((2, 1, 1))
+        grads = dx, None if dx0_next is None else dx0, dmix, None, None
+        if skip is None:
+            return *grads, None, None, None
+        return *grads, dskip, dscale[0], torch.ops.aten.sigmoid_backward(dshare[0], gate.sigmoid())
+
+# Head     logits = x embed', z = softcap tanh(logits / softcap), nll = log sum exp z - z[target]
+# The kernel writes the gradient of its nll over the logits of a row: as the nll of a row is multiplied by one
+# number only, so are the row's gradients, and that factor joins x and dx, which are 16 times smaller.
+
+def softcapped_nll(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """(T, V), (T,) -> (T,) fp32. As z stays below softcap, a sum of exponentials needs no maximum."""
+    z = softcap * torch.tanh(logits.float() / softcap)
+    hit = targets[:, None] == torch.arange(logits.size(1), device=logits.device)
+    nll = softcap + (z - softcap).exp().sum(-1).log() - z.where(hit, 0.0).sum(-1)
+    return nll.where(targets != IGNORE, 0.0)
+
+@functools.cache
+def nll_kernel():
+    """A program takes a row; WIDTH is V or the next power of two."""
+    triton, tl = tool("triton"), tool("triton.language")
+
+    @triton.jit
+    def nll_program(logits, targets, nll, V, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr):
+        v, target = tl.arange(0, WIDTH), tl.load(targets + tl.program_id(0))
+        row = logits + tl.program_id(0).to(tl.int64) * V + v
+        share = 1 / (1 + tl.exp(tl.load(row, mask=v < V, other=0.0).to(tl.float32) * (-2 / SOFTCAP)))
+        z = 2 * SOFTCAP * (share - 1)  # less softcap, since tanh(x) = 2 sigmoid(2x) - 1
+        p = tl.where(v < V, tl.exp(z), 0.0)
+        total, hit, counts = tl.sum(p, 0), v == target, tl.where(target >= 0, 1.0, 0.0)
+        tl.store(nll + tl.program_id(0), counts * (tl.log(total) - tl.sum(tl.where(hit, z, 0.0), 0)))
+        grad = (p * (counts / total) - tl.where(hit, counts, 0.0)) * (4 * share * (1 - share))
+        tl.store(row, grad.to(logits.dtype.element_ty), mask=v < V)
+
+    return nll_program
+
+@operator(lambda x, embed, targets, softcap: (x.new_empty(x.size(0), dtype=torch.float32),
+                                              x.new_empty(x.size(0), embed.size(0))))
+def fused_nll(x: Tensor, embed: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """(nll (T,), its gradient with respect to the logits (T, V))"""
+    logits, nll = F.linear(x, embed), x.new_empty(len(x), dtype=torch.float32)
+    width = 1 << (len(embed) - 1).bit_length()
+    nll_kernel()[(len(x),)](logits, targets, nll, len(embed), SOFTCAP=softcap, WIDTH=width, num_warps=8)
+    return nll, logits
+
+class FusedHead(torch.autograd.Function):
+    """softcapped_nll of x (T, D) times embed (V, D), by the kernel."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, embed: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        nll, dlogits = fused_nll(x, embed, targets, softcap)
+        ctx.save_for_backward(x, embed, dlogits)
+        return nll
+
+    @staticmethod
+    def backward(ctx, dnll: Tensor) -> tuple[Tensor | None, ...]:
+        x, embed, dlogits = ctx.saved_tensors
+        weighted = lambda t: (t * dnll[:, None]).to(x.dtype)
+        return weighted(dlogits @ embed), dlogits.T @ weighted(x), None, None
 
 # ---- Model -------------------------------------------------------------------------------------------------
 # Weights live in banks: one tensor stacks a matrix over all layers, so that Muon shards it over ranks and EMA
@@ -1110,8 +1269,7 @@ class Context(NamedTuple):
     cfg: Config
     attend: Callable
     fused: bool
-    x0: Tensor  # (T, D) the normalised embedding
-    cos: Tensor  # (T, 1, rope_dims / 2)
+    cos: Tensor  # (longest, 1, rope_dims / 2)
     sin: Tensor
     seqs: Seqs
 
@@ -1123,48 +1281,70 @@ def attention(x: Tensor, w: Layer, see: Callable, ctx: Context) -> Tensor:
     """Attention sublayer (T, D) -> (T, D), times its residual scale."""
     split, exclude = (fused_heads, fused_exclude) if ctx.fused else (split_heads, exclude_self)
     qkv = see("qkv", x, F.linear(x, w.qkv))
-    q, k, v = split(qkv, w.q_gain, ctx.cos, ctx.sin, ctx.cfg.num_kv_heads)
-    y = exclude(ctx.attend(q, k, v, ctx.seqs), v).flatten(1)
+    q, k, v, own = split(qkv, w.q_gain, ctx.cos, ctx.sin, ctx.seqs.positions, ctx.cfg.num_kv_heads)
+    y = exclude(ctx.attend(q, k, v, ctx.seqs), own).flatten(1)
     return see("attn", x, see("o", y, F.linear(y, w.o)), w.attn_scale)
 
-def mlp(x: Tensor, w: Layer, see: Callable, ctx: Context) -> Tensor:
-    """MLP sublayer (T, D) -> (T, D), times its residual scale."""
+def mlp(x: Tensor, a: Tensor | None, w: Layer, see: Callable, ctx: Context) -> Tensor:
+    """Add the MLP sublayer, times its residual scale, to x + a (T, D); without a, return it alone."""
     if ctx.fused:
-        y = FusedMLP.apply(x, w.up, w.down)
+        y, normed = FusedMLP.apply(x, a, w.up, w.down, w.depth_scale)
     else:  # mlp_reference, for taps to see inside
-        hidden = activation(see("up", x, F.linear(x, w.up)))
+        x = x if a is None else x + a
+        normed = (norm(x) * w.depth_scale).to(x.dtype)
+        hidden = activation(see("up", normed, F.linear(normed, w.up)))
         y = see("down", hidden, F.linear(hidden, w.down))
-    return see("mlp", x, y, w.mlp_scale)
+        y = y if a is None else x + y
+    return see("mlp", normed, y, w.mlp_scale)
 
-def block(x: Tensor, lane: Tensor | None, skip: Skip, w: Layer, see: Callable,
-          ctx: Context) -> tuple[Tensor, Tensor | None]:
-    """One visit of a layer. `lane` is the MLP's stream once the lanes have parted; returns both streams."""
-    scaled = lambda t: (norm(t) * w.depth_scale).to(t.dtype)
+def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip, w: Layer, see: Callable,
+          ctx: Context) -> tuple[Tensor, Tensor | None, Tensor]:
+    """One visit of a layer. `lane` is the MLP's stream once the lanes have parted; returns x, lane and x0."""
+    go = FusedEnter.apply if ctx.fused else enter
+    x, normed, x0 = go(x, x0, w.resid_mix, w.depth_scale, lane is not None, *skip)
+    a = attention(normed, w, see, ctx)
     if lane is None:  # the MLP reads what attention wrote
-        x, normed = (fused_enter if ctx.fused else enter)(x, ctx.x0, w.resid_mix, w.depth_scale, *skip)
-        x = x + attention(normed, w, see, ctx)
-        return x + mlp(scaled(x), w, see, ctx), None
-    x = merge(x, *skip)
-    _, normed = enter(x, ctx.x0, w.resid_mix, w.depth_scale, *Skip())
-    a, m = attention(normed, w, see, ctx), mlp(scaled(lane), w, see, ctx)  # each reads one, writes to both
+        return mlp(x, a, w, see, ctx), None, x0
+    m = mlp(lane, None, w, see, ctx)  # each reads one, writes to both
     return (w.lane_keep[0] * x + w.lane_post[0, 0] * a + w.lane_post[1, 0] * m,
-            w.lane_keep[1] * lane + w.lane_post[0, 1] * a + w.lane_post[1, 1] * m)
+            w.lane_keep[1] * lane + w.lane_post[0, 1] * a + w.lane_post[1, 1] * m, x0)
 
 def head(x: Tensor, lane: Tensor | None, embed: Tensor, targets: Tensor, see: Callable,
-         softcap: float) -> Tensor:
+         ctx: Context) -> Tensor:
     """Negative log-likelihood of each target (T,), fp32, under a normalised distribution; 0 for IGNORE."""
     x = norm(x if lane is None else 0.5 * (x + lane)).to(x.dtype)
-    logits = softcap * torch.tanh(see("head", x, F.linear(x, embed)).float() / softcap)
-    hit = targets[:, None] == torch.arange(len(embed), device=x.device)
-    nll = softcap + (logits - softcap).exp().sum(-1).log() - logits.where(hit, 0.0).sum(-1)
-    return nll.where(targets != IGNORE, 0.0)
+    if ctx.fused and see is untapped:
+        return FusedHead.apply(x, embed, targets, ctx.cfg.logit_softcap)
+    return softcapped_nll(see("head", x, F.linear(x, embed)), targets, ctx.cfg.logit_softcap)
+
+def start(embedded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What enters the first layer, twice: as x and, in memory of its own, as x0."""
+    x = norm(embedded).to(dtype)
+    return x, x.clone()
+
+def cast_banks(qo: Tensor, kv: Tensor, up: Tensor, down: Tensor, attn_scale: Tensor, mlp_scale: Tensor,
+               dtype: torch.dtype) -> list[Tensor]:
+    """The banks as products want them: [qkv, o, up, down], the residual scales multiplied in."""
+    (q, o), (k, v) = qo.chunk(2), kv.chunk(2)
+    return [torch.cat([p.to(dtype) for p in (q, k, v)], dim=1), (o * attn_scale[:, :, None]).to(dtype),
+            up.to(dtype), (down * mlp_scale[:, :, None]).to(dtype)]
+
+def adamw_(tensors: list[Tensor], grads: Sequence[Tensor], second_moments: list[Tensor], started: Tensor,
+           lr: float, decay: float, beta2: float) -> None:
+    """AdamW without a first moment, in place; second moments are yet to be divided by `started`."""
+    for t, grad, moment in zip(tensors, grads, second_moments):
+        moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        t.mul_(1 - lr * decay).addcdiv_(grad, (moment / started).sqrt() + 1e-10, value=-lr)
 
 class Ops(NamedTuple):
     """The functions that do the work of a forward. As they stand here they run anywhere."""
     attend: Callable = sdpa_attention
     fused: bool = False  # kernels in place of PyTorch; taps then do not see inside the MLP
+    cast: Callable = cast_banks
+    start: Callable = start
     block: Callable = block
     head: Callable = head
+    update: Callable = adamw_  # of adapters
 
     @classmethod
     def choose(cls, cfg: Config, device: torch.device) -> "Ops":
@@ -1182,25 +1362,27 @@ class Ops(NamedTuple):
         return self.attend is not sdpa_attention
 
     def compiled(self, any_length: bool = False) -> "Ops":
-        """Block and head compiled one by one, as 17 visits make only 8 graphs; for one T, or for any."""
+        """Parts compiled one by one, as 17 visits make only 6 graphs; for one T, or for any."""
         if not self.compilable:
             return self
         torch._dynamo.config.recompile_limit = 64
-        run_block, run_head = (torch.compile(f, fullgraph=True, dynamic=None if any_length else False)
-                               for f in (block, head))
+        run_cast, run_start, run_block, run_head = (
+            torch.compile(f, fullgraph=True, dynamic=None if any_length else False)
+            for f in (cast_banks, start, block, head))
         if not any_length:
-            return self._replace(block=run_block, head=run_head)
+            return self._replace(cast=run_cast, start=run_start, block=run_block, head=run_head)
         free = lambda *tensors: [torch._dynamo.maybe_mark_dynamic(t, 0) for t in tensors if t is not None]
 
-        def block_of_any_length(x, lane, skip, w, see, ctx):
-            free(x, lane, skip.x, ctx.x0, ctx.cos, ctx.sin)
-            return run_block(x, lane, skip, w, see, ctx)
+        def block_of_any_length(x, lane, x0, skip, w, see, ctx):
+            free(x, lane, x0, skip.x, ctx.seqs.positions)
+            return *run_block(x, lane, x0, skip, w, see, ctx)[:2], x0  # itself, as the compiler's is a view
 
-        def head_of_any_length(x, lane, embed, targets, see, softcap):
+        def head_of_any_length(x, lane, embed, targets, see, ctx):
             free(x, lane, targets)
-            return run_head(x, lane, embed, targets, see, softcap)
+            return run_head(x, lane, embed, targets, see, ctx)
 
-        return self._replace(block=block_of_any_length, head=head_of_any_length)
+        update = torch.compile(adamw_, fullgraph=True, dynamic=False)
+        return self._replace(block=block_of_any_length, head=head_of_any_length, update=update)
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -1256,14 +1438,13 @@ class GPT(nn.Module):
             for name, bank in dict(q=q, k=k, v=v, o=o, up=self.up_bank, down=self.down_bank).items():
                 yield f"{i}.{name}", bank[i]
 
-    def layers(self, dtype: torch.dtype) -> list[Layer]:
+    def layers(self, dtype: torch.dtype, ops: Ops) -> list[Layer]:
         """Views of all layers. Banks are cast and unbound once: the gradient of an index is a whole bank."""
-        (q, o), (k, v) = self.qo_bank.chunk(2), self.kv_bank.chunk(2)
-        stacks = [p.to(dtype) for p in (
-            torch.cat([p.to(dtype) for p in (q, k, v)], dim=1), o * self.attn_scale[:, :, None], self.up_bank,
-            self.down_bank * self.mlp_scale[:, :, None], self.q_gain, self.attn_scale, self.mlp_scale,
-            self.resid_mix, self.lane_keep, self.lane_post)] + [self.depth_scale]
-        return [Layer(*views) for views in zip(*(stack.unbind(0) for stack in stacks))]
+        stacks = ops.cast(self.qo_bank, self.kv_bank, self.up_bank, self.down_bank, self.attn_scale,
+                          self.mlp_scale, dtype)
+        stacks += [p.to(dtype) for p in (self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
+                                         self.lane_keep, self.lane_post)]
+        return [Layer(*views) for views in zip(*(stack.unbind(0) for stack in (*stacks, self.depth_scale)))]
 
     def forward(self, batch: Batch, plan: Plan, ops: Ops = Ops(), tap: Callable | None = None) -> Tensor:
         """Negative log-likelihood of every target, (T,) fp32.
@@ -1271,12 +1452,12 @@ class GPT(nn.Module):
         Training averages it, evaluation scores it, test-time training does first this and then that. A tap is
         called as tap(visit, layer), -1 for the head, and returns what takes the place of `untapped` there.
         """
-        cfg, dtype, positions = self.cfg, compute_dtype(self.embed.device), batch.seqs.positions
-        x = x0 = norm(F.embedding(batch.tokens, self.embed)).to(dtype)
-        rope = self.cos[positions], self.sin[positions]
-        ctx = Context(cfg, ops.attend, ops.fused, x0, *rope, batch.seqs)
+        cfg, dtype = self.cfg, compute_dtype(self.embed.device)
         see = tap or (lambda visit, layer: untapped)
-        layers = self.layers(dtype)
+        embedded = see(-1, -1)("start", batch.tokens, F.embedding(batch.tokens, self.embed))
+        x, x0 = ops.start(embedded, dtype)
+        ctx = Context(cfg, ops.attend, ops.fused, self.cos, self.sin, batch.seqs)
+        layers = self.layers(dtype, ops)
         merges = list(zip(self.skip_scale.to(dtype).unbind(0), self.skip_gate.to(dtype).unbind(0)))
         skips, lane = [], None
         for visit, i in enumerate(plan.encoder + plan.decoder):
@@ -1284,26 +1465,39 @@ class GPT(nn.Module):
             if j >= 0 and i >= cfg.parallel_start_layer and lane is None:
                 lane = x  # the lanes part before the skip is merged: skips feed the attention lane only
             skip = Skip(skips.pop(), *merges[j]) if j >= 0 and skips else Skip()
-            x, lane = ops.block(x, lane, skip, layers[i], see(visit, i), ctx)
+            x, lane, x0 = ops.block(x, lane, x0, skip, layers[i], see(visit, i), ctx)
             if j < 0:
-                skips.append(x)
-        return ops.head(x, lane, self.embed.to(dtype), batch.targets, see(-1, -1), cfg.logit_softcap)
+                skips.append(x if visit + 1 < len(plan.encoder) else x.clone())  # no two arguments are one
+        return ops.head(x, lane, self.embed.to(dtype), batch.targets, see(-1, -1), ctx)
 
 # ---- Taps: calibration and test-time training --------------------------------------------------------------
 
-def hessian_tap(hessians: dict[str, Tensor]) -> Callable:
-    """Adds up H = sum of x x' over the inputs of each matrix, all visits of a layer together; plain Ops only.
+def calibration_tap(hessians: dict[str, Tensor], fishers: dict[str, Tensor]) -> Callable:
+    """Adds up over tokens, all visits of a layer together, what quantization wants to know; plain Ops only.
 
-    Names: "3.qkv" (q, k and v have one input), "3.o", "3.up", "3.down", and "embed" for the tied head.
+    Without gradients H = sum of x x' over the inputs x of each matrix: "3.qkv" (q, k and v have one input),
+    "3.o", "3.up", "3.down", and "embed" for the tied head. With gradients g of its outputs, on their way
+    back: sum of g^2, by output; and as "start", by row of the embedding, that of what is looked up there.
     """
-    names = {"qkv": "{}.qkv", "o": "{}.o", "up": "{}.up", "down": "{}.down", "head": "embed"}
+    names = {"qkv": "{}.qkv", "o": "{}.o", "up": "{}.up", "down": "{}.down", "head": "embed",
+             "start": "start"}
 
     def tap(visit: int, layer: int) -> Callable:
         def see(site: str, x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
-            if site in names:
-                x, name = x.float(), names[site].format(layer)
+            if site not in names:
+                return y
+            name = names[site].format(layer)
+            if y.requires_grad:
+                fisher = fishers.get(name)
+                add = lambda g: fisher.add_(g.float().square().sum(0))
+                if site == "start":
+                    add = lambda g: fisher.index_add_(0, x, g.float().square().sum(1))
+                y.register_hook(lambda g: (add(g), None)[1])
+            elif site != "start":
+                x = x.float()
                 if name not in hessians:
                     hessians[name] = x.new_zeros(x.size(1), x.size(1))
+                    fishers[name] = x.new_zeros(y.size(1))
                 hessians[name].addmm_(x.T, x)
             return y
         return see
@@ -1359,7 +1553,9 @@ class Adapters:
     @torch.no_grad()
     def enter(self, slots: Iterable[int]) -> None:
         """Make slots as new: of the documents that were there nothing stays."""
-        slots = to_device(torch.tensor(list(slots), dtype=torch.long), self.updates.device)
+        if not (slots := list(slots)):
+            return
+        slots = to_device(torch.tensor(slots, dtype=torch.long), self.updates.device)
         for site, draw in self.draw.items():
             self.A[site][:, slots] = draw
             self.B[site][:, slots] = 0
@@ -1375,16 +1571,14 @@ class Adapters:
         inner = [site for site in pairs if site != "head"]
         return lambda visit, layer: at(0, ["head"]) if visit < 0 else at(visit, inner)
 
-    def learn(self, loss: Tensor) -> None:
+    def learn(self, loss: Tensor, update: Callable = adamw_) -> None:
         """One AdamW step on the sum of the documents' losses, of which each moves its own adapters only."""
-        grads, cfg, b2 = torch.autograd.grad(loss, self.tensors), self.cfg, self.cfg.ttt_beta2
+        grads, cfg = torch.autograd.grad(loss, self.tensors), self.cfg
         with torch.no_grad():
             self.updates += 1
-            started = (1 - b2**self.updates)[:, None, None]  # by document: the second moment began at zero
-            for t, grad, moment in zip(self.tensors, grads, self.second_moments):
-                moment.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-                t.mul_(1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay)
-                t.addcdiv_(grad, (moment / started).sqrt_().add_(1e-10), value=-cfg.ttt_lora_lr)
+            started = 1 - cfg.ttt_beta2**self.updates  # by document: the second moment began at zero
+            update(self.tensors, grads, self.second_moments, started[:, None, None], cfg.ttt_lora_lr,
+                   cfg.ttt_weight_decay, cfg.ttt_beta2)
 
 # ---- Optimizers --------------------------------------------------------------------------------------------
 
@@ -1690,89 +1884,227 @@ class Trainer:
                  f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / self.steps:.2f}ms "
                  f"tok/s:{speed:.0f} done:{progress:.1%} eta:{seconds / progress - seconds:.0f}s")
 
-@torch.no_grad()
-def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> dict[str, Tensor]:
-    """Sums of x x' at the inputs of matrices, over gptq_calibration_batches training buffers from `first` on.
+class Calibration(NamedTuple):
+    """Sums over calibration tokens, which say what an error in a weight costs; see calibration_tap."""
+    hessians: dict[str, Tensor]  # (in, in)
+    fishers: dict[str, Tensor]  # (out,), and "start": (vocab_size,)
 
-    Buffers are dealt to ranks and the sums added up, so the number of ranks does not matter.
+@torch.no_grad()
+def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibration:
+    """Statistics of gptq_calibration_batches training buffers from `first` on, gradients of a quarter each.
+
+    Buffers are dealt to ranks and sums added up, so the number of ranks does not matter. Freezes the model.
     """
-    cfg, ranks, plan, hessians = run.cfg, run.ranks, depth_plan(run.cfg, run.cfg.loops_at_end), {}
+    cfg, ranks, plan = run.cfg, run.ranks, depth_plan(run.cfg, run.cfg.loops_at_end)
+    found = Calibration({}, {"start": model.embed.new_zeros(cfg.vocab_size)})
+    plain = run.ops._replace(fused=False)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # TF32 holds bf16 inputs exactly and sums in fp32
     own = list(range(first + ranks.rank, first + cfg.gptq_calibration_batches, ranks.world))
+    model.requires_grad_(False)
     for batch in loader.buffers(iter(own or [first]), ranks.device):  # without any, one to know the shapes
-        model(batch, plan, run.ops._replace(fused=False), tap=hessian_tap(hessians))
+        model(batch, plan, plain, tap=calibration_tap(*found))
+        model.embed.requires_grad_()
+        with torch.enable_grad():
+            part = first_part(batch, -(-len(batch.tokens) // 4))
+            model(part, plan, plain, tap=calibration_tap(*found)).sum().backward(inputs=[model.embed])
+        model.embed.requires_grad_(False)
+    model.embed.grad = None
     torch.set_float32_matmul_precision(precision)
-    hessians = {name: ranks.sum_(H if own else H.zero_()) for name, H in hessians.items()}
-    if not torch.stack([H.diagonal().sum() for H in hessians.values()]).isfinite().all():
+    for sums in found:
+        for name, value in sums.items():
+            sums[name] = ranks.sum_(value if own else value.zero_())
+    if not torch.stack([H.diagonal().sum() for H in found.hessians.values()]).isfinite().all():
         raise UserError("activations are not finite after training, it diverged: lower MATRIX_LR")
-    return hessians
+    return found
 
 # ---- Quantization and the artifact -------------------------------------------------------------------------
-# The artifact is a magic, the BLAKE2b digest of what follows, then Brotli streams, each after its length.
-# Together they hold a JSON header (settings; name, dtype, shape of tensors) after its length, then raw bytes.
+# A weight is code * 2^(row / 8) * 2^(column / 8). To second order the error of a code costs, in loss, the
+# square of its step times what its output's gradients (F, by row) and its input's energy (d, by column, of
+# what GPTQ cannot move onto later columns) make of it; and its bits fall by one as the step doubles. So each
+# step is one number, the step of the run, over sqrt(F d): a bit then buys the same loss everywhere. It is
+# searched until the artifact meets the cap. Codes are nearly Gaussian, of a width that follows from row
+# and column: by it they are sorted into contexts, each coded by a range coder with the counts of its codes.
+#
+# The artifact is a magic, the BLAKE2b digest of what follows, Brotli streams, each after its length, and
+# after a length of 0 the range coder's words. The streams together hold a JSON header (settings; name, dtype,
+# shape of tensors) after its length, then raw bytes.
 
-ARTIFACT_MAGIC, DIGEST_BYTES = b"PGOLF001", 16
+ARTIFACT_MAGIC, DIGEST_BYTES = b"PGOLF002", 16
 STREAM_BYTES = 1 << 18  # a stream ends with the tensor that fills it; streams are compressed in parallel
+CONTEXTS, TOP = 64, 127  # TOP: largest code
 
-def gptq(W: Tensor, H: Tensor, bits: int, clip_sigmas: float, block: int = 128) -> tuple[Tensor, Tensor]:
-    """Round W (out, in) column by column, moving the error of each onto the columns that are not yet rounded.
+def column_energies(H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For GPTQ, of H (in, in), sum of x x' over inputs: (order, U, d), columns going by falling energy.
 
-    H (in, in) is the sum of x x' over inputs; columns go by falling energy. Returns int8 codes (out, in) and
-    an fp16 scale a row: W ~ codes * scale[:, None]. https://arxiv.org/abs/2210.17323
+    U (in, in), upper, is the Cholesky factor of the inverse of H in that order, d (in,) 1 / its diagonal^2.
     """
-    top = 2 ** (bits - 1) - 1
-    scale = (clip_sigmas / top * W.std(dim=1)).clamp(min=1e-7).half()
-    s = scale.float()
-    dead = H.diagonal() == 0
-    H = H + torch.diag(dead.float())
+    H = H + torch.diag((H.diagonal() == 0).float())
     H.diagonal().add_(0.01 * H.diagonal().mean())
     order = H.diagonal().argsort(descending=True)
-    W = W.masked_fill(dead, 0)[:, order]
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True)
-    codes = torch.empty_like(W)
-    for lo in range(0, W.size(1), block):
-        hi = min(lo + block, W.size(1))
-        errors = torch.empty_like(W[:, lo:hi])
-        for j in range(lo, hi):
-            codes[:, j] = (W[:, j] / s).round().clamp(-top, top)
-            errors[:, j - lo] = (W[:, j] - codes[:, j] * s) / U[j, j]
-            W[:, j:hi] -= errors[:, j - lo, None] * U[j, j:hi]
-        W[:, hi:] -= errors @ U[lo:hi, hi:]
-    return codes[:, order.argsort()].to(torch.int8), scale
+    return order, U, U.diagonal() ** -2
 
-def quantization_plan(cfg: Config) -> dict[str, tuple[str, int, float]]:
-    """Name of every matrix that is quantized -> name of its Hessian, bits, clip in standard deviations."""
-    attn, mlp = (cfg.matrix_clip_sigmas or clip for clip in (cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas))
-    plan = {"embed": ("embed", cfg.embed_bits, cfg.embed_clip_sigmas)}
-    for i in range(cfg.num_layers):
-        plan |= {f"{i}.{name}": (f"{i}.qkv", cfg.matrix_bits, attn) for name in "qkv"}
-        for name, clip in (("o", attn), ("up", mlp), ("down", mlp)):
-            plan[f"{i}.{name}"] = f"{i}.{name}", cfg.matrix_bits, clip
-    return plan
+def gptq(W: Tensor, U: Tensor, rows: Tensor, columns: Tensor, top: int = TOP, block: int = 128) -> Tensor:
+    """Round W / rows / columns (..., out, in) column by column, moving the error of each onto later columns.
+
+    U as column_energies gives it, W and columns in its order; rows (..., out), columns (..., in). Returns
+    codes of at most `top`, fp32. https://arxiv.org/abs/2210.17323
+    """
+    W, codes = W.clone(), torch.empty_like(W)
+    for lo in range(0, W.size(-1), block):
+        hi = min(lo + block, W.size(-1))
+        errors = torch.empty_like(W[..., lo:hi])
+        for j in range(lo, hi):
+            step = rows * columns[..., j, None]
+            codes[..., j] = (W[..., j] / step).round().clamp(-top, top)
+            errors[..., j - lo] = (W[..., j] - codes[..., j] * step) / U[..., j, j, None]
+            W[..., j:hi] -= errors[..., j - lo, None] * U[..., j, None, j:hi]
+        W[..., hi:] -= errors @ U[..., lo:hi, hi:]
+    return codes
+
+def octaves(x: Tensor, parts: int) -> Tensor:
+    """Logarithm to base 2, in parts of an octave, as int8."""
+    return (parts * x.log2()).round().clamp(-TOP, TOP).to(torch.int8)
+
+class Quantizer:
+    """Matrices of one shape, stacked as (n, out, in), with what GPTQ needs to know of them at any step."""
+
+    def __init__(self, names: list[str], weights: list[Tensor], hessians: list[Tensor], fishers: list[Tensor],
+                 looked_up: Tensor | None = None):
+        self.names, found = names, [column_energies(H) for H in hessians]
+        order, self.U, d = (torch.stack(part) for part in zip(*found))
+        self.back, W = order.argsort(1), torch.stack(weights)
+        dead = torch.stack([H.diagonal() == 0 for H in hessians])
+        self.W = W.masked_fill(dead[:, None], 0).gather(2, order[:, None].expand_as(W))
+        mean = d.log2().mean(1, keepdim=True)
+        self.columns = octaves((mean - d.log2()).exp2().sqrt(), 8)
+        cost = torch.stack(fishers) * mean.exp2()
+        if looked_up is not None:  # the embedding is read twice: as head and, by token, at the start
+            cost = cost + looked_up
+        common = cost.mean(1, keepdim=True)
+        cost = cost.maximum(common / 16)  # few tokens tell of a rare one
+        self.cost = cost.sqrt() if looked_up is None else (cost * common) ** 0.25  # (n, out): of an error
+        self.phase = torch.arange(W.size(1), device=W.device) * 0.618 % 1
+        largest = (self.W / self.scale(self.columns)[:, None]).abs().amax(2)
+        self.finest = torch.ceil(8 * (largest / TOP).clamp(min=2.0**-15).log2())
+
+    @staticmethod
+    def scale(octaves: Tensor) -> Tensor:
+        return (octaves.float() / 8).exp2()
+
+    def width(self) -> Tensor:
+        """(total,): for each matrix the sum over weights of log2 of what is left of it in steps of size 1."""
+        spread = (self.W / self.scale(self.columns)[:, None]).square().mean(2).sqrt() * self.cost
+        return spread.clamp(min=1e-9).log2().sum() * self.W.size(2)
+
+    def codes(self, step: float) -> dict[str, Tensor]:
+        """NAME.codes, int8 (out, in), their NAME.rows, NAME.columns, and what gives their NAME.contexts."""
+        wanted = 8 * (step / self.cost).log2() + self.phase  # rounded by turns: the size has no jumps
+        rows = wanted.floor().maximum(self.finest).clamp(-TOP, TOP).to(torch.int8)
+        codes = gptq(self.W, self.U, self.scale(rows), self.scale(self.columns))
+        codes = codes.gather(2, self.back[:, None].expand_as(codes))
+        columns = self.columns.gather(1, self.back)
+        made = codes * self.scale(rows)[:, :, None] * self.scale(columns)[:, None]
+        by_row = octaves(made.square().mean(2).sqrt().clamp(min=2.0**-31), 4)
+        even = made / self.scale(2 * by_row.float())[:, :, None]
+        by_column = octaves(even.square().mean(1).sqrt().clamp(min=2.0**-31), 4)
+        parts = dict(codes=codes.to(torch.int8), rows=rows, columns=columns, row_width=by_row,
+                     column_width=by_column)
+        return {f"{name}.{kind}": values[i] for i, name in enumerate(self.names)
+                for kind, values in parts.items()}
 
 @torch.no_grad()
-def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], widen: float) -> dict[str, Tensor]:
-    """All tensors of the artifact, on the CPU of every rank: codes and scales of matrices, the rest as fp16.
-
-    Matrices are dealt to ranks. `widen` multiplies every clip: larger steps, fewer bytes.
-    """
-    ranks, coded, plan = run.ranks, {}, quantization_plan(run.cfg)
-    matrices = {"embed": model.embed, **dict(model.named_matrices())}
-    owners = deal([W.numel() for W in matrices.values()], ranks.world).tolist()
+def make_quantizers(run: Run, model: GPT, found: Calibration) -> tuple[list[Quantizer], dict[str, int]]:
+    """Of this rank's matrices, those of one shape together; and the owner of every matrix."""
+    matrices, groups = {"embed": model.embed, **dict(model.named_matrices())}, {}
+    visits = sum(depth_plan(run.cfg, run.cfg.loops_at_end), ())
+    owners = deal([W.numel() * W.size(1) for W in matrices.values()], run.ranks.world).tolist()
     for (name, W), owner in zip(matrices.items(), owners):
-        hessian, bits, clip = plan[name]
-        coded[name] = gptq(W, hessians[hessian], bits, clip * widen) if owner == ranks.rank else (
-            torch.empty_like(W, dtype=torch.int8), W.new_empty(len(W), dtype=torch.float16))
+        if owner == run.ranks.rank:
+            layer, _, kind = name.rpartition(".")
+            site = f"{layer}.qkv" if kind in tuple("qkv") else name
+            fisher, D, K = found.fishers[site], run.cfg.model_dim, run.cfg.kv_dim
+            if layer:  # both sums are over visits, their product should be
+                fisher = fisher / visits.count(int(layer))
+            if kind in ("o", "down"):  # calibration saw them times their residual scale
+                fisher = fisher * (model.attn_scale if kind == "o" else model.mlp_scale)[int(layer)].square()
+            part = dict(q=slice(0, D), k=slice(D, D + K), v=slice(D + K, None)).get(kind, slice(None))
+            group = groups.setdefault((W.shape, kind == "embed"), ([], [], [], []))
+            for one, values in zip(group, (name, W, found.hessians[site], fisher[part])):
+                one.append(values)
+    own = []
+    for (shape, is_embed), group in groups.items():
+        tokens = found.hessians["embed"].trace() / shape[1]  # of mean square 1
+        own.append(Quantizer(*group, found.fishers["start"] * tokens / shape[1] if is_embed else None))
+    return own, dict(zip(matrices, owners))
+
+@torch.no_grad()
+def quantize(run: Run, model: GPT, own: list[Quantizer], owners: dict[str, int], step: float,
+             ) -> dict[str, Tensor]:
+    """All tensors of the artifact, on the CPU of every rank: those of Quantizer.codes, the rest as fp16."""
+    coded, matrices = {}, {"embed": model.embed, **dict(model.named_matrices())}
+    for quantizer in own:
+        coded |= quantizer.codes(step)
     tensors = {name: p.half().cpu() for name, p in model.named_parameters() if name in Optimizers.SCALARS}
-    for (name, (codes, scale)), owner in zip(coded.items(), owners):
-        tensors[f"{name}.scale"] = ranks.copy_(scale, owner).cpu()
-        tensors[f"{name}.codes"] = ranks.copy_(codes, owner).cpu()
+    for name, owner in owners.items():
+        rows, columns = matrices[name].shape
+        for kind, shape in dict(codes=(rows, columns), rows=(rows,), columns=(columns,), row_width=(rows,),
+                                column_width=(columns,)).items():
+            part = coded.get(f"{name}.{kind}", matrices[name].new_empty(shape, dtype=torch.int8))
+            tensors[f"{name}.{kind}"] = run.ranks.copy_(part.contiguous(), owner).cpu()
     return tensors
+
+def contexts_of(tensors: dict[str, Tensor]) -> np.ndarray:
+    """Contexts of all codes, uint8: their width in quarters of an octave, as rows and columns tell it."""
+    wide = lambda name: tensors[name].numpy().astype(np.int16)
+    found = [np.zeros(0, dtype=np.uint8)]
+    for name in (key.removesuffix(".rows") for key in tensors if key.endswith(".rows")):
+        row = 2 * wide(f"{name}.row_width") - wide(f"{name}.rows")
+        column = 2 * wide(f"{name}.column_width") - wide(f"{name}.columns")
+        wanted = (row[:, None] + column) // 2 + 24
+        found.append(wanted.clip(0, CONTEXTS - 1).astype(np.uint8).ravel())
+    return np.concatenate(found)
+
+def coding_models(counts: np.ndarray) -> Iterator[tuple[int, int, Any]]:
+    """(context, smallest code in it, model of a code less that; None if it has one code only)."""
+    model = tool("constriction").stream.model
+    for context, row in enumerate(counts):
+        if len(there := np.flatnonzero(row)):
+            lo, hi = int(there[0]), int(there[-1])
+            shares = row[lo : hi + 1] / row.sum()  # of integers: the same on every machine
+            yield context, lo, model.Categorical(shares, perfect=False) if lo < hi else None
+
+def encode(codes: np.ndarray, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Range coder: (count,) int8 of at most TOP, (count,) uint8 -> words (n,) uint32, counts of codes."""
+    coder = tool("constriction").stream.queue.RangeEncoder()
+    symbols = codes[np.argsort(contexts, kind="stable")].astype(np.int32) + TOP
+    counts = np.bincount(contexts.astype(np.int64) * (2 * TOP + 1) + codes + TOP,
+                         minlength=CONTEXTS * (2 * TOP + 1)).reshape(CONTEXTS, -1)
+    ends = counts.sum(1).cumsum()
+    for context, lo, model in coding_models(counts):
+        if model is not None:
+            coder.encode(symbols[ends[context] - counts[context].sum() : ends[context]] - lo, model)
+    return coder.get_compressed(), counts
+
+def decode(words: np.ndarray, counts: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+    """The codes that `encode` was given."""
+    coder, ends = tool("constriction").stream.queue.RangeDecoder(words), counts.sum(1).cumsum()
+    symbols, codes = np.empty(len(contexts), dtype=np.int8), np.empty(len(contexts), dtype=np.int8)
+    for context, lo, model in coding_models(counts):
+        many = int(counts[context].sum())
+        found = np.zeros(many, dtype=np.int32) if model is None else coder.decode(model, many)
+        symbols[ends[context] - many : ends[context]] = found + lo - TOP
+    codes[np.argsort(contexts, kind="stable")] = symbols
+    return codes
 
 def pack_artifact(settings: dict, tensors: dict[str, Tensor]) -> bytes:
     """The artifact as bytes, which follow from the arguments alone."""
-    brotli = tool("brotli")
+    brotli, codes = tool("brotli"), [t for name, t in tensors.items() if name.endswith(".codes")]
+    flat = np.concatenate([t.numpy().ravel() for t in codes]) if codes else np.zeros(0, dtype=np.int8)
+    words, counts = encode(flat, contexts_of(tensors))
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(".codes")}
+    tensors["counts"] = torch.from_numpy(counts.astype(np.int32))
     listing = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
     header = json.dumps({**settings, "tensors": listing}, separators=(",", ":")).encode()
     streams = [len(header).to_bytes(4, "little") + header]
@@ -1782,7 +2114,8 @@ def pack_artifact(settings: dict, tensors: dict[str, Tensor]) -> bytes:
         streams[-1] += tensor.contiguous().numpy().tobytes()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Brotli lets go of the interpreter lock
         packed = list(pool.map(functools.partial(brotli.compress, quality=11, lgwin=24), streams))
-    body = b"".join(len(p).to_bytes(4, "little") + p for p in packed)
+    body = b"".join(len(p).to_bytes(4, "little") + p for p in packed) + bytes(4)
+    body += words.astype("<u4").tobytes()
     return ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() + body
 
 def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -1792,16 +2125,21 @@ def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
     if blob[:start] != ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest():
         raise UserError(f"{path} is not an artifact of this script, or damaged: magic or checksum is wrong")
     brotli, data, offset = tool("brotli"), bytearray(), 0
-    while offset < len(body):
-        end = offset + 4 + int.from_bytes(body[offset : offset + 4], "little")
-        data += brotli.decompress(body[offset + 4 : end])
-        offset = end
+    while size := int.from_bytes(body[offset : offset + 4], "little"):
+        data += brotli.decompress(body[offset + 4 : offset + 4 + size])
+        offset += 4 + size
+    words = np.frombuffer(body, dtype="<u4", offset=offset + 4).astype(np.uint32)
     start = 4 + int.from_bytes(data[:4], "little")
     settings, tensors, data = json.loads(data[4:start]), {}, torch.frombuffer(data, dtype=torch.uint8)
     for name, dtype, shape in settings.pop("tensors"):
         end = start + math.prod(shape) * getattr(torch, dtype).itemsize
         tensors[name] = data[start:end].clone().view(getattr(torch, dtype)).view(shape)
         start = end
+    codes, start = decode(words, tensors.pop("counts").numpy().astype(np.int64), contexts_of(tensors)), 0
+    for name in [key.removesuffix(".rows") for key in tensors if key.endswith(".rows")]:
+        shape = len(tensors[f"{name}.rows"]), len(tensors[f"{name}.columns"])
+        tensors[f"{name}.codes"] = torch.from_numpy(codes[start : start + math.prod(shape)]).view(shape)
+        start += math.prod(shape)
     return settings, tensors
 
 @torch.no_grad()
@@ -1811,7 +2149,8 @@ def restore(model: GPT, tensors: dict[str, Tensor]) -> None:
         if name in tensors:
             target.copy_(tensors[name])
         elif name not in Optimizers.MUON:
-            target.copy_(tensors[f"{name}.codes"].float() * tensors[f"{name}.scale"].float()[:, None])
+            codes, rows, columns = (tensors[f"{name}.{kind}"] for kind in ("codes", "rows", "columns"))
+            target.copy_(codes * Quantizer.scale(rows)[:, None] * Quantizer.scale(columns))
 
 def fingerprint(model: GPT, cfg: Config) -> str:
     """Of the weights and the settings of quantization: says what an artifact was made from."""
@@ -1820,22 +2159,27 @@ def fingerprint(model: GPT, cfg: Config) -> str:
         digest.update(parameter.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
-def export(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int, path: Path) -> bytes:
-    """Quantize, write the artifact, return it as read back. Steps widen until code + model fit the cap."""
-    cfg, ranks, widen = run.cfg, run.ranks, 1.0
+def export(run: Run, model: GPT, found: Calibration, code_bytes: int, path: Path) -> bytes:
+    """Quantize, write the artifact, return it as read back; the step is the finest that fits, to .05 %."""
+    cfg, ranks, best, sizes = run.cfg, run.ranks, b"", []
     settings = {"settings": cfg.to_save(), "made_from": fingerprint(model, cfg)}
-    for _ in range(10):
-        tensors = quantize(run, model, hessians, widen)
+    own, owners = make_quantizers(run, model, found)
+    weights = sum(p.numel() for p in model.parameters())
+    width = ranks.sum_(sum((q.width() for q in own), torch.zeros((), device=ranks.device))).item() / weights
+    step = 2 ** (width + 2.05 - 8 * (CAP_BYTES - code_bytes) / weights)  # a Gaussian has log2 std + 2.05 bits
+    for _ in range(12):
+        tensors = quantize(run, model, own, owners, step)
         blob = pack_artifact(settings, tensors) if ranks.is_main else b""
-        excess = ranks.share(code_bytes + len(blob) - CAP_BYTES)
-        if excess <= 0:
-            break
-        run.log(f"artifact: {excess} bytes over {CAP_BYTES} with clips x {widen:.4f}: widening them")
-        widen *= 2 ** (8 * (excess + 2000) / sum(p.numel() for p in model.parameters()))  # twice: a bit less
-    else:
+        sizes.append(code_bytes + ranks.share(len(blob)))
+        run.log(f"artifact: with a step of {step:.4g} code + model are {sizes[-1]} bytes of {CAP_BYTES}")
+        best = max(best, blob, key=len) if sizes[-1] <= CAP_BYTES else best
+        if 0.9995 * CAP_BYTES <= sizes[-1] <= CAP_BYTES or sizes[-1] in sizes[:-1]:
+            break  # the same size again: finer codes do not exist
+        step *= 2 ** max(-4.0, min(8 * (sizes[-1] - 0.9998 * CAP_BYTES) / weights, 4.0))
+    if not ranks.share(len(best)):
         raise UserError(f"the model does not fit into {CAP_BYTES} bytes: lower MODEL_DIM or NUM_LAYERS")
     if ranks.is_main:
-        write_file(path, blob)
+        write_file(path, best)
     return ranks.share(read_file(path) if ranks.is_main else b"")
 
 def save_checkpoint(model: GPT, cfg: Config, steps: int, path: Path) -> None:
@@ -2064,7 +2408,7 @@ def adapt(model: GPT, adapters: Adapters, plan: Plan, ops: Ops, this: Round) -> 
     nll = model(this.batch, plan, ops, adapters.tap(this.ends, compute_dtype(this.ends.device)))
     final = nll.detach()[this.scored]  # 1. score, with adapters that have learned from earlier chunks only
     if this.learns:
-        adapters.learn((nll * this.weight).sum())  # 2. then learn from what has just been scored
+        adapters.learn((nll * this.weight).sum(), ops.update)  # 2. then learn from what has just been scored
     return final
 
 def rounds(run: Run, val: Validation) -> Iterator[tuple[list[int], Round, float, int]]:
@@ -2121,7 +2465,8 @@ def compiled_graphs() -> int:
 def versions() -> dict[str, str]:
     """Of everything a score may depend on, from package metadata: nothing is imported for it."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    for package in ("torch", "triton", "flash_attn_3", "numpy", "sentencepiece", "brotli", "python-minifier"):
+    for package in ("torch", "triton", "flash_attn_3", "numpy", "sentencepiece", "brotli", "constriction",
+                    "python-minifier"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -2143,7 +2488,7 @@ def open_run(run: Run) -> dict[str, Any]:
     log(f"device:{device_name(ranks.device)} world_size:{ranks.world} dtype:{compute_dtype(ranks.device)} "
         f"attention:{ops.attend.__name__} kernels:{kernels} compile:{compiling}")
     log("\n".join(("=" * 100, source, "=" * 100)), console=False)
-    tool("brotli"), tool("sentencepiece")
+    tool("brotli"), tool("constriction"), tool("sentencepiece")
     if cfg.save_scores and ranks.is_main and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):
         raise UserError(f"SAVE_SCORES={cfg.save_scores}: its folder is missing or not writable")
     packed = ranks.share(pack_script() if ranks.is_main else b"")
@@ -2175,11 +2520,11 @@ def produce(run: Run, model: GPT, steps: int, files: DataFiles, bos: int, result
     loader = PackedLoader(files.train, bos, cfg, buffer_tokens)
     result["steps"] = steps or train(run, model, loader, validate)
     with log.phase("calibrate", "training"):
-        hessians = calibrate(run, model, loader, result["steps"] * local_buffers * ranks.world)
+        found = calibrate(run, model, loader, result["steps"] * local_buffers * ranks.world)
     with log.phase("export"):
         if ranks.is_main and not steps:
             save_checkpoint(model, cfg, result["steps"], log.folder / "final_model.pt")
-        return export(run, model, hessians, result["code_bytes"], log.folder / "final_model.int6.ptz")
+        return export(run, model, found, result["code_bytes"], log.folder / "final_model.int6.ptz")
 
 def score(run: Run, model: GPT, val: Validation, result: dict) -> Tensor:
     """Plain score of the model as it is, then the adapted one, which is the headline; returns every nll."""

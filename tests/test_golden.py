@@ -117,8 +117,8 @@ class GoldenAdapters(tg.Adapters):
                 A.copy_(G.tensor(f"ttt_lora_A_{site}"))
                 assert self.B[site].shape == tuple(G[f"ttt_lora_B_shape_{site}"])
 
-    def learn(self, loss):
-        super().learn(loss)
+    def learn(self, loss, update=tg.adamw_):
+        super().learn(loss, update)
         self.b_norms.append(sum(B.detach().square().sum((0, 2, 3)) for B in self.B.values()).sqrt())
 
 
@@ -211,7 +211,11 @@ def test_orthogonalize(bank, t):
 @pytest.mark.parametrize("case,data", [("int6", "small"), ("int8", "small"), ("wide", "wide")])
 def test_gptq(case, data):
     bits, clip, block = G[f"gptq_{case}_setting"]
-    codes, scale = tg.gptq(G.tensor(f"gptq_{data}_W"), G.tensor(f"gptq_{data}_H"), int(bits), clip, int(block))
+    W, H, top = G.tensor(f"gptq_{data}_W"), G.tensor(f"gptq_{data}_H"), 2 ** (int(bits) - 1) - 1
+    order, U, _ = tg.column_energies(H)
+    W = W.masked_fill(H.diagonal() == 0, 0)
+    scale = (clip / top * G.tensor(f"gptq_{data}_W").std(dim=1)).clamp(min=1e-7).half()
+    codes = tg.gptq(W[:, order], U, scale.float(), torch.ones(W.size(1)), top, int(block))[:, order.argsort()]
     assert np.array_equal(codes, G[f"gptq_{case}_codes"]) and np.array_equal(scale, G[f"gptq_{case}_scale"])
     assert codes.abs().max() == G[f"gptq_{case}_max_code"]
 

@@ -26,30 +26,39 @@ def same(fused, reference, leaves, rtol=1e-4, atol=1e-4):
 
 for T, D, M in ((64, 32, 64), (37, 32, 64), (1, 64, 96), (130, 64, 160)):
     x, up, down, dy = torch.randn(T, D), torch.randn(M, D), torch.randn(D, M), torch.randn(T, D)
-    pre, act = tg.launch_mlp(x, up, None)
-    torch.testing.assert_close(pre, x @ up.T, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(act, tg.activation(x @ up.T), rtol=1e-4, atol=1e-3)
-    same(tg.FusedMLP.apply, tg.mlp_reference, (x, up, down), atol=1e-2)
-    frozen = [t.clone() for t in (x, up, down)]
-    leaf, again = frozen[0].requires_grad_(), x.clone().requires_grad_()
-    tg.FusedMLP.apply(*frozen).backward(dy), tg.mlp_reference(again, up, down).backward(dy)
+    pre, act, depth = x @ up.T, tg.launch_mlp(x, up), torch.tensor(0.5)
+    torch.testing.assert_close(act, tg.activation(pre), rtol=1e-4, atol=1e-3)
+    sure = pre.abs() > 1e-3
+    assert torch.equal((act.view(torch.int32) & 1)[sure], (pre < 0).int()[sure]), "the last bit knows the sign"
+    mlp, reference = (lambda *args, f=f: f(*args, depth) for f in (tg.FusedMLP.apply, tg.mlp_reference))
+    alone, alone_reference = (lambda x, *w, f=f: f(x, None, *w, depth) for f in (tg.FusedMLP.apply, tg.mlp_reference))
+    same(mlp, reference, (x, dy, up, down), atol=1e-2)
+    same(alone, alone_reference, (x, up, down), atol=1e-2)
+    leaf, again = (x.clone().requires_grad_() for _ in range(2))
+    mlp(leaf, dy, up, down)[0].backward(dy), reference(again, dy, up, down)[0].backward(dy)  # frozen weights, no gradient of n
     torch.testing.assert_close(leaf.grad, again.grad, rtol=1e-4, atol=1e-2)
 for T, H, K, E, R in ((37, 4, 2, 16, 8), (5, 2, 2, 32, 0), (64, 4, 1, 16, 16), (1, 1, 1, 8, 2)):
-    cos, sin = torch.randn(2, T, 1, R // 2)
+    rope = *torch.randn(2, 50, 1, R // 2), torch.randint(50, (T,))
     qkv, gain = torch.randn(T, (H + 2 * K) * E), 5 * torch.rand(H)
-    same(lambda x, g: tg.fused_heads(x, g, cos, sin, K), lambda x, g: tg.split_heads(x, g, cos, sin, K), (qkv, gain))
+    same(lambda x, g: tg.fused_heads(x, g, *rope, K), lambda x, g: tg.split_heads(x, g, *rope, K), (qkv, gain))
     same(tg.fused_exclude, tg.exclude_self, (torch.randn(T, H, E), torch.randn(T, K, E)))
 v = torch.zeros(3, 1, 8)
 assert torch.equal(tg.fused_exclude(torch.ones(3, 2, 8), v), torch.ones(3, 2, 8)), "a value of zero excludes nothing"
 for T, D in ((37, 32), (3, 48), (64, 64), (1, 8)):
     x, x0, skip, mix, scale, gate = *torch.randn(3, T, D), torch.randn(2, D), *torch.randn(2, D)
     depth, none = torch.tensor(0.5), (None,) * 3
-    same(lambda x, x0, mix: tg.fused_enter(x, x0, mix, depth, *none), lambda x, x0, mix: tg.enter(x, x0, mix, depth, *none),
-         (x, x0, mix))
-    same(lambda x, x0, mix, *skip: tg.fused_enter(x, x0, mix, depth, *skip),
-         lambda x, x0, mix, *skip: tg.enter(x, x0, mix, depth, *skip), (x, x0, mix, skip, scale, gate))
-    sliced = torch.randn(T, 2 * D)[:, ::2]  # not contiguous
-    torch.testing.assert_close(tg.fused_enter(sliced, x0, mix, depth, *none)[0], tg.enter(sliced, x0, mix, depth, *none)[0])
+    for apart in (False, True):
+        fused, plain = (lambda x, x0, mix, *skip, f=f: f(x, x0, mix, depth, apart, *(skip or none))
+                        for f in (tg.FusedEnter.apply, tg.enter))
+        same(fused, plain, (x, x0, mix)), same(fused, plain, (x, x0, mix, skip, scale, gate))
+        same(lambda x, mix: fused(x, x0, mix)[:2], lambda x, mix: plain(x, x0, mix)[:2], (x, mix))  # frozen embedding
+        sliced = torch.randn(T, 2 * D)[:, ::2]  # not contiguous
+        same(lambda x0, mix: fused(sliced, x0, mix)[1:], lambda x0, mix: plain(sliced, x0, mix)[1:], (x0, mix))
+for T, V, D in ((5, 64, 8), (3, 100, 16)):
+    x, embed, targets = 8 * torch.randn(T, D), torch.randn(V, D), torch.randint(V, (T,))
+    targets[1] = tg.IGNORE
+    same(lambda x, e: tg.FusedHead.apply(x, e, targets, 30.0),
+         lambda x, e: tg.softcapped_nll(x @ e.T, targets, 30.0), (x, embed), atol=1e-3)
 print("interpreted")
 """
 
@@ -63,9 +72,11 @@ def test_kernels_under_the_interpreter():
 
 
 LAUNCHES = {  # kernel -> settings that are compiled in; which arguments a direction lacks
-    "heads_kernel": (dict(E=64, R=16, EPS=tg.NORM_EPS, BLOCK=tg.HEADS_BLOCK), "dqkv dgain"),
+    "heads_kernel": (dict(G=2, E=64, R=16, EPS=tg.NORM_EPS, BLOCK=tg.HEADS_BLOCK), "dqkv dgain"),
     "exclude_kernel": (dict(G=2, E=64, BLOCK=16), "dz dv"),
-    "enter_kernel": (dict(SKIP=True, EPS=tg.NORM_EPS, BLOCK=tg.ENTER_BLOCK, WIDTH=512), "dx dx0 dskip sums"),
+    "enter_kernel": (dict(APART=True, EPS=tg.NORM_EPS, BLOCK=tg.ENTER_BLOCK, WIDTH=512), "dx0_next dx dx0 dskip sums"),
+    "join_kernel": (dict(ADD=True, EPS=tg.NORM_EPS, BLOCK=4, WIDTH=512), ""),
+    "nll_kernel": (dict(SOFTCAP=30.0, WIDTH=8192), ""),
 }
 
 
@@ -78,7 +89,9 @@ def test_kernels_compile_for_hopper(name, backward):
     from triton.compiler import ASTSource
     kernel, (constants, absent) = getattr(tg, name)(), LAUNCHES[name]
     constants = {**constants, "BACKWARD": backward, **({} if backward else dict.fromkeys(absent.split()))}
-    kinds = {**dict.fromkeys("THKD", "i32"), **dict.fromkeys(("cos", "sin", "dgain", "sums", "depth"), "*fp32")}
+    constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
+    kinds = {**dict.fromkeys("THKDV", "i32"), **dict.fromkeys(("positions", "targets"), "*i64"),
+             **dict.fromkeys(("cos", "sin", "dgain", "sums", "depth", "r", "nll"), "*fp32")}
     signature = {arg: "constexpr" if arg in constants else kinds.get(arg, "*bf16") for arg in kernel.arg_names}
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 1000
@@ -93,32 +106,47 @@ def test_no_length_makes_a_kernel(monkeypatch):
             self.name = name
 
         def __getitem__(self, grid):
-            return lambda *args, **constants: settings.setdefault((self.name, constants["BACKWARD"]), set()).add(
+            return lambda *args, **constants: settings.setdefault((self.name, constants.get("BACKWARD")), set()).add(
                 tuple(sorted(constants.items())))
 
-    for name in ("mlp_kernel", "heads_kernel", "exclude_kernel", "enter_kernel"):
+    for name in ("mlp_kernel", "heads_kernel", "exclude_kernel", "enter_kernel", "join_kernel", "nll_kernel"):
         monkeypatch.setattr(tg, name, lambda name=name: Recorder(name))
     monkeypatch.setattr(tg, "multiprocessors", lambda x: 132)
     monkeypatch.setattr(tg, "tool", lambda name: type("", (), {"TensorDescriptor": type("", (), {"from_tensor": lambda *args: 0})}))
     for T in (128, 1280, 6400, 129_024):
         x, mix, scale = torch.empty(T, 8), torch.empty(2, 8), torch.empty(8)
         inputs = x, x, mix, torch.tensor(1.0), None, None, None
-        tg.mlp_up(x, torch.empty(32, 8)), tg.mlp_up_grad(x, torch.empty(8, 32), torch.empty(T, 32))
+        one, r, up, down = torch.tensor(1.0), torch.empty(T), torch.empty(32, 8), torch.empty(8, 32)
+        tg.fused_mlp(x, x, up, down, one), tg.mlp_grad(x, down, torch.empty(T, 32)), tg.join_grad(x, x, one, x, r)
+        tg.fused_nll(x, up, torch.zeros(T, dtype=torch.long), 30.0)
         q, k = torch.empty(T, 2, 8), torch.empty(T, 1, 8)
-        qkv, cos = torch.empty(T, 32), torch.empty(T, 1, 2)
-        tg.fused_heads(qkv, torch.empty(2), cos, cos, 1), tg.fused_heads_grad(q, k, k, qkv, torch.empty(2), cos, cos)
+        rest = torch.empty(T, 32), torch.empty(2), *torch.empty(2, 64, 1, 2), torch.zeros(T, dtype=torch.long)
+        tg.fused_heads(*rest, 1), tg.fused_heads_grad([q, q, q, k], *rest)
         tg.fused_exclude(q, k), tg.fused_exclude_grad(q, q, k)
-        tg.fused_enter(*inputs), tg.fused_enter_grad(x, x, *inputs)
-    assert len(settings) == 8 and all(len(variants) == 1 for variants in settings.values()), settings
+        tg.fused_enter(*inputs[:4], False, *inputs[4:]), tg.fused_enter_grad(x, x, x, False, list(inputs))
+    assert len(settings) == 11 and all(len(variants) == 1 for variants in settings.values()), settings
 
 
 def mlp_case(T, draw):
-    return tg.FusedMLP.apply, tg.mlp_reference, (draw(T, 512), draw(2048, 512) / 22, draw(512, 2048) / 45)
+    depth = torch.tensor(0.5, device="cuda")
+    fused, reference = (lambda *args, f=f: f(*args, depth) for f in (tg.FusedMLP.apply, tg.mlp_reference))
+    return fused, reference, (draw(T, 512), draw(T, 512), draw(2048, 512) / 22, draw(512, 2048) / 45)
+
+
+def lane_mlp_case(T, draw):
+    fused, reference, (x, _, *weights) = mlp_case(T, draw)
+    return lambda x, *w: fused(x, None, *w), lambda x, *w: reference(x, None, *w), (x, *weights)
+
+
+def nll_case(T, draw):
+    targets = torch.randint(-1, 8192, (T,), generator=torch.Generator().manual_seed(T)).cuda()
+    return (lambda x, e: tg.FusedHead.apply(x, e, targets, 30.0),
+            lambda x, e: tg.softcapped_nll(x @ e.T, targets, 30.0), (draw(T, 512), draw(8192, 512) / 4))
 
 
 def heads_case(T, draw):
-    cos, sin = draw(T, 1, 8), draw(T, 1, 8)
-    return (lambda x, g: tg.fused_heads(x, g, cos, sin, 4), lambda x, g: tg.split_heads(x, g, cos, sin, 4),
+    rope = draw(64, 1, 8), draw(64, 1, 8), (torch.arange(T) % 64).cuda()
+    return (lambda x, g: tg.fused_heads(x, g, *rope, 4), lambda x, g: tg.split_heads(x, g, *rope, 4),
             (draw(T, 1024), 5 * draw(8).abs()))
 
 
@@ -126,22 +154,26 @@ def exclude_case(T, draw):
     return tg.fused_exclude, tg.exclude_self, (draw(T, 8, 64), draw(T, 4, 64))
 
 
-def enter_case(T, draw, skip=()):
+def enter_case(T, draw, skip=(), apart=False):
     depth, rest = torch.tensor(0.5, device="cuda"), () if skip else (None,) * 3
-    return (lambda x, x0, mix, *s: tg.fused_enter(x, x0, mix, depth, *s, *rest),
-            lambda x, x0, mix, *s: tg.enter(x, x0, mix, depth, *s, *rest), (draw(T, 512), draw(T, 512), draw(2, 512), *skip))
+    fused, reference = (lambda x, x0, mix, *s, f=f: f(x, x0, mix, depth, apart, *s, *rest) for f in (tg.FusedEnter.apply, tg.enter))
+    return fused, reference, (draw(T, 512), draw(T, 512), draw(2, 512), *skip)
 
 
 def merge_case(T, draw):
     return enter_case(T, draw, (draw(T, 512), draw(512), draw(512)))
 
 
+def lane_case(T, draw):
+    return enter_case(T, draw, (draw(T, 512), draw(512), draw(512)), apart=True)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("T", [98_304, 1000, 129, 1])
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("case", [mlp_case, heads_case, exclude_case, enter_case, merge_case])
-def test_kernels_on_gpu(case, compiled, T):
+@pytest.mark.parametrize("T,compiled", [(98_304, False), (1000, True), (129, False), (1, False)])
+@pytest.mark.parametrize("case", [mlp_case, lane_mlp_case, heads_case, exclude_case, enter_case, merge_case, lane_case, nll_case])
+def test_kernels_on_gpu(case, T, compiled):
     """Outputs and gradients within twice the error of PyTorch in bf16, both against fp32; poisoned memory; fullgraph."""
+    torch._dynamo.reset()
     generator = torch.Generator().manual_seed(T)
     fused, reference, leaves = case(T, lambda *shape: torch.randn(*shape, generator=generator).cuda())
     whole = torch.compile(lambda *args: fused(*args), fullgraph=True) if compiled else fused

@@ -79,8 +79,8 @@ def test_probabilities_sum_to_one():
 
 
 def test_a_boost_of_the_realised_token_is_caught():
-    def boosted(x, lane, embed, targets, see, softcap):
-        return tg.head(x, lane, embed, targets, see, softcap) * 0.99
+    def boosted(x, lane, embed, targets, see, ctx):
+        return tg.head(x, lane, embed, targets, see, ctx) * 0.99
     total = total_probability(tiny_model(CFG).requires_grad_(False), tg.Ops(head=boosted))
     assert (total - 1).abs().max() > 1e-3
 
@@ -114,7 +114,7 @@ def test_taps_see_every_site_of_every_visit():
     assert torch.equal(tapped, model(batch, PLAN))
     order = PLAN.encoder + PLAN.decoder
     sites = ["qkv", "o", "attn", "up", "down", "mlp"]
-    assert seen == [(v, i, s) for v, i in enumerate(order) for s in sites] + [(-1, -1, "head")]
+    assert seen == [(-1, -1, "start")] + [(v, i, s) for v, i in enumerate(order) for s in sites] + [(-1, -1, "head")]
 
 
 def test_new_adapters_change_nothing_bitwise():
@@ -124,23 +124,36 @@ def test_new_adapters_change_nothing_bitwise():
     assert torch.equal(model(batch, PLAN, tap=tap), model(batch, PLAN))
 
 
-def test_hessians_are_those_of_the_inputs():
-    model, batch, hessians, inputs = tiny_model(CFG), batch_of(documents(20, 30)), {}, {}
+def test_statistics_are_those_of_inputs_and_gradients():
+    model, batch, hessians, inputs, outputs = tiny_model(CFG), batch_of(documents(20, 30)), {}, {}, {}
+    fishers = {"start": torch.zeros(CFG.vocab_size)}
 
     def spy(visit, layer):
         def see(site, x, y, scale=None):
             inputs.setdefault((layer, site), []).append(x.detach())
+            if y.requires_grad:
+                outputs.setdefault((layer, site), []).append(y)
+                y.retain_grad()
             return y
         return see
 
     with torch.no_grad():
-        model(batch, PLAN, tap=tg.hessian_tap(hessians))
+        model(batch, PLAN, tap=tg.calibration_tap(hessians, fishers))
         model(batch, PLAN, tap=spy)
+    model(batch, PLAN, tap=tg.calibration_tap(hessians, fishers)).sum().backward()
+    looked_up = dict(inputs)[-1, "start"][0]
+    seen = {key: list(xs) for key, xs in inputs.items()}
+    model(batch, PLAN, tap=spy).sum().backward()
+    inputs = seen
     assert set(hessians) == {f"{i}.{s}" for i in range(5) for s in ("qkv", "o", "up", "down")} | {"embed"}
     for name, H in hessians.items():
         layer, site = (-1, "head") if name == "embed" else (int(name[0]), name[2:])
         x = torch.cat(inputs[layer, site])
         torch.testing.assert_close(H, x.T @ x, rtol=1e-4, atol=1e-4)
+        gradients = torch.cat([y.grad for y in outputs[layer, site]])
+        torch.testing.assert_close(fishers[name], gradients.square().sum(0), rtol=1e-4, atol=1e-6)
+    by_row = torch.zeros(CFG.vocab_size).index_add_(0, looked_up, outputs[-1, "start"][0].grad.square().sum(1))
+    torch.testing.assert_close(fishers["start"], by_row, rtol=1e-4, atol=1e-6)
     visits = {i: (PLAN.encoder + PLAN.decoder).count(i) for i in range(5)}
     assert visits[1] == 3 and len(inputs[1, "up"]) == 3, "a looped layer sums its visits"
 

@@ -24,33 +24,86 @@ def problem(out=24, inner=48, samples=500, seed=0):
     return torch.randn(out, inner, generator=g), x
 
 
-@pytest.mark.parametrize("bits,clip", [(6, 12.85), (4, 4.0), (8, 20.0)])
-def test_gptq_beats_rounding_on_what_the_inputs_see(bits, clip):
+def quantizer(W, H, F=None):
+    return tg.Quantizer(["w"], [W], [H], [torch.ones(len(W)) if F is None else F])
+
+
+def made(parts):
+    """The matrix that codes stand for."""
+    scale = tg.Quantizer.scale
+    return parts["w.codes"] * scale(parts["w.rows"])[:, None] * scale(parts["w.columns"])
+
+
+def bits(parts):
+    """Ideal length of the codes in their contexts."""
+    contexts, codes = tg.contexts_of(parts), parts["w.codes"].numpy().ravel().astype(np.int64)
+    counts = np.bincount(contexts.astype(np.int64) * 256 + codes + 128, minlength=64 * 256).reshape(64, 256)
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    return -(counts[counts > 0] * np.log2(share[counts > 0])).sum()
+
+
+def test_gptq_beats_rounding_on_what_the_inputs_see():
     for seed in range(3):
         W, x = problem(seed=seed)
-        codes, scale = tg.gptq(W, x.T @ x, bits, clip)
-        top = 2 ** (bits - 1) - 1
-        s = scale.float()[:, None]
-        assert codes.dtype == torch.int8 and codes.abs().max() <= top and scale.dtype == torch.float16
-        rounded = (W / s).round().clamp(-top, top) * s
-        error = lambda Q: ((Q - W) @ x.T).square().sum()
-        assert error(codes * s) < 0.8 * error(rounded)
+        q = quantizer(W, x.T @ x)
+        for step in (3.0, 10.0):
+            parts = q.codes(step)
+            scale = tg.Quantizer.scale(parts["w.rows"])[:, None] * tg.Quantizer.scale(parts["w.columns"])
+            assert parts["w.codes"].dtype == torch.int8 and parts["w.codes"].abs().max() <= tg.TOP
+            error = lambda Q: ((Q - W) @ x.T).square().sum()
+            assert error(made(parts)) < 0.8 * error((W / scale).round() * scale)
 
 
 def test_gptq_on_edges():
     W, x = problem(out=3, inner=200, samples=5)
-    codes, scale = tg.gptq(W, x.T @ x, 6, 12.85)  # more inputs than samples
-    assert ((codes * scale.float()[:, None] - W).abs() <= 3 * scale.float()[:, None]).float().mean() > 0.9
-    codes, _ = tg.gptq(torch.zeros(4, 8), torch.zeros(8, 8), 6, 12.85)  # nothing ever came in
-    assert (codes == 0).all()
-    codes, scale = tg.gptq(torch.cat([W, torch.zeros(1, 200)]), x.T @ x, 6, 12.85)
-    assert (codes[-1] == 0).all() and scale.isfinite().all()
+    parts = quantizer(W, x.T @ x).codes(1e-9)  # more inputs than samples; no finer than the largest code allows
+    assert parts["w.codes"].abs().max() in (126, 127) and (made(parts) - W).abs().max() < 0.1
+    assert (made(quantizer(torch.zeros(4, 8), torch.zeros(8, 8)).codes(1.0)) == 0).all()  # nothing ever came in
+    parts = quantizer(torch.cat([W, torch.zeros(1, 200)]), x.T @ x).codes(1.0)
+    assert (parts["w.codes"][-1] == 0).all() and made(parts).isfinite().all()
+    dead = x.clone()
+    dead[:, 7] = 0
+    assert (made(quantizer(W, dead.T @ dead).codes(1.0))[:, 7] == 0).all(), "of an input that is always zero"
 
 
-def test_scaling_the_hessian_changes_nothing():
+def test_statistics_of_any_size_give_the_same_codes():
     W, x = problem()
-    a, b = tg.gptq(W, x.T @ x, 6, 12.85), tg.gptq(W, (x.T @ x) / 512, 6, 12.85)
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    a, b = quantizer(W, x.T @ x).codes(8.0), quantizer(W, (x.T @ x) / 512).codes(8.0 / 512**0.5)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_steps_by_sensitivity_beat_equal_ones():
+    """Less loss at no more bits, where rows and columns matter differently; loss is sum of F (error x)^2."""
+    for seed in range(3):
+        W, x = problem(out=64, seed=seed)
+        F = torch.logspace(-1.5, 1.5, 64)
+        loss = lambda parts: (F[:, None] * ((made(parts) - W) @ x.T).square()).sum()
+        ours, plain = quantizer(W, x.T @ x, F), quantizer(W, x.T @ x)
+        plain.columns, plain.cost = torch.zeros_like(plain.columns), torch.ones_like(plain.cost)
+        equal = plain.codes(0.4)
+        step = next(s for s in torch.logspace(-2, 3, 500).tolist() if bits(ours.codes(s)) <= bits(equal))
+        assert loss(ours.codes(step)) < 0.6 * loss(equal)
+
+
+@given(st.integers(0, 3000), st.integers(0, 63), st.integers(0, 127), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_coder_round_trip(count, contexts, top, seed):
+    """Any codes in any contexts: none, one, all alike, the extremes; never much longer than their entropy."""
+    rng = np.random.default_rng(seed)
+    where = rng.integers(0, contexts + 1, count).astype(np.uint8)
+    codes = rng.integers(-top, top + 1, count).astype(np.int8)
+    words, counts = tg.encode(codes, where)
+    assert np.array_equal(tg.decode(words, counts, where), codes)
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    ideal = -(counts[counts > 0] * np.log2(share[counts > 0])).sum()
+    assert 32 * len(words) <= 1.001 * ideal + 100
+
+
+def test_contexts_beat_one_histogram():
+    W, x = problem(out=256, inner=256)
+    parts = quantizer(W * torch.logspace(-1, 1, 256)[:, None], x.T @ x).codes(20.0)
+    share = np.bincount(parts["w.codes"].numpy().ravel().astype(int) + 128) / W.numel()
+    assert bits(parts) < 0.97 * -(share[share > 0] * np.log2(share[share > 0])).sum() * W.numel()
 
 
 DTYPES = st.sampled_from([torch.int8, torch.float16, torch.float32, torch.uint8, torch.int64])
@@ -67,15 +120,23 @@ def test_container_round_trip(kinds):
         assert back[name].dtype == t.dtype and back[name].shape == t.shape and torch.equal(back[name], t)
 
 
-def hessians_of(model):
-    matrices = dict(model.named_matrices(), embed=model.embed)
-    return {hessian: torch.eye(matrices[name].size(1)) for name, (hessian, *_) in tg.quantization_plan(CFG).items()}
+def statistics_of(model):
+    """As if all inputs and gradients were independent and of one size."""
+    layers = range(CFG.num_layers)
+    sizes = {"qkv": (CFG.model_dim, CFG.model_dim + 2 * CFG.kv_dim), "o": (CFG.model_dim,) * 2, "up": (CFG.model_dim, CFG.mlp_dim),
+             "down": (CFG.mlp_dim, CFG.model_dim)}
+    shapes = {f"{i}.{site}": shape for i in layers for site, shape in sizes.items()} | {"embed": (CFG.model_dim, CFG.vocab_size)}
+    return tg.Calibration({n: torch.eye(inner) for n, (inner, _) in shapes.items()},
+                          {n: torch.ones(out) for n, (_, out) in shapes.items()} | {"start": torch.zeros(CFG.vocab_size)})
 
 
-def blob_of(model):
-    hessians = hessians_of(model)
-    run = tg.Run(CFG, tg.Ranks(), lambda *a, **k: None, tg.Ops())
-    return tg.pack_artifact({"settings": CFG.to_save()}, tg.quantize(run, model, hessians, 1.0))
+def run_of(log=lambda *a, **k: None):
+    return tg.Run(CFG, tg.Ranks(), log, tg.Ops())
+
+
+def blob_of(model, step=0.015):
+    quantizers = tg.make_quantizers(run_of(), model, statistics_of(model))
+    return tg.pack_artifact({"settings": CFG.to_save()}, tg.quantize(run_of(), model, *quantizers, step))
 
 
 def test_any_damage_is_refused():
@@ -98,14 +159,15 @@ def test_restored_model_is_close_and_complete():
     _, tensors = tg.unpack_artifact(blob_of(model), PATH)
     tg.restore(back, tensors)
     for (name, a), b in zip(model.named_parameters(), back.parameters()):
-        assert (a - b).norm() <= 0.14 * a.norm(), name  # a step is .42 of the standard deviation, 12 ** -.5 of it the error
+        assert (a - b).norm() <= 0.14 * a.norm(), name
         assert name in tg.Optimizers.MUON + tg.Optimizers.EMBED or torch.equal(a.half().float(), b)
     batch = tg.make_batch(np.arange(1, 65), np.arange(2, 66), np.array([0, 64]), 1, 64)
     plan = tg.depth_plan(CFG, True)
     assert (model(batch, plan) - back(batch, plan)).abs().mean() < 0.2
     every = set(tensors)
     assert every == {n for n in tg.Optimizers.SCALARS} | {
-        f"{n}.{k}" for n in ["embed", *dict(model.named_matrices())] for k in ("codes", "scale")}
+        f"{n}.{k}" for n in ["embed", *dict(model.named_matrices())]
+        for k in ("codes", "rows", "columns", "row_width", "column_width")}
 
 
 def test_pickle_plays_no_part(monkeypatch):
@@ -123,26 +185,28 @@ class Log:
         self.lines.append(line)
 
 
-@pytest.mark.parametrize("room", [0.99, 0.9, 0.7])
-def test_steps_widen_until_all_fits(monkeypatch, tmp_path, room):
+@pytest.mark.parametrize("room", [0.9, 0.6, 0.3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_cap_is_met(monkeypatch, tmp_path, room, seed):
+    """Whatever the weights, the artifact fits and is hardly smaller than it may be; and finer steps cost more bytes."""
+    torch.manual_seed(seed)
     model, log = tiny_model(CFG), Log()
-    run = tg.Run(CFG, tg.Ranks(), log, tg.Ops())
-    hessians = hessians_of(model)
-    free = tg.export(run, model, hessians, 1000, tmp_path / "free.ptz")
-    assert not log.lines
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(torch.rand(()) * 3).add_(0.02 * torch.randn_like(p))
+    statistics = statistics_of(model)
+    free = tg.export(run_of(log), model, statistics, 1000, tmp_path / "free.ptz")
     cap = int(1000 + len(free) * room)
     monkeypatch.setattr(tg, "CAP_BYTES", cap)
-    blob = tg.export(run, model, hessians, 1000, tmp_path / "tight.ptz")
-    assert len(blob) + 1000 <= cap and log.lines and (tmp_path / "tight.ptz").read_bytes() == blob
-    assert len(blob) > 0.8 * (cap - 1000), "not wasteful"
+    blob = tg.export(run_of(log), model, statistics, 1000, tmp_path / "tight.ptz")
+    assert 0.997 * cap <= len(blob) + 1000 <= cap and (tmp_path / "tight.ptz").read_bytes() == blob
 
 
 def test_what_cannot_fit_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(tg, "CAP_BYTES", 500)
     model = tiny_model(CFG)
-    hessians = hessians_of(model)
     with pytest.raises(tg.UserError, match="does not fit into 500 bytes"):
-        tg.export(tg.Run(CFG, tg.Ranks(), Log(), tg.Ops()), model, hessians, 1000, tmp_path / "x.ptz")
+        tg.export(run_of(Log()), model, statistics_of(model), 1000, tmp_path / "x.ptz")
     assert not list(tmp_path.iterdir())
 
 
@@ -156,15 +220,6 @@ def test_a_committed_artifact_still_decodes():
     assert digest.hexdigest() == (Path(__file__).parent / "golden" / "artifact.sha256").read_text().strip()
 
 
-def test_embedding_and_matrices_get_their_own_settings():
-    plan = tg.quantization_plan(tg.Config())
-    assert plan["embed"] == ("embed", 7, 14.0) and plan["3.up"] == ("3.up", 6, 11.5)
-    assert all(plan[f"3.{n}"] == ("3.qkv", 6, 13.0) for n in "qkv") and plan["3.o"] == ("3.o", 6, 13.0)
-    same = tg.quantization_plan(tg.Config(matrix_clip_sigmas=12.85, matrix_bits=5))
-    assert {(bits, clip) for hessian, bits, clip in same.values() if hessian != "embed"} == {(5, 12.85)}
-    assert len(plan) == 11 * 6 + 1
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks
 
@@ -174,19 +229,21 @@ def calibrate_and_quantize(folder):
     ranks, model = tg.Ranks.join(), tiny_model(CFG)
     run = tg.Run(CFG, ranks, lambda *a, **k: None, tg.Ops())
     loader = tg.PackedLoader(sorted(Path(folder, "datasets/fineweb10B_sp1024").glob("*train*")), 1, CFG, 128)
-    hessians = tg.calibrate(run, model, loader, 48)
-    return hessians, tg.quantize(run, model, hessians, 1.0)
+    found = tg.calibrate(run, model, loader, 48)
+    return found, tg.quantize(run, model, *tg.make_quantizers(run, model, found), 0.5)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_quantize_as_one(world, tiny_data, tmp_path):
     """Three calibration buffers over two ranks, and over four, one of which has none."""
     assert CFG.gptq_calibration_batches == 3
-    one_hessians, one = calibrate_and_quantize(str(tiny_data))
-    for hessians, tensors in launch(world, calibrate_and_quantize, str(tiny_data), folder=tmp_path):
-        assert list(hessians) == list(one_hessians) and list(tensors) == list(one)
-        for name, H in hessians.items():
-            torch.testing.assert_close(H, one_hessians[name], rtol=1e-4, atol=1e-4 * H.diagonal().max().item())
+    alone, one = calibrate_and_quantize(str(tiny_data))
+    for found, tensors in launch(world, calibrate_and_quantize, str(tiny_data), folder=tmp_path):
+        assert list(tensors) == list(one)
+        for ours, theirs in zip(found, alone):
+            assert list(ours) == list(theirs)
+            for name, sums in ours.items():
+                torch.testing.assert_close(sums, theirs[name], rtol=1e-3, atol=1e-4 * theirs[name].max().item())
         codes = [(tensors[n], one[n]) for n in one if n.endswith(".codes")]
         same = sum((a == b).sum().item() for a, b in codes) / sum(a.numel() for a, _ in codes)
-        assert same >= 0.999
+        assert same >= 0.98

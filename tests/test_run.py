@@ -101,9 +101,9 @@ def test_one_seed_one_artifact(run, finished, tmp_path):
 def test_settings_reach_the_run(run, finished, tmp_path):
     for i, change in enumerate([dict(MATRIX_LR=0.01), dict(EMA_DECAY=0.1), dict(GRAD_CLIP_NORM=0.001), dict(BETA2=0.5),
                                 dict(TIED_EMBED_LR=0.003), dict(SCALAR_LR=0.2), dict(MUON_WD=3), dict(WARMDOWN_FRAC=0.1),
-                                dict(QK_GAIN_INIT=2), dict(ENABLE_LOOPING_AT=1), dict(MATRIX_BITS=4), dict(EMBED_BITS=4),
+                                dict(QK_GAIN_INIT=2), dict(ENABLE_LOOPING_AT=1), dict(GPTQ_CALIBRATION_BATCHES=2),
                                 dict(TTT_LORA_LR=0), dict(TTT_CHUNK_SIZE=24), dict(TTT_EVAL_SEQ_LEN=32),
-                                dict(MUON_MOMENTUM=0.5), dict(MATRIX_CLIP_SIGMAS=6)]):
+                                dict(MUON_MOMENTUM=0.5)]):
         outcome = run(ARTIFACT_DIR=tmp_path / str(i), **change)
         assert outcome.result["val_bpb"] != finished[2]["val_bpb"], change
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_without_it_is_calibrated_again(run, finished, tmp_path):
     outcome = run(EVAL_ONLY_PATH=lonely)
     assert "training shards are needed" in outcome.out and outcome.result["val_bpb"] == finished[2]["val_bpb"]
     assert (tmp_path / "run/final_model.int6.ptz").read_bytes() == (finished[0] / "final_model.int6.ptz").read_bytes()
-    other = run(EVAL_ONLY_PATH=finished[0] / "final_model.pt", MATRIX_BITS=5, ARTIFACT_DIR=tmp_path / "five")
+    other = run(EVAL_ONLY_PATH=finished[0] / "final_model.pt", GPTQ_CALIBRATION_BATCHES=2, ARTIFACT_DIR=tmp_path / "two")
     assert "calibrating again" in other.out and other.result["val_bpb"] != finished[2]["val_bpb"]
 
 
@@ -373,10 +373,17 @@ def test_without_test_time_training_the_plain_score_is_the_headline(run, finishe
 # The packed script and torchrun
 
 
-def script(path, cwd, launcher=(), **settings):
+def start(path, cwd, launcher=(), **settings):
     env = {k: v for k, v in os.environ.items() if k not in TINY}
     env.update({k: str(v) for k, v in {**TINY, "OMP_NUM_THREADS": 1, **settings}.items()})
-    return subprocess.run([sys.executable, *launcher, str(path)], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.Popen([sys.executable, *launcher, str(path)], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def script(*args, **settings):
+    process = start(*args, **settings)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def test_packed_script_is_the_script(finished, tiny_data, tmp_path):
@@ -428,6 +435,38 @@ def test_two_ranks_under_torchrun(finished, tiny_data, tmp_path):
     assert rescored.returncode == 0, rescored.stderr
     np.testing.assert_allclose(nll_of(tmp_path / "e.npz"), nll_of(scores), atol=2e-5)
     assert json.loads((tmp_path / "e/result.json").read_text())["val_bpb"] == pytest.approx(result["val_bpb"], abs=2e-5)
+
+
+def test_two_nodes(finished, tiny_data, tmp_path):
+    """Two launchers, each with one process and a folder of its own, as on two machines: the same run."""
+    port = free_port()
+    nodes = []
+    for n in range(2):
+        (tmp_path / f"{n}").mkdir()
+        launcher = ("-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={n}", "--nproc_per_node=1",
+                    "--master_addr=127.0.0.1", f"--master_port={port}")
+        nodes.append(start(Path(tg.__file__), tmp_path / f"{n}", launcher, DATA_DIR=tiny_data, ARTIFACT_DIR="r"))
+    (out, err), (silent, _) = (node.communicate() for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], err
+    assert out.count("RESULT {") == 1 and "step:" not in silent and not (tmp_path / "1/r").exists()
+    own = json.loads((tmp_path / "0/r/result.json").read_text())
+    assert own["hardware"].startswith("2 x") and own["val_bpb"] == pytest.approx(finished[2]["val_bpb"], abs=2e-3)
+
+
+def test_a_rank_that_dies_ends_the_run(tiny_data, tmp_path):
+    """Killed in the middle of training; the other one, which waits for it in a collective, does not wait for long."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
+    run = start(Path(tg.__file__), tmp_path, launcher, DATA_DIR=tiny_data, ARTIFACT_DIR="r", ITERATIONS=100_000)
+    assert any(line.startswith("step:3/") for line in run.stdout), run.communicate()[1]
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    ranks = [int(pid) for pid in children if b"train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    try:
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode != 0 and "SIGKILL" in err and not (tmp_path / "r/result.json").exists()
 
 
 def test_a_mistake_under_torchrun_is_said_once(tiny_data, tmp_path):

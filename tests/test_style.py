@@ -19,19 +19,18 @@ rope_base qk_gain_init logit_softcap tied_embed_init_std num_loops loop_start lo
 parallel_start_layer iterations max_wallclock_seconds warmup_steps warmdown_frac min_lr train_log_every val_loss_every
 matrix_lr muon_momentum muon_momentum_warmup_start muon_momentum_warmup_steps muon_backend_steps muon_wd tied_embed_lr
 embed_wd scalar_lr adam_wd beta1 beta2 adam_eps grad_clip_norm ema_decay gptq_calibration_batches gptq_reserve_seconds
-matrix_bits embed_bits attn_clip_sigmas mlp_clip_sigmas matrix_clip_sigmas embed_clip_sigmas ttt_enabled ttt_lora_rank
-ttt_lora_lr ttt_chunk_size ttt_eval_seq_len ttt_batch_size ttt_weight_decay ttt_beta2 eval_max_seconds""".split()
+ttt_enabled ttt_lora_rank ttt_lora_lr ttt_chunk_size ttt_eval_seq_len ttt_batch_size ttt_weight_decay ttt_beta2 eval_max_seconds""".split()
 
 
 def test_length():
-    assert len(LINES) <= 2328
+    assert len(LINES) <= 2675
     assert not [number for number, line in enumerate(LINES, 1) if len(line) > 110]
     assert not [(f.name, f.lineno) for f in FUNCTIONS if f.end_lineno - f.lineno >= 60]
 
 
 def test_parameters():
     kernels = {f.name for f in FUNCTIONS if any("jit" in ast.unparse(d) for d in f.decorator_list)}
-    assert not [f.name for f in FUNCTIONS if len(f.args.args) > 8 and f.name != "fused_enter_grad" and f.name not in kernels]
+    assert not [f.name for f in FUNCTIONS if len(f.args.args) > 8 and f.name not in kernels]
 
 
 def test_no_globals_and_ascii():

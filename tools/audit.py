@@ -1,0 +1,366 @@
+#!/usr/bin/env python3
+"""Check a finished run by the rules of the game: score altered validation documents; what must not move must not.
+
+    DATA_DIR=... python tools/audit.py runs/x                                      # with the train_gpt.py above tools/
+    DATA_DIR=... python tools/audit.py runs/x --script runs/x/train_gpt_packed.py  # with what was shipped, or any copy
+    DATA_DIR=... python tools/audit.py runs/x --documents 200 --seed 7             # more documents, other alterations
+
+The script is loaded, so its code runs here, and its own functions score. The artifact brings its settings; the
+environment overrides them, as it does for train_gpt.py. Exit status: 0 if every check passes, 1 if one fails, 2 after
+an error.
+
+Scores that must be equal differ by rounding: on a CPU by less than EXACT, root mean square, which also bounds what
+the mean can gain. On a GPU other neighbours in a batch are another rounding, and learning amplifies it: there the
+noise is measured, by documents in the reverse order; it may not pass COARSE, and elsewhere scores may spread 4 times
+as much, but not drift. If noise leaves doubts, CUDA_VISIBLE_DEVICES= in front audits on the CPU.
+"""
+import argparse
+import dataclasses
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import numpy as np
+
+SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
+CAP_BYTES = 16_000_000
+EXACT, FAR = 1e-5, 1e-3  # nats between equal scores on a CPU: root mean square, largest
+COARSE, DRIFT = 0.02, 1e-4  # on a GPU: root mean square, mean
+
+
+class Case(NamedTuple):
+    """A document as one scoring has it."""
+    number: int  # among the documents
+    tokens: np.ndarray  # from its BOS on
+    kept: int  # so many of its first targets are as they were
+
+
+Scored = list[tuple[Case, np.ndarray]]  # and the scores of its targets
+
+
+class Verdict(NamedTuple):
+    rule: str
+    passed: bool
+    figures: str
+    moved: "Moved | None" = None
+
+    def __str__(self) -> str:
+        return f"{'pass' if self.passed else 'FAIL'}  {self.rule:<22}{self.figures}"
+
+
+class Moved(NamedTuple):
+    """How far scores lie from what they were."""
+    targets: int
+    largest: float
+    rms: float
+    mean: float
+    error: float  # standard error of the mean, over documents or, if that is larger, over targets
+
+    @classmethod
+    def of(cls, pairs: list[tuple[np.ndarray, np.ndarray]]) -> "Moved":
+        """Of (scores before, scores after) by document."""
+        by_document = [after - before for before, after in pairs if len(before)]
+        if not by_document:
+            return cls(0, 0.0, 0.0, 0.0, 0.0)
+        every = np.concatenate(by_document)
+        mean, rms = every.mean(), math.sqrt((every**2).mean())
+        error = math.sqrt(sum((d - mean).sum() ** 2 for d in by_document)) / len(every)  # 0 for a single document
+        return cls(len(every), abs(every).max(), rms, mean, max(error, every.std() / math.sqrt(len(every))))
+
+    def little(self, noise: float | None) -> bool:
+        """Whether only rounding moved them; `noise` is what it may be on a GPU, root mean square, None on a CPU."""
+        if noise is None:
+            return self.targets > 0 and self.rms <= EXACT and self.largest <= FAR
+        return self.targets > 0 and self.rms <= max(EXACT, noise) and abs(self.mean) <= max(DRIFT, 4 * self.error)
+
+    def __str__(self) -> str:
+        if not self.largest:
+            return f"{self.targets} scores equal" if self.targets else "nothing to compare, more --documents are needed"
+        return (f"{self.targets} scores moved by at most {self.largest:.1e}, rms {self.rms:.1e}, "
+                f"mean {self.mean:+.1e} +- {self.error:.0e}")
+
+
+def load_script(path: Path) -> types.ModuleType:
+    """A train_gpt.py, or a copy, packed or not, as a module."""
+    loaded = sys.modules.get("train_gpt")
+    if loaded and path.is_file() and path.samefile(loaded.__file__):
+        return loaded
+    loader = importlib.machinery.SourceFileLoader("audited_script", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    sys.modules[loader.name] = module  # where dataclasses look for it
+    try:
+        loader.exec_module(module)
+    except Exception as error:
+        raise SystemExit(f"error: {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    return module
+
+
+class Scorer:
+    """Model, settings and functions of a run, to score any documents as it scored validation."""
+
+    def __init__(self, tg: types.ModuleType, artifact: Path):
+        env = {**os.environ, "EVAL_ONLY_PATH": str(artifact)}
+        saved = tg.read_saved(artifact)
+        self.tg, self.cfg, self.ranks = tg, tg.Config.from_env(env, saved["settings"]), tg.Ranks.join()
+        ops = tg.Ops.choose(self.cfg, self.ranks.device)
+        self.run = tg.Run(self.cfg, self.ranks, lambda line, **_: print(line), ops)
+        self.model = tg.GPT(self.cfg).to(self.ranks.device)
+        blob, _ = tg.open_saved(self.run, self.model, saved)
+        tg.restore(self.model, tg.unpack_artifact(blob, artifact)[1])
+        self.model.requires_grad_(False)
+        self.run, self.ops = self.run._replace(log=lambda *args, **_: None), ops.compiled(any_length=True)
+        files = tg.find_data(self.cfg, train=False)
+        self.tokenizer = tg.load_tokenizer(files.tokenizer, self.cfg.vocab_size)
+        self.val = tg.load_validation(files.val, self.tokenizer, self.cfg)
+        self.plan = tg.depth_plan(self.cfg, self.cfg.loops_at_end)
+
+    def documents(self, count: int) -> list[np.ndarray]:
+        """The first documents of validation, each from its BOS on."""
+        bounds = np.append(self.val.starts, len(self.val.tokens))
+        return [self.val.tokens[lo:hi] for lo, hi in zip(bounds[:count], bounds[1:])]
+
+    def validation(self, documents: list[np.ndarray]):
+        """A validation set of these; one more BOS ends the last, so that a document has as many targets as tokens."""
+        tokens = np.append(np.concatenate(documents), self.tokenizer.bos)
+        lengths = np.array([len(tokens) for tokens in documents])
+        return self.val._replace(tokens=tokens, token_bytes=self.tokenizer.target_bytes(tokens),
+                                 starts=np.cumsum(lengths) - lengths, lengths=lengths)
+
+    def score(self, documents: list[np.ndarray], slots: int, adapted: bool = True) -> list[np.ndarray]:
+        """Losses of every document's targets as the run's final score has them, fp64; or the plain ones."""
+        tg, val, run = self.tg, self.validation(documents), self.with_slots(slots)
+        if adapted and self.cfg.ttt_enabled:
+            adapters = tg.Adapters(run.cfg, len(sum(self.plan, ())), self.ranks.device)
+            if self.ops.compilable:
+                tg.rehearse(run, self.model, adapters, self.ops)
+            nll = tg.score_documents(run, self.model, val, adapters, self.ops, math.inf)
+        else:
+            nll = tg.evaluate(run, self.model, val, self.plan)
+        return np.split(nll.numpy().astype(np.float64), val.starts[1:])
+
+    def with_slots(self, slots: int):
+        return self.run._replace(cfg=dataclasses.replace(self.cfg, ttt_batch_size=slots))
+
+    def foreign(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Random tokens, none of them BOS."""
+        return (self.tokenizer.bos + 1 + rng.integers(0, self.cfg.vocab_size - 1, count)) % self.cfg.vocab_size
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Alterations: lists of cases, made from documents
+
+
+def place(rng: np.random.Generator, length: int, chunk: int) -> int:
+    """A token of a document to alter, 0 if it is too short; target j is token j + 1.
+
+    The target that it is lies inside a chunk, not first in it, and, if it can be, in one that is learned from.
+    """
+    learned = (length - 1) // chunk * chunk  # targets in chunks that the document goes on after
+    last = learned if learned > 1 else length - 1
+    if last < 2:
+        return 0
+    target = int(rng.integers(1, last))
+    return min(target + (target % chunk == 0), length - 2) + 1
+
+
+def with_other_tails(scorer: Scorer, documents: list[np.ndarray], rng: np.random.Generator) -> list[Case]:
+    """Every second document has random tokens from a random place on."""
+    cases = []
+    for i, tokens in enumerate(documents):
+        at = place(rng, len(tokens), scorer.cfg.ttt_chunk_size) if i % 2 == 0 else 0
+        tail = scorer.foreign(rng, len(tokens) - at)
+        cases.append(Case(i, np.append(tokens[:at], tail), at - 1) if at else Case(i, tokens, len(tokens)))
+    return cases
+
+
+def with_other_lengths(scorer: Scorer, documents: list[np.ndarray], rng: np.random.Generator) -> list[Case]:
+    """Of three documents one is cut, one goes on with random tokens, one is as it was."""
+    cases, chunk = [], scorer.cfg.ttt_chunk_size
+    for i, tokens in enumerate(documents):
+        at = place(rng, len(tokens), chunk) if i % 3 == 0 else 0
+        if at:
+            cases.append(Case(i, tokens[:at], at - 1))
+        elif i % 3 == 1:
+            more = scorer.foreign(rng, int(rng.integers(1, 3 * chunk)))
+            cases.append(Case(i, np.append(tokens, more), len(tokens) - 1))
+        else:
+            cases.append(Case(i, tokens, len(tokens)))
+    return cases
+
+
+def some(documents: list[np.ndarray], rng: np.random.Generator) -> list[Case]:
+    """Half of the documents, in random order."""
+    chosen = rng.permutation(len(documents))[: -(-len(documents) // 2)].tolist()
+    return [Case(i, documents[i], len(documents[i])) for i in chosen]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+class Audit:
+    """Scores of unaltered documents, and how others compare with them."""
+
+    def __init__(self, scorer: Scorer, documents: list[np.ndarray], seed: int):
+        self.scorer, self.documents, self.noise = scorer, documents, None
+        self.rng = np.random.default_rng(seed)
+        self.slots = scorer.cfg.ttt_batch_size
+        self.few = max(1, min(self.slots, len(documents)) // 3)  # so that slots are used again
+        self.whole = [Case(i, tokens, len(tokens)) for i, tokens in enumerate(documents)]
+        self.base = [scores for _, scores in self.score("unaltered", self.whole, self.slots)]
+
+    def score(self, what: str, cases: list[Case], slots: int) -> Scored:
+        """Score all cases; says how long that took."""
+        began = time.perf_counter()
+        scores = self.scorer.score([case.tokens for case in cases], slots)
+        print(f"scored {what}: {len(cases)} documents, {sum(map(len, scores))} targets, {slots} slots, "
+              f"{time.perf_counter() - began:.1f} s", flush=True)
+        return list(zip(cases, scores))
+
+    def verdict(self, rule: str, what: str, scored: Scored, in_chunk: bool = False) -> Verdict:
+        """Whether what is as it was in its case has the scores it had; or only what is in the chunk where that ends."""
+        chunk, pairs = self.scorer.cfg.ttt_chunk_size, []
+        for case, after in scored:
+            kept = slice(case.kept // chunk * chunk if in_chunk else 0, case.kept)
+            pairs.append((self.base[case.number][kept], after[kept]))
+        moved = Moved.of(pairs)
+        return Verdict(rule, moved.little(self.noise), f"{what}: {moved}", moved)
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """Of all checks, as they come."""
+        for check in (self.order, self.tails, self.lengths, self.others, self.once, self.normalised):
+            yield from check()
+
+    def order(self) -> list[Verdict]:
+        """Documents in the reverse order; on a GPU this is the noise that later verdicts go by."""
+        if self.scorer.ranks.on_gpu:
+            self.noise = COARSE
+        scored = self.score("in reverse order", self.whole[::-1], self.slots)
+        verdict = self.verdict("documents independent", "order reversed", scored)
+        if self.scorer.ranks.on_gpu:
+            self.noise = 4 * min(verdict.moved.rms, COARSE)
+        return [verdict]
+
+    def tails(self) -> list[Verdict]:
+        """Later tokens: neither what comes before in the document sees them, nor another document."""
+        scored = self.score("with other tails", with_other_tails(self.scorer, self.documents, self.rng), self.few)
+        altered = [(case, after) for case, after in scored if case.kept < len(case.tokens)]
+        others = [(case, after) for case, after in scored if case.kept == len(case.tokens)]
+        seen = Moved.of([(self.base[case.number][case.kept :], after[case.kept :]) for case, after in altered])
+        return [Verdict("causal", seen.largest > FAR and seen.rms > (self.noise or EXACT), f"altered tokens: {seen}"),
+                self.verdict("causal", "before altered tokens", altered),
+                self.verdict("score before update", "before altered tokens, in their chunk", altered, in_chunk=True),
+                self.verdict("documents independent", "others altered", others)]
+
+    def lengths(self) -> list[Verdict]:
+        """Where a document ends: nothing before it knows, nor does another document."""
+        scored = self.score("cut or continued", with_other_lengths(self.scorer, self.documents, self.rng), self.few)
+        longer = [len(case.tokens) - len(self.documents[case.number]) for case, _ in scored]
+        pick = lambda holds: [pair for pair, more in zip(scored, longer) if holds(more)]
+        return [self.verdict("causal", "before a cut", pick(lambda more: more < 0)),
+                self.verdict("causal", "continued", pick(lambda more: more > 0)),
+                self.verdict("documents independent", "others cut or continued", pick(lambda more: more == 0))]
+
+    def others(self) -> list[Verdict]:
+        """Documents absent; another number of slots, each used again and again."""
+        half = self.score("half of them", some(self.documents, self.rng), self.few)
+        return [self.verdict("documents independent", "half of them absent, the rest in random order", half),
+                self.verdict("slots do not matter", f"{self.few} instead of {self.slots}",
+                             self.score("in few slots", self.whole, self.few))]
+
+    def once(self) -> list[Verdict]:
+        """Every target has one score."""
+        scores, tg = np.concatenate(self.base), self.scorer.tg
+        good, all_ = int((np.isfinite(scores) & (scores >= 0)).sum()), sum(map(len, self.documents))
+        verdicts = [Verdict("one pass", good == len(scores) == all_, f"{good} of {all_} targets have a score")]
+        if self.scorer.cfg.ttt_enabled:
+            count = np.zeros(all_, dtype=np.int64)
+            val, run = self.scorer.validation(self.documents), self.scorer.with_slots(self.slots)
+            for _, this, *_ in tg.rounds(run, val):
+                np.add.at(count, this.where.cpu().numpy(), 1)
+            once, more, never = ((count == 1).sum(), (count > 1).sum(), (count == 0).sum())
+            verdicts.append(Verdict("one pass", once == all_, f"targets in the rounds: {once} once, {more} more often, "
+                                    f"{never} never"))
+        return verdicts
+
+    def normalised(self) -> list[Verdict]:
+        """Probabilities of all tokens that could be a document's last sum to one, adapted and plain."""
+        scorer, verdicts = self.scorer, []
+        chunk, vocab = scorer.cfg.ttt_chunk_size, scorer.cfg.vocab_size
+        tokens = next((d for d in self.documents if len(d) > chunk + 2), max(self.documents, key=len))
+        before = tokens[: chunk + 2][: len(tokens) - 1]  # a chunk, learned from, and a little more
+        variants = [np.append(before, token) for token in range(vocab)]
+        slots = self.slots if scorer.ranks.on_gpu else max(self.slots, 64)
+        for adapted in (True, False) if scorer.cfg.ttt_enabled else (False,):
+            nll = np.array([scores[len(before) - 1] for scores in scorer.score(variants, slots, adapted)])
+            p, what = np.exp(-nll), "adapted" if adapted else "plain"
+            limit = 1e-4 if self.noise is None else 1e-3 + self.noise * math.sqrt((p**2).sum())  # each p has its own
+            verdicts.append(Verdict("full distribution", abs(p.sum() - 1) <= limit, f"all {vocab} tokens after "
+                                    f"{len(before)}, {what}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}"))
+        return verdicts
+
+
+def size(run: Path, tg: types.ModuleType) -> Verdict:
+    """Bytes of code and model, and whether result.json, if there is one, says the same."""
+    packed, result = run / "train_gpt_packed.py", run / "result.json"
+    model = (run / "final_model.int6.ptz").stat().st_size
+    said = json.loads(result.read_text()) if result.is_file() else {}
+    code = packed.stat().st_size if packed.is_file() else said.get("code_bytes") or len(tg.pack_script())
+    wrong = [name for name, value in (("code", code), ("model", model), ("total", code + model))
+             if said.get(f"{name}_bytes", value) != value]
+    figures = f"code {code} + model {model} = {code + model} bytes of {CAP_BYTES}"
+    figures += f"; result.json differs in {' '.join(wrong)}" if wrong else ""
+    return Verdict("size", code + model <= CAP_BYTES and not wrong, figures)
+
+
+def origin(run: Path, script: Path) -> str:
+    """Whether the script is the one that made the run, by what result.json says."""
+    result, digest = run / "result.json", hashlib.sha256(script.read_bytes()).hexdigest()
+    if not result.is_file():
+        return "no result.json: unknown which script made the run"
+    said = json.loads(result.read_text())
+    same = digest in (said.get("code_sha256"), said.get("packed_sha256"))
+    return f"{script}: {'the' if same else 'NOT the'} script that made the run, by its sha256"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run, with final_model.int6.ptz")
+    parser.add_argument("--script", type=Path, default=SCRIPT, help="the train_gpt.py, or copy of it, to score with")
+    parser.add_argument("--documents", type=int, default=64, help="how many of the first validation documents (64)")
+    parser.add_argument("--seed", type=int, default=0, help="of places and tokens of alterations (0)")
+    args = parser.parse_args(argv)
+    tg = load_script(args.script)
+    try:
+        scorer = Scorer(tg, args.run / "final_model.int6.ptz")
+        documents = scorer.documents(args.documents)
+        if len(documents) < 3:
+            raise tg.UserError(f"{len(documents)} documents are too few to compare: 3 at least")
+        if scorer.ranks.world > 1:
+            raise tg.UserError("an audit is one process: start it without torchrun")
+        print(origin(args.run, args.script))
+        print(f"on {tg.device_name(scorer.ranks.device)}, attention {scorer.ops.attend.__name__}", flush=True)
+        verdicts = [size(args.run, tg)]
+        print(verdicts[0], flush=True)
+        for verdict in Audit(scorer, documents, args.seed).verdicts():
+            print(verdict, flush=True)
+            verdicts.append(verdict)
+    except (tg.UserError, RuntimeError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    failed = sorted({verdict.rule for verdict in verdicts if not verdict.passed})
+    passed = sum(verdict.passed for verdict in verdicts)
+    print(f"{'FAIL: ' + ', '.join(failed) if failed else 'pass'}: {passed} of {len(verdicts)} checks pass")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
