@@ -2166,7 +2166,8 @@ def export(run: Run, model: GPT, found: Calibration, code_bytes: int, path: Path
     own, owners = make_quantizers(run, model, found)
     weights = sum(p.numel() for p in model.parameters())
     width = ranks.sum_(sum((q.width() for q in own), torch.zeros((), device=ranks.device))).item() / weights
-    step = 2 ** (width + 2.05 - 8 * (CAP_BYTES - code_bytes) / weights)  # a Gaussian has log2 std + 2.05 bits
+    bits = min(8 * (CAP_BYTES - code_bytes) / weights, 10.0)
+    step = 2 ** (width + 2.05 - bits)  # of a Gaussian, a code has log2 std + 2.05 bits
     for _ in range(12):
         tensors = quantize(run, model, own, owners, step)
         blob = pack_artifact(settings, tensors) if ranks.is_main else b""
