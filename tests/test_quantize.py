@@ -202,6 +202,15 @@ def test_the_cap_is_met(monkeypatch, tmp_path, room, seed):
     assert 0.997 * cap <= len(blob) + 1000 <= cap and (tmp_path / "tight.ptz").read_bytes() == blob
 
 
+def test_few_bits_a_weight_are_found_too(monkeypatch, tmp_path):
+    """Where a doubled step saves far less than a bit; the search narrows and does not give up what fits."""
+    model, log = tiny_model(CFG), Log()
+    empty = len(blob_of(model, step=1e6))
+    monkeypatch.setattr(tg, "CAP_BYTES", int(1000 + 1.4 * empty))
+    blob = tg.export(run_of(log), model, statistics_of(model), 1000, tmp_path / "x.ptz")
+    assert 0.99 * tg.CAP_BYTES <= len(blob) + 1000 <= tg.CAP_BYTES, log.lines
+
+
 def test_what_cannot_fit_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(tg, "CAP_BYTES", 500)
     model = tiny_model(CFG)

@@ -132,6 +132,19 @@ def test_a_checkpoint_uses_the_artifact_made_from_it(run, finished, tmp_path):
     assert outcome.result["val_bpb_unquantized"] == finished[2]["val_bpb_unquantized"]
 
 
+def test_a_checkpoint_of_another_version_is_refused(run, finished, tmp_path):
+    saved = torch.load(finished[0] / "final_model.pt", weights_only=True)
+    torch.save({**saved, "settings": {**saved["settings"], "matrix_bits": 6}}, tmp_path / "old.pt")
+    assert "another version of this script made it: what is matrix_bits?" in run(EVAL_ONLY_PATH=tmp_path / "old.pt").error
+
+
+def test_a_damaged_artifact_beside_a_checkpoint_is_made_again(run, finished, tmp_path):
+    for name in ("final_model.pt", "final_model.int6.ptz"):
+        (tmp_path / name).write_bytes((finished[0] / name).read_bytes()[: None if name.endswith("pt") else 1000])
+    outcome = run(EVAL_ONLY_PATH=tmp_path / "final_model.pt")
+    assert "calibrating again" in outcome.out and outcome.result["val_bpb"] == finished[2]["val_bpb"]
+
+
 def test_a_checkpoint_without_it_is_calibrated_again(run, finished, tmp_path):
     lonely = tmp_path / "final_model.pt"
     lonely.write_bytes((finished[0] / "final_model.pt").read_bytes())

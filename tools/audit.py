@@ -99,7 +99,8 @@ def load_script(path: Path) -> types.ModuleType:
     try:
         loader.exec_module(module)
     except Exception as error:
-        raise SystemExit(f"error: {path} cannot be loaded: {type(error).__name__}: {error}") from error
+        print(f"error: {path} cannot be loaded: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     return module
 
 

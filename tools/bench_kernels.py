@@ -37,7 +37,7 @@ def cases(T: int, draw) -> dict:
     depth, none = torch.tensor(0.5, device="cuda"), (None,) * 3
     rope = *torch.rand(2, 2048, 1, 8, device="cuda"), torch.arange(T, device="cuda") % 2048
     targets, row = torch.randint(V, (T,), device="cuda"), 2 * T * D  # bytes of (T, D)
-    entry = lambda f, *rest: lambda x, x0, mix, *skip: f(x, x0, mix, depth, False, *(skip or none))
+    entry = lambda f: lambda x, x0, mix, *skip: f(x, x0, mix, depth, False, *(skip or none))
     return {
         "heads": (lambda x, g: tg.fused_heads(x, g, *rope, K), lambda x, g: tg.split_heads(x, g, *rope, K),
                   (draw(T, (H + 2 * K) * E), draw(H)), 5.5 * row, 7.5 * row, 0),

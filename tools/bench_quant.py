@@ -52,7 +52,7 @@ def ancestor(model, found, widen: float) -> tuple[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder with final_model.pt")
-    parser.add_argument("--code-bytes", type=int, default=0, help="of the packed script; default: as the run's result.json says")
+    parser.add_argument("--code-bytes", type=int, default=0, help="of the packed script; default: of this one, packed")
     args = parser.parse_args()
     saved = tg.read_saved(args.run / "final_model.pt")
     cfg, ranks = tg.Config.from_env(os.environ, saved["settings"]), tg.Ranks.join()
@@ -72,6 +72,7 @@ def main() -> None:
 
     began = time.perf_counter()
     blob = tg.export(run, model, found, code, args.run / "bench_quant.ptz")
+    (args.run / "bench_quant.ptz").unlink()
     exported = time.perf_counter() - began
     own, owners = tg.make_quantizers(run, model, found)
     ranks.synchronize()
@@ -93,7 +94,7 @@ def main() -> None:
         f"side information and small tensors {len(blob) - 4 * len(words)}")
 
     widen = 1.0
-    for _ in range(4):
+    for _ in range(12):
         model.load_state_dict(saved["weights"])
         held, seconds = ancestor(model, found, widen)
         if widen == 1.0 or abs(held + code - total) < 3e-4 * total:
@@ -106,8 +107,14 @@ def main() -> None:
     say(f"{'recipe':36}{'bytes':>12}{'val_bpb':>10}{'cost':>9}")
     for name, size, score in rows:
         say(f"{name:36}{size or '':>12}{score:10.5f}" + (f"{score - whole:+9.5f}" if size else ""))
-    say(f"ratio of costs at equal bytes: {(rows[1][2] - whole) / (rows[-1][2] - whole):.3f}")
+    if rows[-1][0].endswith("equal bytes"):
+        say(f"ratio of costs at equal bytes: {(rows[1][2] - whole) / (rows[-1][2] - whole):.3f}")
+    else:
+        say("the ancestor's recipe cannot be brought to these bytes")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except tg.UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(ref: str, name: str):
-    """train_gpt.py of a commit or a path as a module; its operators get a namespace of their own."""
+    """train_gpt.py of a commit or a path as a module, whose name is its operators' namespace."""
     path = Path(ref)
     source = path.read_text() if path.is_file() else subprocess.run(
         ["git", "-C", str(ROOT), "show", f"{ref}:train_gpt.py"], check=True, capture_output=True, text=True).stdout
