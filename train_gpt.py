@@ -718,7 +718,7 @@ def operator(fake: Callable) -> Callable:
         @functools.wraps(launch)
         def contiguous(*args):
             return launch(*map(dense, args))
-        module = __name__.strip("_").replace(".", "_")  # so that two copies of this file can be in one process
+        module = __name__.strip("_").replace(".", "_")  # for two copies in one process
         op = torch.library.custom_op(f"{module}::{launch.__name__}", contiguous, mutates_args=())
         op.register_fake(fake)
         return op
