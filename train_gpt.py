@@ -726,7 +726,10 @@ def operator(fake: Callable) -> Callable:
 
 def keep_tensors(ctx, inputs: tuple, output: Any) -> None:
     """For autograd: the gradient of an operator follows from the tensors among its inputs."""
-    ctx.save_for_backward(*(x for x in inputs if x is None or isinstance(x, Tensor)))
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+
+def power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()  # the smallest that is not below n
 
 def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
@@ -780,7 +783,7 @@ def launch_join(x: Tensor, a: Tensor | None, depth: Tensor, n: Tensor, r: Tensor
     """Run the kernel, one way or the other."""
     (T, D), block = x.shape, 4
     join_kernel()[(-(-T // block),)](x, a, depth, n, r, out, T, D, EPS=NORM_EPS, ADD=a is not None,
-                                     BLOCK=block, WIDTH=1 << (D - 1).bit_length(), BACKWARD=backward)
+                                     BLOCK=block, WIDTH=power_of_2(D), BACKWARD=backward)
 
 @functools.cache
 def mlp_kernel():
@@ -1095,7 +1098,7 @@ def enter_kernel():
                     g += dout
                 dm += tl.sum(g * u, 0)
                 dm0 += tl.sum(g * a0, 0)
-                if dx0 is not None:
+                if dx0_next is not None:
                     g0 = g * m0 + tl.load(dx0_next + at, mask=inside, other=0.0).to(tl.float32)
                     tl.store(dx0 + at, g0.to(x.dtype.element_ty), mask=inside)
                 g = g * m + dout if APART else g * m
@@ -1124,7 +1127,7 @@ def launch_enter(inputs: Sequence, apart: bool, out: Tensor, normed: Tensor, pro
     """Forward, into out and normed; or, with dx0_next, dx, dx0, dskip, sums, backward from what is there."""
     (T, D), backward = out.shape, bool(grads)
     enter_kernel()[(programs,)](*inputs, out, normed, *(grads or [None] * 5), T, D, EPS=NORM_EPS, APART=apart,
-                                BLOCK=1 if backward else ENTER_BLOCK, WIDTH=1 << (D - 1).bit_length(),
+                                BLOCK=1 if backward else ENTER_BLOCK, WIDTH=power_of_2(D),
                                 BACKWARD=backward, num_warps=1 if backward else 4)
 
 @operator(lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)))
@@ -1147,11 +1150,9 @@ def fused_enter_grad(dout: Tensor, dnormed: Tensor, dx0_next: Tensor | None, apa
     """
     x, skip = inputs[0], inputs[4]
     programs = min(len(x), (12 if skip is None else 8) * multiprocessors(x))
-    dx, dx0, dskip = (torch.empty_like(x) if wanted else x.new_empty(0)
-                      for wanted in (True, dx0_next is not None, skip is not None))
+    dx, dx0, dskip = (x.new_empty(0) if of is None else torch.empty_like(x) for of in (x, dx0_next, skip))
     sums = x.new_empty(programs, 4, x.size(1), dtype=torch.float32)
-    wanted = dx0 if len(dx0) else None
-    launch_enter(inputs, apart, dout, dnormed, programs, dx0_next, dx, wanted, dskip, sums)
+    launch_enter(inputs, apart, dout, dnormed, programs, dx0_next, dx, dx0, dskip, sums)
     return dx, dx0, dskip, (sums.new_ones(1, programs) @ sums.flatten(1)).view(4, -1)  # sum(0), but fast
 
 class FusedEnter(torch.autograd.Function):
@@ -1210,8 +1211,8 @@ def nll_kernel():
 def fused_nll(x: Tensor, embed: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """(nll (T,), its gradient with respect to the logits (T, V))"""
     logits, nll = F.linear(x, embed), x.new_empty(len(x), dtype=torch.float32)
-    width = 1 << (len(embed) - 1).bit_length()
-    nll_kernel()[(len(x),)](logits, targets, nll, len(embed), SOFTCAP=softcap, WIDTH=width, num_warps=8)
+    V = len(embed)
+    nll_kernel()[(len(x),)](logits, targets, nll, V, SOFTCAP=softcap, WIDTH=power_of_2(V), num_warps=8)
     return nll, logits
 
 class FusedHead(torch.autograd.Function):
@@ -1493,11 +1494,10 @@ def calibration_tap(hessians: dict[str, Tensor], fishers: dict[str, Tensor]) -> 
                 return y
             name = names[site].format(layer)
             if y.requires_grad:
-                fisher = fishers.get(name)
-                add = lambda g: fisher.add_(g.float().square().sum(0))
-                if site == "start":
-                    add = lambda g: fisher.index_add_(0, x, g.float().square().sum(1))
-                y.register_hook(lambda g: (add(g), None)[1])
+                def add(g: Tensor) -> None:
+                    g, sums = g.float().square(), fishers[name]
+                    sums.index_add_(0, x, g.sum(1)) if site == "start" else sums.add_(g.sum(0))
+                y.register_hook(add)
             elif site != "start":
                 x = x.float()
                 if name not in hessians:
@@ -1902,19 +1902,17 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
     """
     cfg, ranks, plan = run.cfg, run.ranks, depth_plan(run.cfg, run.cfg.loops_at_end)
     found = Calibration({}, {"start": model.embed.new_zeros(cfg.vocab_size)})
-    plain = run.ops._replace(fused=False)
+    plain, tap = run.ops._replace(fused=False), calibration_tap(*found)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # TF32 holds bf16 inputs exactly and sums in fp32
     own = list(range(first + ranks.rank, first + cfg.gptq_calibration_batches, ranks.world))
-    model.requires_grad_(False)
+    model.requires_grad_(False).embed.requires_grad_()  # for gradients to go all the way
     for batch in loader.buffers(iter(own or [first]), ranks.device):  # without any, one to know the shapes
-        model(batch, plan, plain, tap=calibration_tap(*found))
-        model.embed.requires_grad_()
+        model(batch, plan, plain, tap=tap)
         with torch.enable_grad():
-            part = first_part(batch, -(-len(batch.tokens) // 4))
-            model(part, plan, plain, tap=calibration_tap(*found)).sum().backward(inputs=[model.embed])
-        model.embed.requires_grad_(False)
-    model.embed.grad = None
+            nll = model(first_part(batch, -(-len(batch.tokens) // 4)), plan, plain, tap=tap)
+            torch.autograd.grad(nll.sum(), model.embed)
+    model.embed.requires_grad_(False)
     torch.set_float32_matmul_precision(precision)
     for sums in found:
         for name, value in sums.items():
@@ -1928,9 +1926,9 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
 # square of its step times what its output's gradients (F, by row) and its input's energy (d, by column, of
 # what GPTQ cannot move onto later columns) make of it; and its bits fall by one as the step doubles. So each
 # step is one number, the step of the run, over sqrt(F d): a bit then buys the same loss everywhere. (Rows of
-# the embedding go by a root of that, and none by less than 1/4 of the common.) The number is
-# searched until the artifact meets the cap. Codes are nearly Gaussian, of a width that follows from row
-# and column: by it they are sorted into contexts, each coded by a range coder with the counts of its codes.
+# the embedding go by a root of that, and none by less than 1/4 of the common.) That number is searched until
+# the artifact meets the cap. Codes are nearly Gaussian, of a width that follows from row and column: by it
+# they are sorted into contexts, each coded by a range coder with the counts of its codes.
 #
 # The artifact is a magic, the BLAKE2b digest of what follows, Brotli streams, each after its length, and
 # after a length of 0 the range coder's words. The streams together hold a JSON header (settings; name, dtype,
@@ -2020,9 +2018,12 @@ class Quantizer:
         return {f"{name}.{kind}": values[i] for i, name in enumerate(self.names)
                 for kind, values in parts.items()}
 
+def coded(tensors: Iterable[str]) -> list[str]:
+    return [name.removesuffix(".rows") for name in tensors if name.endswith(".rows")]  # names of matrices
+
 @torch.no_grad()
-def make_quantizers(run: Run, model: GPT, found: Calibration) -> tuple[list[Quantizer], dict[str, int]]:
-    """Of this rank's matrices, those of one shape together; and the owner of every matrix."""
+def make_quantizers(run: Run, model: GPT, found: Calibration) -> tuple[list[Quantizer], dict[str, tuple]]:
+    """Of this rank's matrices, those of one shape together; and of every matrix its owner and its shape."""
     matrices, groups = {"embed": model.embed, **dict(model.named_matrices())}, {}
     visits = sum(depth_plan(run.cfg, run.cfg.loops_at_end), ())
     owners = deal([W.numel() * W.size(1) for W in matrices.values()], run.ranks.world).tolist()
@@ -2043,21 +2044,20 @@ def make_quantizers(run: Run, model: GPT, found: Calibration) -> tuple[list[Quan
     for (shape, is_embed), group in groups.items():
         tokens = found.hessians["embed"].trace() / shape[1]  # of mean square 1
         own.append(Quantizer(*group, found.fishers["start"] * tokens / shape[1] if is_embed else None))
-    return own, dict(zip(matrices, owners))
+    return own, {name: (owner, W.shape) for (name, W), owner in zip(matrices.items(), owners)}
 
 @torch.no_grad()
-def quantize(run: Run, model: GPT, own: list[Quantizer], owners: dict[str, int], step: float,
+def quantize(run: Run, model: GPT, own: list[Quantizer], owners: dict[str, tuple], step: float,
              ) -> dict[str, Tensor]:
     """All tensors of the artifact, on the CPU of every rank: those of Quantizer.codes, the rest as fp16."""
-    coded, matrices = {}, {"embed": model.embed, **dict(model.named_matrices())}
+    made = {}
     for quantizer in own:
-        coded |= quantizer.codes(step)
+        made |= quantizer.codes(step)
     tensors = {name: p.half().cpu() for name, p in model.named_parameters() if name in Optimizers.SCALARS}
-    for name, owner in owners.items():
-        rows, columns = matrices[name].shape
+    for name, (owner, (rows, columns)) in owners.items():
         for kind, shape in dict(codes=(rows, columns), rows=(rows,), columns=(columns,), row_width=(rows,),
                                 column_width=(columns,)).items():
-            part = coded.get(f"{name}.{kind}", matrices[name].new_empty(shape, dtype=torch.int8))
+            part = made.get(f"{name}.{kind}", model.embed.new_empty(shape, dtype=torch.int8))
             tensors[f"{name}.{kind}"] = run.ranks.copy_(part.contiguous(), owner).cpu()
     return tensors
 
@@ -2065,7 +2065,7 @@ def contexts_of(tensors: dict[str, Tensor]) -> np.ndarray:
     """Contexts of all codes, uint8: their width in quarters of an octave, as rows and columns tell it."""
     wide = lambda name: tensors[name].numpy().astype(np.int16)
     found = [np.zeros(0, dtype=np.uint8)]
-    for name in (key.removesuffix(".rows") for key in tensors if key.endswith(".rows")):
+    for name in coded(tensors):
         row = 2 * wide(f"{name}.row_width") - wide(f"{name}.rows")
         column = 2 * wide(f"{name}.column_width") - wide(f"{name}.columns")
         wanted = (row[:, None] + column) // 2 + 24
@@ -2142,7 +2142,7 @@ def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
         tensors[name] = data[start:end].clone().view(getattr(torch, dtype)).view(shape)
         start = end
     codes, start = decode(words, tensors.pop("counts").numpy().astype(np.int64), contexts_of(tensors)), 0
-    for name in [key.removesuffix(".rows") for key in tensors if key.endswith(".rows")]:
+    for name in coded(tensors):
         shape = len(tensors[f"{name}.rows"]), len(tensors[f"{name}.columns"])
         tensors[f"{name}.codes"] = torch.from_numpy(codes[start : start + math.prod(shape)]).view(shape)
         start += math.prod(shape)

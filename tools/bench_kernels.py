@@ -8,28 +8,21 @@ and the floor: the bytes that have to be read and written at the copy speed of t
 their operations at the speed of an 8192^3 product, whichever is longer. Shapes are the record's; inputs are normal noise.
 """
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
+from bench_step import ceilings, medians
 
 import train_gpt as tg
 
 H, K, E, D, M, V = 8, 4, 64, 512, 2048, 8192
 
 
-def microseconds(call, times: int = 15) -> float:
+def microseconds(call) -> float:
     """Median time of a call on the GPU."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-    call(), call()
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize()
-    return 1e3 * statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))
+    return 1e3 * medians({"": call}, 1, 15, tg.Ranks())[""]
 
 
 def cases(T: int, draw) -> dict:
@@ -60,10 +53,7 @@ def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         raise SystemExit("error: this needs a Hopper GPU")
     draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-    a, b = draw(8192, 8192), draw(8192, 8192)
-    bytes_ = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-    product = 2 * 8192**3 / microseconds(lambda: a @ b) * 1e6
-    copy = 2**30 / microseconds(lambda: bytes_[: 2**29].copy_(bytes_[2**29 :])) * 1e6
+    _, product, copy = ceilings(tg.Ranks())
     print(f"{tg.device_name(torch.device('cuda'))}: product {product / 1e12:.0f} TFLOP/s, copy {copy / 1e12:.2f} TB/s, {T} tokens")
     print(f"{'kernel':20}{'':10}{'us':>9}{'PyTorch':>9}{'floor':>9}{'of floor':>10}")
     for name, (fused, plain, leaves, read, back, work) in cases(T, draw).items():

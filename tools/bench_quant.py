@@ -32,9 +32,8 @@ def ancestor(model, found, widen: float) -> tuple[int, float]:
     began, streams = time.perf_counter(), []
     for name, W in [("embed", model.embed), *model.named_matrices()]:
         layer, _, kind = name.rpartition(".")
-        H, bits, clip = found.hessians[f"{layer}.qkv" if kind in tuple("qkv") else name], 6, 12.85
-        if name == "embed":
-            bits, clip = 8, 20.0
+        H = found.hessians[f"{layer}.qkv" if kind in tuple("qkv") else name]
+        bits, clip = (8, 20.0) if name == "embed" else (6, 12.85)
         top = 2 ** (bits - 1) - 1
         order, U, _ = tg.column_energies(H)
         scale = (widen * clip / top * W.std(dim=1)).clamp(min=1e-7).half()
@@ -74,7 +73,7 @@ def main() -> None:
     blob = tg.export(run, model, found, code, args.run / "bench_quant.ptz")
     (args.run / "bench_quant.ptz").unlink()
     exported = time.perf_counter() - began
-    own, owners = tg.make_quantizers(run, model, found)
+    own, _ = tg.make_quantizers(run, model, found)
     ranks.synchronize()
     began = time.perf_counter()
     for quantizer in own:

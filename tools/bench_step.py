@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(ref: str, name: str):
-    """train_gpt.py of a commit or a path as a module, whose name is its operators' namespace."""
+    """train_gpt.py of a commit or a path as a module, whose name is its operators' namespace: older files have one of their own."""
     path = Path(ref)
     source = path.read_text() if path.is_file() else subprocess.run(
         ["git", "-C", str(ROOT), "show", f"{ref}:train_gpt.py"], check=True, capture_output=True, text=True).stdout
@@ -86,6 +86,16 @@ def medians(calls: dict, rounds: int, repeat: int, ranks) -> dict:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def ceilings(ranks):
+    """(a product of 8192^3 to call, the operations it does in a second, bytes copied in a second, read and written)."""
+    import torch
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    c = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    product = lambda: a @ b
+    ms = medians({"product": product, "copy": lambda: c[: 2**29].copy_(c[2**29 :])}, 3, 10, ranks)
+    return product, 2e3 * 8192**3 / ms["product"], 1e3 * 2**30 / ms["copy"]
+
+
 def profile(call, top: int, times: int = 3) -> list[str]:
     """Lines "ms, launches, name" of the kernels that a call spends most of its time in."""
     import torch
@@ -112,11 +122,8 @@ def worker(args) -> None:
         raise SystemExit("error: this needs a GPU")
     alone = ranks.world == 1
     say(f"== {ranks.world} x {t.device_name(ranks.device)}, torch {torch.__version__}")
-    a, b = torch.randn(2, 8192, 8192, device=ranks.device, dtype=torch.bfloat16)
-    c = torch.empty(2**30, device=ranks.device, dtype=torch.uint8)
-    found = medians({"product": lambda: a @ b, "copy": lambda: c[: 2**29].copy_(c[2**29 :])}, 3, 10, ranks)
-    say(f"8192^3 bf16 product {2 * 8192**3 / found['product'] / 1e9:.0f} TFLOP/s, copy {2**30 / found['copy'] / 1e9:.2f} TB/s")
-    del c
+    product, operations, copied = ceilings(ranks)
+    say(f"8192^3 bf16 product {operations / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s")
     if args.data:
         shard = t.open_shard(sorted(Path(args.data).glob("**/fineweb_train_*.bin"))[0])
         lengths = np.diff(np.flatnonzero(shard[:4_000_000] == shard[0]))
@@ -124,7 +131,7 @@ def worker(args) -> None:
         lengths = np.maximum(20, np.random.default_rng(0).lognormal(6.2, 0.95, 40_000)).astype(int)
     refs = [str(ROOT / "train_gpt.py"), *args.compare]
     files = [Candidate(ref, f"bench_{i}", lengths, ranks) for i, ref in enumerate(refs)]
-    rows, hot = [], {}
+    rows = []
     for looped in (False, True):
         for file in files:
             began = time.perf_counter()
@@ -134,7 +141,7 @@ def worker(args) -> None:
     for looped in (False, True):
         form, repeat = ("looped" if looped else "un-looped"), args.repeat
         if alone:
-            hot = medians({f.name: lambda f=f: f.micro_batch(looped) for f in files} | {"": lambda: a @ b},
+            hot = medians({f.name: lambda f=f: f.micro_batch(looped) for f in files} | {"": product},
                           args.rounds, repeat, ranks)  # a product in turn with micro-batches, when the GPU is as hot
             rows += [(f"micro-batch {form}, ms", hot),
                      ("  8192^3 product meanwhile, TFLOP/s", dict.fromkeys(refs, 2 * 8192**3 / hot[""] / 1e9))]
