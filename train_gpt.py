@@ -77,8 +77,8 @@ PRESETS = {  # defaults to start from; any variable overrides them
         ROPE_DIMS=8, LOOP_START=2, LOOP_END=3, PARALLEL_START_LAYER=5, TRAIN_BATCH_TOKENS=2048,
         TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400,
         MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08, MUON_MOMENTUM=0.9,
-        MUON_MOMENTUM_WARMUP_START=0.85, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8, TTT_CHUNK_SIZE=32,
-        TTT_LORA_RANK=8, TTT_LORA_LR=0.004),
+        MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8,
+        TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004),
 }
 DROPPED = {  # settings of this script's ancestors that would change nothing here, and so are refused
     "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE "
@@ -159,15 +159,17 @@ class Config:
     grad_clip_norm: float = knob(0.3, 0.0)  # of the global gradient after reduction; 0: no clipping
     ema_decay: float = knob(0.9965, 0.0, 0.999999)  # of the exported average of weights; less in short runs
     # quantization
+    quant_states: int = knob(64, 1, 64)  # of the trellis, 1, 4, 8, 16, 32 or 64: more search longer and err less
     gptq_calibration_batches: int = knob(16, 1)  # training buffers behind the Hessians, over all ranks
     gptq_reserve_seconds: float = knob(4.0, 0.0)  # of the training clock, kept for them; 1 GPU wants 10
     # test-time training
     ttt_enabled: bool = knob(True)  # 0: the plain score of the quantized model is the headline
     ttt_lora_rank: int = knob(80, 1)  # of every adapter
     ttt_lora_lr: float = knob(2e-4, 0.0)  # AdamW, for adapters
-    ttt_chunk_size: int = knob(24, 1)  # tokens scored between two updates
-    ttt_eval_seq_len: int = knob(2048, 1)  # longest window, chunk included
-    ttt_batch_size: int = knob(96, 1)  # documents that advance together on a rank
+    ttt_chunk_size: int = knob(24, 1)  # tokens scored between two updates, at the beginning of a document
+    ttt_chunk_growth: float = knob(1 / 64, 0.0, 1.0)  # or this much of what came before, if that is more
+    ttt_eval_seq_len: int = knob(3072, 1)  # longest window, chunk included
+    ttt_batch_size: int = knob(64, 1)  # documents that advance together on a rank
     ttt_weight_decay: float = knob(0.5, 0.0)  # of adapters
     ttt_beta2: float = knob(0.99, 0.0, 0.999999)  # AdamW, for adapters; beta 1 is 0
     eval_max_seconds: float = knob(600.0, 0.0)  # scoring clock; the rest keeps its plain score; 0: none
@@ -214,6 +216,7 @@ class Config:
              "loop_start loop_end num_layers parallel_start_layer", "must be in order, the loop apart"),
             (self.train_batch_tokens % BUFFERS_PER_STEP or self.train_seq_len > buffer,
              "train_batch_tokens train_seq_len", "a step must be 8 buffers of at least a span each"),
+            (self.quant_states not in TRELLIS, "quant_states", f"is none of {[*TRELLIS]}"),
             (self.eval_seq_len > self.val_batch_tokens, "val_batch_tokens eval_seq_len",
              "a batch must hold a span"),
             (self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_eval_seq_len ttt_chunk_size",
@@ -251,7 +254,7 @@ class Config:
 # Settings without which saved weights do not mean what they meant; on which quantization depends; of one run
 MODEL_SETTINGS = """seed vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base
     logit_softcap num_loops loop_start loop_end enable_looping_at parallel_start_layer""".split()
-QUANT_SETTINGS = "seed train_batch_tokens train_seq_len gptq_calibration_batches".split()
+QUANT_SETTINGS = "seed train_batch_tokens train_seq_len quant_states gptq_calibration_batches".split()
 LOCAL_SETTINGS = """preset run_id artifact_dir data_dir eval_only_path save_scores attention val_doc_fraction
     val_loss_every train_log_every eval_max_seconds""".split()
 
@@ -530,6 +533,14 @@ def to_device(value: Any, device: torch.device) -> Any:
         return type(value)(*(to_device(v, device) for v in value))
     pinned = isinstance(value, Tensor) and device.type == "cuda"
     return value.pin_memory().to(device, non_blocking=True) if pinned else value
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Of a NamedTuple, and of those in it, in order."""
+    if isinstance(value, tuple):
+        for v in value:
+            yield from tensors_in(v)
+    elif isinstance(value, Tensor):
+        yield value
 
 def span_bounds(starts: np.ndarray, total: int, max_len: int) -> np.ndarray:
     """Boundaries of the documents at `starts` in a buffer of `total`, cut into spans of at most max_len."""
@@ -1334,12 +1345,13 @@ def cast_banks(qo: Tensor, kv: Tensor, up: Tensor, down: Tensor, attn_scale: Ten
     return [torch.cat([p.to(dtype) for p in (q, k, v)], dim=1), (o * attn_scale[:, :, None]).to(dtype),
             up.to(dtype), (down * mlp_scale[:, :, None]).to(dtype)]
 
-def adamw_(tensors: list[Tensor], grads: Sequence[Tensor], second_moments: list[Tensor], started: Tensor,
-           lr: float, decay: float, beta2: float) -> None:
+def adamw_(tensors: list[Tensor], live: list[Tensor], grads: Sequence[Tensor], second_moments: list[Tensor],
+           started: Tensor, lr: float, decay: float, beta2: float) -> None:
     """AdamW without a first moment, in place; second moments are yet to be divided by `started`."""
-    for t, grad, moment in zip(tensors, grads, second_moments):
+    for t, seen, grad, moment in zip(tensors, live, grads, second_moments):
         moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         t.mul_(1 - lr * decay).addcdiv_(grad, (moment / started).sqrt() + 1e-10, value=-lr)
+        seen.copy_(t)
 
 class Ops(NamedTuple):
     """The functions that do the work of a forward. As they stand here they run anywhere."""
@@ -1536,23 +1548,28 @@ class Adapters:
 
     They are named after what they span: q, k, v; attn and mlp (whole sublayers, fed their normalised input);
     head. A[site] (visits, slots, rank, in) starts from a draw that follows from SEED alone, the same for each
-    document; B[site] (visits, slots, out, rank) from zero. Beta 1 is 0, so there is no first moment.
+    document; B[site] (visits, slots, out, rank) from zero. What forwards see is `live`, in bf16 on a GPU. Beta 1
+    is 0, so there is no first moment.
     """
 
     def __init__(self, cfg: Config, visits: int, device: torch.device):
         self.cfg, slots, rank, D = cfg, cfg.ttt_batch_size, cfg.ttt_lora_rank, cfg.model_dim
         outs = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "attn": D, "mlp": D, "head": cfg.vocab_size}
         generator = torch.Generator().manual_seed(cfg.seed)
-        empty = functools.partial(torch.empty, device=device, requires_grad=True)
         self.draw, self.A, self.B = {}, {}, {}
         for site, out in outs.items():
             n = 1 if site == "head" else visits
             draw = torch.empty(n, 1, rank, D).uniform_(-(D**-0.5), D**-0.5, generator=generator)
             self.draw[site] = draw.to(device)
-            self.A[site], self.B[site] = empty(n, slots, rank, D), empty(n, slots, out, rank)
+            self.A[site] = torch.empty(n, slots, rank, D, device=device)
+            self.B[site] = torch.empty(n, slots, out, rank, device=device)
         self.tensors = [*self.A.values(), *self.B.values()]
-        self.second_moments = [torch.empty_like(t, requires_grad=False) for t in self.tensors]
+        self.second_moments = [torch.empty_like(t) for t in self.tensors]
+        self.live = [t.to(compute_dtype(device), copy=True).requires_grad_() for t in self.tensors]
         self.updates = torch.zeros(slots, device=device)
+        self.recorded: dict[int, tuple] = {}  # rounds as CUDA graphs, by number of positions
+        if device.type == "cuda":
+            self.pool, self.played = torch.cuda.graph_pool_handle(), torch.cuda.Event()
         self.enter(range(slots))
 
     @torch.no_grad()
@@ -1564,26 +1581,27 @@ class Adapters:
         for site, draw in self.draw.items():
             self.A[site][:, slots] = draw
             self.B[site][:, slots] = 0
-        for moment in self.second_moments:
+        for tensor, live, moment in zip(self.tensors, self.live, self.second_moments):
+            live[:, slots] = tensor[:, slots].to(live.dtype)
             moment[:, slots] = 0
         self.updates[slots] = 0
 
-    def tap(self, ends: Tensor, dtype: torch.dtype) -> Callable:
+    def tap(self, ends: Tensor) -> Callable:
         """The tap of one forward, whose rows belong to slots as `ends` says."""
-        pairs = {site: list(zip(self.A[site].to(dtype).unbind(0), self.B[site].to(dtype).unbind(0)))
-                 for site in self.A}
+        As, Bs = self.live[: len(self.A)], self.live[len(self.A) :]
+        pairs = {site: list(zip(A.unbind(0), B.unbind(0))) for site, A, B in zip(self.A, As, Bs)}
         at = lambda visit, sites: AdapterSight({site: pairs[site][visit] for site in sites}, ends)
         inner = [site for site in pairs if site != "head"]
         return lambda visit, layer: at(0, ["head"]) if visit < 0 else at(visit, inner)
 
     def learn(self, loss: Tensor, update: Callable = adamw_) -> None:
         """One AdamW step on the sum of the documents' losses, of which each moves its own adapters only."""
-        grads, cfg = torch.autograd.grad(loss, self.tensors), self.cfg
+        grads, cfg = torch.autograd.grad(loss, self.live), self.cfg
         with torch.no_grad():
             self.updates += 1
             started = 1 - cfg.ttt_beta2**self.updates  # by document: the second moment began at zero
-            update(self.tensors, grads, self.second_moments, started[:, None, None], cfg.ttt_lora_lr,
-                   cfg.ttt_weight_decay, cfg.ttt_beta2)
+            update(self.tensors, self.live, grads, self.second_moments, started[:, None, None],
+                   cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2)
 
 # ---- Optimizers --------------------------------------------------------------------------------------------
 
@@ -1922,50 +1940,91 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
     return found
 
 # ---- Quantization and the artifact -------------------------------------------------------------------------
-# A weight is code * 2^(row / 8) * 2^(column / 8). To second order the error of a code costs, in loss, the
-# square of its step times what its output's gradients (F, by row) and its input's energy (d, by column, of
-# what GPTQ cannot move onto later columns) make of it; and its bits fall by one as the step doubles. So each
-# step is one number, the step of the run, over sqrt(F d): a bit then buys the same loss everywhere. (Rows of
-# the embedding go by a root of that, and none by less than 1/4 of the common.) That number is searched until
-# the artifact meets the cap. Codes are nearly Gaussian, of a width that follows from row and column: by it
-# they are sorted into contexts, each coded by a range coder with the counts of its codes.
+# A weight is (code + shift) * 2^(row / 8) * 2^(column / 8), its shift 0 or 1/2. To second order an error costs,
+# in loss, the square of its step times what its output's gradients (F, by row) and its input's energy (d, by
+# column, of what GPTQ cannot move onto later columns) make of it; and bits fall by one as the step doubles. So
+# each step is one number, the step of the run, over sqrt(F d): a bit then buys the same loss everywhere. (Rows
+# of the embedding go by a root of that, and none by less than 1/4 of the common.) That number is searched until
+# the artifact meets the cap.
+#
+# Shifts cost no bytes: along a row they follow from which codes were odd before, by a convolutional code
+# (trellis-coded quantization, https://doi.org/10.1109/26.46532). The best sequence of codes is searched; its
+# errors cost a quarter less, at the same length, than those of codes rounded one by one.
+#
+# Codes are nearly Gaussian, of a width that follows from row and column: by it they are sorted into contexts,
+# each coded by a range coder with the counts of its codes. First whether each is odd, which tells the shifts;
+# then, given both, the rest.
 #
 # The artifact is a magic, the BLAKE2b digest of what follows, Brotli streams, each after its length, and
 # after a length of 0 the range coder's words. The streams together hold a JSON header (settings; name, dtype,
 # shape of tensors) after its length, then raw bytes.
 
-ARTIFACT_MAGIC, DIGEST_BYTES = b"PGOLF002", 16
+ARTIFACT_MAGIC, DIGEST_BYTES = b"PGOLF003", 16
 STREAM_BYTES = 1 << 18  # a stream ends with the tensor that fills it; streams are compressed in parallel
-CONTEXTS, TOP = 64, 127  # TOP: largest code
+WIDTHS, TOP, TOLL = 64, 127, 1 / 15  # classes of width; largest code
+# By number of states, the parity checks of shifts and of odd codes: https://doi.org/10.1109/TIT.1982.1056454
+TRELLIS = {1: (0, 0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 
-def column_energies(H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For GPTQ, of H (in, in), sum of x x' over inputs: (order, U, d), columns going by falling energy.
+def column_energies(H: Tensor) -> tuple[Tensor, Tensor]:
+    """For GPTQ, of H (in, in), sum of x x' over inputs: (U, d).
 
-    U (in, in), upper, is the Cholesky factor of the inverse of H in that order, d (in,) 1 / its diagonal^2.
+    U (in, in), upper, is the Cholesky factor of the inverse of H, d (in,) 1 / its diagonal^2.
     """
     H = H + torch.diag((H.diagonal() == 0).float())
     H.diagonal().add_(0.01 * H.diagonal().mean())
-    order = H.diagonal().argsort(descending=True)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True)
-    return order, U, U.diagonal() ** -2
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    return U, U.diagonal() ** -2
 
-def gptq(W: Tensor, U: Tensor, rows: Tensor, columns: Tensor, top: int = TOP, block: int = 128) -> Tensor:
-    """Round W / rows / columns (..., out, in) column by column, moving the error of each onto later columns.
+def following(state: Any, odd: Any, states: int) -> Any:
+    """The state of the trellis after a code. A code's shift is half the lowest bit of the state before it."""
+    shifts, codes = TRELLIS[states]
+    return (state >> 1) ^ (state & 1) * (shifts >> 1) ^ odd * (codes >> 1)
 
-    U as column_energies gives it, W and columns in its order; rows (..., out), columns (..., in). Returns
-    codes of at most `top`, fp32. https://arxiv.org/abs/2210.17323
+def gptq(W: Tensor, U: Tensor, states: int = 1, toll: float = 0, top: int = TOP, block: int = 128) -> Tensor:
+    """Round W (..., out, in) column by column, moving the error of each onto later ones: code + shift, fp32.
+
+    With one state to whole numbers of at most `top` (https://arxiv.org/abs/2210.17323). With more, the best way
+    into each state is followed, with errors of its own; after every `block` columns the best of all is kept.
+    U (..., in, in) as column_energies gives it, in units of W's columns. For its length a value pays `toll`
+    times what an error of 1 costs, times its square over the mean square of its row and column.
     """
-    W, codes = W.clone(), torch.empty_like(W)
+    W, made, odds = W.clone(), torch.empty_like(W), min(states, 2)
+    every = torch.arange(states, device=W.device)
+    lowest = (every[:, None] & 1) / 2 + every[:odds]  # (states, odds), even and odd; others are `odds` apart
+    after = torch.stack([following(every, odd, states) for odd in range(odds)], dim=1)
+    before = after.flatten().argsort().view(states, odds)  # the ways into a state, as state * odds + odd
+    square = W.square().mean(-1, keepdim=True).clamp(min=1e-6)
+    toll = toll / (square * (W.square() / square).mean(-2, keepdim=True).clamp(min=1e-6))
+    state = W.new_zeros(W.shape[:-1], dtype=torch.long)
     for lo in range(0, W.size(-1), block):
         hi = min(lo + block, W.size(-1))
-        errors = torch.empty_like(W[..., lo:hi])
+        ways = W[..., None, lo:hi].repeat_interleave(states, dim=-2)  # (..., out, states, block)
+        cost = torch.full_like(ways[..., 0], math.inf).scatter_(-1, state[..., None], 0.0)
         for j in range(lo, hi):
-            step = rows * columns[..., j, None]
-            codes[..., j] = (W[..., j] / step).round().clamp(-top, top)
-            errors[..., j - lo] = (W[..., j] - codes[..., j] * step) / U[..., j, j, None]
-            W[..., j:hi] -= errors[..., j - lo, None] * U[..., j, None, j:hi]
+            due, u = ways[..., j - lo, None], U[..., j, j, None, None, None]
+            value = lowest + odds * ((due - lowest) / odds).round().clamp(-(top // odds), top // odds)
+            error = (due - value) / u
+            paid = cost[..., None] + error.square() + toll[..., j, None, None] * (value / u).square()
+            cost, which = paid.flatten(-2)[..., before].min(-1)
+            chosen = before[every, which]
+            ways = ways.gather(-2, (chosen // odds)[..., None].expand_as(ways))
+            ways[..., j - lo :] -= (error.flatten(-2).gather(-1, chosen)[..., None]
+                                    * U[..., None, None, j, j:hi])
+        state = cost.argmin(-1)
+        best = ways.gather(-2, state[..., None, None].expand_as(ways[..., :1, :])).squeeze(-2)
+        made[..., lo:hi] = (2 * best).round() / 2
+        errors = torch.linalg.solve_triangular(U[..., lo:hi, lo:hi], W[..., lo:hi] - made[..., lo:hi],
+                                               upper=True, left=False)
         W[..., hi:] -= errors @ U[..., lo:hi, hi:]
-    return codes
+    return made
+
+def shifts(odd: np.ndarray, states: int) -> np.ndarray:
+    """Which codes are odd, (out, in) uint8 of 0 and 1 -> which are shifted, likewise."""
+    state, found = np.zeros(len(odd), dtype=np.uint8), np.empty_like(odd.T, order="C")
+    for shifted, odd_ones in zip(found, np.ascontiguousarray(odd.T)):
+        shifted[:] = state & 1
+        state = following(state, odd_ones, states)
+    return found.T
 
 def octaves(x: Tensor, parts: int) -> Tensor:
     """Logarithm to base 2, in parts of an octave, as int8."""
@@ -1977,21 +2036,20 @@ class Quantizer:
     def __init__(self, names: list[str], weights: list[Tensor], hessians: list[Tensor], fishers: list[Tensor],
                  looked_up: Tensor | None = None):
         self.names, found = names, [column_energies(H) for H in hessians]
-        order, self.U, d = (torch.stack(part) for part in zip(*found))
-        self.back, W = order.argsort(1), torch.stack(weights)
+        U, d = (torch.stack(part) for part in zip(*found))
         dead = torch.stack([H.diagonal() == 0 for H in hessians])
-        self.W = W.masked_fill(dead[:, None], 0).gather(2, order[:, None].expand_as(W))
         mean = d.log2().mean(1, keepdim=True)
         self.columns = octaves((mean - d.log2()).exp2().sqrt(), 8)
+        by_column = self.scale(self.columns)[:, None]
+        self.W, self.U = torch.stack(weights).masked_fill(dead[:, None], 0) / by_column, U / by_column
         cost = torch.stack(fishers) * mean.exp2()
         if looked_up is not None:  # the embedding is read twice: as head and, by token, at the start
             cost = cost + looked_up
         common = cost.mean(1, keepdim=True)
         cost = cost.maximum(common / 16)  # few tokens tell of a rare one
         self.cost = cost.sqrt() if looked_up is None else (cost * common) ** 0.25  # (n, out): of an error
-        self.phase = torch.arange(W.size(1), device=W.device) * 0.618 % 1
-        largest = (self.W / self.scale(self.columns)[:, None]).abs().amax(2)
-        self.finest = torch.ceil(8 * (largest / TOP).clamp(min=2.0**-15).log2())
+        self.phase = torch.arange(self.W.size(1), device=U.device) * 0.618 % 1
+        self.finest = torch.ceil(8 * (self.W.abs().amax(2) / TOP).clamp(min=2.0**-15).log2())
 
     @staticmethod
     def scale(octaves: Tensor) -> Tensor:
@@ -1999,22 +2057,21 @@ class Quantizer:
 
     def width(self) -> Tensor:
         """(total,): for each matrix the sum over weights of log2 of what is left of it in steps of size 1."""
-        spread = (self.W / self.scale(self.columns)[:, None]).square().mean(2).sqrt() * self.cost
+        spread = self.W.square().mean(2).sqrt() * self.cost
         return spread.clamp(min=1e-9).log2().sum() * self.W.size(2)
 
-    def codes(self, step: float) -> dict[str, Tensor]:
-        """NAME.codes, int8 (out, in), their NAME.rows, NAME.columns, and what gives their NAME.contexts."""
+    def codes(self, step: float, states: int) -> dict[str, Tensor]:
+        """NAME.codes, int16 (out, in), 2 (code + shift); NAME.rows, NAME.columns; what tells their width."""
         wanted = 8 * (step / self.cost).log2() + self.phase  # rounded by turns: the size has no jumps
         rows = wanted.floor().maximum(self.finest).clamp(-TOP, TOP).to(torch.int8)
-        codes = gptq(self.W, self.U, self.scale(rows), self.scale(self.columns))
-        codes = codes.gather(2, self.back[:, None].expand_as(codes))
-        columns = self.columns.gather(1, self.back)
-        made = codes * self.scale(rows)[:, :, None] * self.scale(columns)[:, None]
-        by_row = octaves(made.square().mean(2).sqrt().clamp(min=2.0**-31), 4)
-        even = made / self.scale(2 * by_row.float())[:, :, None]
-        by_column = octaves(even.square().mean(1).sqrt().clamp(min=2.0**-31), 4)
-        parts = dict(codes=codes.to(torch.int8), rows=rows, columns=columns, row_width=by_row,
-                     column_width=by_column)
+        by_row, by_column = self.scale(rows)[:, :, None], self.scale(self.columns)[:, None]
+        codes = gptq(self.W / by_row, self.U, states, TOLL)
+        made = codes * by_row * by_column
+        row_width = octaves(made.square().mean(2).sqrt().clamp(min=2.0**-31), 4)
+        even = made / self.scale(2 * row_width.float())[:, :, None]
+        column_width = octaves(even.square().mean(1).sqrt().clamp(min=2.0**-31), 4)
+        parts = dict(codes=(2 * codes).to(torch.int16), rows=rows, columns=self.columns,
+                     row_width=row_width, column_width=column_width)
         return {f"{name}.{kind}": values[i] for i, name in enumerate(self.names)
                 for kind, values in parts.items()}
 
@@ -2049,27 +2106,31 @@ def make_quantizers(run: Run, model: GPT, found: Calibration) -> tuple[list[Quan
 @torch.no_grad()
 def quantize(run: Run, model: GPT, own: list[Quantizer], owners: dict[str, tuple], step: float,
              ) -> dict[str, Tensor]:
-    """All tensors of the artifact, on the CPU of every rank: those of Quantizer.codes, the rest as fp16."""
+    """All tensors of the artifact, on the CPU of every rank: those of Quantizer.codes; the rest as fp16 numbers
+    of 6 bits after the first, as all that they multiply errs by more."""
     made = {}
     for quantizer in own:
-        made |= quantizer.codes(step)
-    tensors = {name: p.half().cpu() for name, p in model.named_parameters() if name in Optimizers.SCALARS}
+        made |= quantizer.codes(step, run.cfg.quant_states)
+    short = lambda p: ((p.half().view(torch.int16) + 8) & -16).view(torch.half)
+    tensors = {name: short(p).cpu() for name, p in model.named_parameters() if name in Optimizers.SCALARS}
     for name, (owner, (rows, columns)) in owners.items():
         for kind, shape in dict(codes=(rows, columns), rows=(rows,), columns=(columns,), row_width=(rows,),
                                 column_width=(columns,)).items():
-            part = made.get(f"{name}.{kind}", model.embed.new_empty(shape, dtype=torch.int8))
-            tensors[f"{name}.{kind}"] = run.ranks.copy_(part.contiguous(), owner).cpu()
+            dtype = torch.int16 if kind == "codes" else torch.int8
+            part = made.get(f"{name}.{kind}", model.embed.new_empty(shape, dtype=dtype))
+            part = part.contiguous().view(torch.int8)  # collectives have no int16
+            tensors[f"{name}.{kind}"] = run.ranks.copy_(part, owner).view(dtype).cpu()
     return tensors
 
-def contexts_of(tensors: dict[str, Tensor]) -> np.ndarray:
-    """Contexts of all codes, uint8: their width in quarters of an octave, as rows and columns tell it."""
+def widths_of(tensors: dict[str, Tensor]) -> np.ndarray:
+    """Classes of width of all codes, uint8: quarters of an octave, as rows and columns tell them."""
     wide = lambda name: tensors[name].numpy().astype(np.int16)
     found = [np.zeros(0, dtype=np.uint8)]
     for name in coded(tensors):
         row = 2 * wide(f"{name}.row_width") - wide(f"{name}.rows")
         column = 2 * wide(f"{name}.column_width") - wide(f"{name}.columns")
         wanted = (row[:, None] + column) // 2 + 24
-        found.append(wanted.clip(0, CONTEXTS - 1).astype(np.uint8).ravel())
+        found.append(wanted.clip(0, WIDTHS - 1).astype(np.uint8).ravel())
     return np.concatenate(found)
 
 def coding_models(counts: np.ndarray) -> Iterator[tuple[int, int, Any]]:
@@ -2081,36 +2142,38 @@ def coding_models(counts: np.ndarray) -> Iterator[tuple[int, int, Any]]:
             shares = row[lo : hi + 1] / row.sum()  # of integers: the same on every machine
             yield context, lo, model.Categorical(shares, perfect=False) if lo < hi else None
 
-def encode(codes: np.ndarray, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Range coder: (count,) int8 of at most TOP, (count,) uint8 -> words (n,) uint32, counts of codes."""
-    coder = tool("constriction").stream.queue.RangeEncoder()
+def encode(coder: Any, codes: np.ndarray, contexts: np.ndarray, total: int) -> np.ndarray:
+    """Append (count,) codes of at most TOP, each in one of `total` contexts; returns the counts of codes."""
     symbols = codes[np.argsort(contexts, kind="stable")].astype(np.int32) + TOP
     counts = np.bincount(contexts.astype(np.int64) * (2 * TOP + 1) + codes + TOP,
-                         minlength=CONTEXTS * (2 * TOP + 1)).reshape(CONTEXTS, -1)
+                         minlength=total * (2 * TOP + 1)).reshape(total, -1)
     ends = counts.sum(1).cumsum()
     for context, lo, model in coding_models(counts):
         if model is not None:
             coder.encode(symbols[ends[context] - counts[context].sum() : ends[context]] - lo, model)
-    return coder.get_compressed(), counts
+    return counts
 
-def decode(words: np.ndarray, counts: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-    """The codes that `encode` was given."""
-    coder, ends = tool("constriction").stream.queue.RangeDecoder(words), counts.sum(1).cumsum()
-    symbols, codes = np.empty(len(contexts), dtype=np.int8), np.empty(len(contexts), dtype=np.int8)
+def decode(coder: Any, counts: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+    """The codes, int8, that `encode` was given."""
+    symbols, ends = np.empty(len(contexts), dtype=np.int8), counts.sum(1).cumsum()
     for context, lo, model in coding_models(counts):
         many = int(counts[context].sum())
         found = np.zeros(many, dtype=np.int32) if model is None else coder.decode(model, many)
         symbols[ends[context] - many : ends[context]] = found + lo - TOP
+    codes = np.empty_like(symbols)
     codes[np.argsort(contexts, kind="stable")] = symbols
     return codes
 
 def pack_artifact(settings: dict, tensors: dict[str, Tensor]) -> bytes:
     """The artifact as bytes, which follow from the arguments alone."""
-    brotli, codes = tool("brotli"), [t for name, t in tensors.items() if name.endswith(".codes")]
-    flat = np.concatenate([t.numpy().ravel() for t in codes]) if codes else np.zeros(0, dtype=np.int8)
-    words, counts = encode(flat, contexts_of(tensors))
+    brotli, queue, widths = tool("brotli"), tool("constriction").stream.queue, widths_of(tensors)
+    codes = [tensors[f"{name}.codes"].numpy().ravel() for name in coded(tensors)]
+    codes, coder = np.concatenate([np.zeros(0, dtype=np.int16), *codes]), queue.RangeEncoder()
+    odd_counts = encode(coder, codes >> 1 & 1, widths, WIDTHS)
+    counts = encode(coder, codes >> 2, 4 * widths + (codes & 3), 4 * WIDTHS)
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".codes")}
-    tensors["counts"] = torch.from_numpy(counts.astype(np.int32))
+    tensors |= {"odd_counts": torch.from_numpy(odd_counts.astype(np.int32)),
+                "counts": torch.from_numpy(counts.astype(np.int32))}
     listing = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
     header = json.dumps({**settings, "tensors": listing}, separators=(",", ":")).encode()
     streams = [len(header).to_bytes(4, "little") + header]
@@ -2121,7 +2184,7 @@ def pack_artifact(settings: dict, tensors: dict[str, Tensor]) -> bytes:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Brotli lets go of the interpreter lock
         packed = list(pool.map(functools.partial(brotli.compress, quality=11, lgwin=24), streams))
     body = b"".join(len(p).to_bytes(4, "little") + p for p in packed) + bytes(4)
-    body += words.astype("<u4").tobytes()
+    body += coder.get_compressed().astype("<u4").tobytes()
     return ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() + body
 
 def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -2141,11 +2204,18 @@ def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
         end = start + math.prod(shape) * getattr(torch, dtype).itemsize
         tensors[name] = data[start:end].clone().view(getattr(torch, dtype)).view(shape)
         start = end
-    codes, start = decode(words, tensors.pop("counts").numpy().astype(np.int64), contexts_of(tensors)), 0
+    coder, widths = tool("constriction").stream.queue.RangeDecoder(words), widths_of(tensors)
+    odd_counts, counts = (tensors.pop(name).numpy().astype(np.int64) for name in ("odd_counts", "counts"))
+    low, places, start = decode(coder, odd_counts, widths).astype(np.uint8), {}, 0
     for name in coded(tensors):
         shape = len(tensors[f"{name}.rows"]), len(tensors[f"{name}.columns"])
-        tensors[f"{name}.codes"] = torch.from_numpy(codes[start : start + math.prod(shape)]).view(shape)
-        start += math.prod(shape)
+        places[name] = here = slice(start, start := start + math.prod(shape))
+        odd = low[here].reshape(shape)
+        low[here] = (2 * odd + shifts(odd, settings["settings"]["quant_states"])).ravel()
+        tensors[f"{name}.codes"] = torch.from_numpy(low[here].reshape(shape).astype(np.int16))
+    rest = decode(coder, counts, 4 * widths + low).astype(np.int16)  # 4 times an int8 would not fit
+    for name, here in places.items():
+        tensors[f"{name}.codes"] += 4 * torch.from_numpy(rest[here]).view_as(tensors[f"{name}.codes"])
     return settings, tensors
 
 @torch.no_grad()
@@ -2156,7 +2226,7 @@ def restore(model: GPT, tensors: dict[str, Tensor]) -> None:
             target.copy_(tensors[name])
         elif name not in Optimizers.MUON:
             codes, rows, columns = (tensors[f"{name}.{kind}"] for kind in ("codes", "rows", "columns"))
-            target.copy_(codes * Quantizer.scale(rows)[:, None] * Quantizer.scale(columns))
+            target.copy_(codes / 2 * Quantizer.scale(rows)[:, None] * Quantizer.scale(columns))
 
 def fingerprint(model: GPT, cfg: Config) -> str:
     """Of the weights and the settings of quantization: says what an artifact was made from."""
@@ -2304,20 +2374,20 @@ class Score(NamedTuple):
 
 PACK_MULTIPLE = 128  # of positions, as kernels and grouped products like it
 
-def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int,
-               max_spans: int) -> tuple[Batch, np.ndarray]:
+def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int, max_spans: int,
+               multiple: int = PACK_MULTIPLE) -> tuple[Batch, np.ndarray]:
     """Stretches of targets [lo, hi) end to end, each a context of its own, and the target of every position.
 
-    Filled up to a multiple of PACK_MULTIPLE with positions that have none (-1), and with empty spans.
+    Filled up to a multiple of `multiple` with positions that have none (-1), and with empty spans.
     """
     which = np.concatenate([np.arange(lo, hi) for lo, hi in spans])
-    total = -(-len(which) // PACK_MULTIPLE) * PACK_MULTIPLE
+    total = -(-len(which) // multiple) * multiple
     bounds = span_bounds(np.cumsum([0] + [hi - lo for lo, hi in spans])[: None if total > len(which) else -1],
                          total, max_len)
     which = np.append(which, np.full(total - len(which), -1))
     tokens = np.where(which < 0, 0, val.tokens[which])
     targets = np.where(which < 0, IGNORE, val.tokens[which + 1])
-    return make_batch(tokens, targets, bounds, max_spans + -(-PACK_MULTIPLE // max_len), max_len), which
+    return make_batch(tokens, targets, bounds, max_spans + -(-multiple // max_len), max_len), which
 
 class Tally:
     """The nll of every target of the validation stream, on this rank, and how often each was scored."""
@@ -2371,7 +2441,18 @@ def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
 
 Turn = tuple[int, int, int]  # slot, document, number of the chunk
 
-def schedule(lengths: list[int], slots: int, chunk: int) -> Iterator[tuple[list[int], list[Turn]]]:
+def chunk_ends(longest: int, cfg: Config) -> np.ndarray:
+    """Where chunks end, up to at least `longest`: (chunks,) targets after the beginning of any document.
+
+    A chunk has ttt_chunk_size targets, or ttt_chunk_growth of what comes before it, whichever is more.
+    """
+    ends = [cfg.ttt_chunk_size]
+    while ends[-1] < longest:
+        size = max(cfg.ttt_chunk_size, int(ends[-1] * cfg.ttt_chunk_growth))
+        ends.append(ends[-1] + min(size, cfg.ttt_eval_seq_len))
+    return np.array(ends)
+
+def schedule(lengths: list[int], slots: int, ends: np.ndarray) -> Iterator[tuple[list[int], list[Turn]]]:
     """Rounds: slots whose document is new, and a turn, which is a chunk, of every slot with a document."""
     waiting = (document for document, length in enumerate(lengths) if length)
     active: dict[int, tuple[int, int]] = {}
@@ -2381,49 +2462,75 @@ def schedule(lengths: list[int], slots: int, chunk: int) -> Iterator[tuple[list[
         if not active:
             return
         yield list(entering), [(slot, *active[slot]) for slot in sorted(active)]
-        active = {slot: (d, c + 1) for slot, (d, c) in active.items() if (c + 1) * chunk < lengths[d]}
+        active = {slot: (d, c + 1) for slot, (d, c) in active.items() if ends[c] < lengths[d]}
 
-def window(c: int, length: int, chunk: int, context: int) -> tuple[int, int]:
-    """[first, last) target of a document's window for chunk c: at most `context`, ending with the chunk.
+def window(c: int, length: int, ends: np.ndarray, context: int) -> tuple[int, int, int]:
+    """[first, last) target of a document's window for chunk c, at most `context`, and the chunk's own first.
 
     Where it begins follows from c alone. Counting back from where the last chunk ends, as this script's
     ancestor does, lets what a token sees depend on how soon its document ends: a glimpse of the future.
     """
-    return max(0, (c + 1) * chunk - context), min((c + 1) * chunk, length)
+    end, own = int(ends[c]), int(ends[c - 1]) if c else 0
+    return max(0, end - context), min(end, length), own
 
 class Round(NamedTuple):
     """One chunk of every occupied slot."""
     batch: Batch
     ends: Tensor  # (slots,) int32: where each slot's rows end in the batch
+    weight: Tensor  # (T,) in the loss to learn from: 1 / size in a chunk after which its document goes on
     scored: Tensor  # positions in the batch that belong to the chunks
     where: Tensor  # the targets that these are
-    weight: Tensor  # (T,) in the loss to learn from: 1/chunk in a chunk that its document goes on after
-    learns: bool  # whether there is any
 
-def make_round(val: Validation, turns: list[Turn], cfg: Config) -> Round:
-    """Pack the windows of all turns."""
-    chunk, spans, scored, weights = cfg.ttt_chunk_size, [], [], []
-    sizes = np.zeros(cfg.ttt_batch_size, dtype=np.int64)
+def round_sizes(cfg: Config) -> range:
+    """How many positions a round may have: 48 numbers or fewer, which it is filled up to."""
+    most = cfg.ttt_batch_size * cfg.ttt_eval_seq_len
+    step = PACK_MULTIPLE * -(-most // (48 * PACK_MULTIPLE))
+    return range(step, most + step, step)
+
+def make_round(val: Validation, turns: list[Turn], ends: np.ndarray, cfg: Config) -> Round:
+    """Pack the windows of all turns; `ends` as chunk_ends gives it."""
+    spans, scored, weights, sizes = [], [], [], np.zeros(cfg.ttt_batch_size, dtype=np.int64)
     for slot, d, c in turns:
-        first, last = window(c, val.lengths[d], chunk, cfg.ttt_eval_seq_len)
-        in_chunk = np.arange(first, last) >= c * chunk
+        first, last, own = window(c, val.lengths[d], ends, cfg.ttt_eval_seq_len)
+        in_chunk = np.arange(first, last) >= own
         spans.append((val.starts[d] + first, val.starts[d] + last))
         scored.append(in_chunk)
-        weights.append(in_chunk * (last < val.lengths[d]) / chunk)
+        weights.append(in_chunk * (last < val.lengths[d]) / (ends[c] - own))
         sizes[slot] = last - first
-    batch, which = pack_spans(val, spans, cfg.ttt_eval_seq_len, cfg.ttt_batch_size)
-    ends, positions = np.cumsum(sizes), np.flatnonzero(np.concatenate(scored))
-    weight = np.concatenate(weights + [np.zeros(len(which) - ends[-1])]).astype(np.float32)
-    ends[-1] = len(which)  # what fills up counts as the last slot's, and weighs nothing
-    return Round(batch, torch.from_numpy(ends.astype(np.int32)), torch.from_numpy(positions),
-                 torch.from_numpy(which[positions]), torch.from_numpy(weight), bool(weight.any()))
+    batch, which = pack_spans(val, spans, cfg.ttt_eval_seq_len, cfg.ttt_batch_size, round_sizes(cfg).step)
+    rows, positions = np.cumsum(sizes), np.flatnonzero(np.concatenate(scored))
+    weight = np.concatenate(weights + [np.zeros(len(which) - rows[-1])]).astype(np.float32)
+    rows[-1] = len(which)  # what fills up counts as the last slot's, and weighs nothing
+    return Round(batch, torch.from_numpy(rows.astype(np.int32)), torch.from_numpy(weight),
+                 torch.from_numpy(positions), torch.from_numpy(which[positions]))
 
 def adapt(model: GPT, adapters: Adapters, plan: Plan, ops: Ops, this: Round) -> Tensor:
-    """One round; returns the final nll of its chunks. The rule of the game is the order of the two steps."""
-    nll = model(this.batch, plan, ops, adapters.tap(this.ends, compute_dtype(this.ends.device)))
-    final = nll.detach()[this.scored]  # 1. score, with adapters that have learned from earlier chunks only
-    if this.learns:
-        adapters.learn((nll * this.weight).sum(), ops.update)  # 2. then learn from what has just been scored
+    """One round; returns the final nll of its positions. The rule of the game is the order of the two steps."""
+    nll = model(this.batch, plan, ops, adapters.tap(this.ends))
+    final = nll.detach().clone()  # 1. score, with adapters that have learned from earlier chunks only
+    adapters.learn((nll * this.weight).sum(), ops.update)  # 2. then learn from what has just been scored
+    return final
+
+def record(model: GPT, adapters: Adapters, plan: Plan, ops: Ops, this: Round, size: int) -> None:
+    """Keep `adapt` for rounds of `size` positions as a CUDA graph; nothing runs. `this`: a round of any size."""
+    of_size = lambda t: t.new_zeros(size)
+    tokens, targets, (cu_seqlens, positions, longest) = this.batch
+    batch = Batch(of_size(tokens), of_size(targets), Seqs(cu_seqlens, of_size(positions), longest))
+    held, graph = Round(batch, this.ends, of_size(this.weight), None, None), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=adapters.pool, capture_error_mode="thread_local"):
+        final = adapt(model, adapters, plan, ops, held)
+    adapters.recorded[size] = graph, held, final
+
+def play(model: GPT, adapters: Adapters, plan: Plan, ops: Ops, this: Round) -> Tensor:
+    """`adapt` or, where it is recorded, its CUDA graph, which starts its 1,800 kernels at once."""
+    if len(this.weight) not in adapters.recorded:
+        return adapt(model, adapters, plan, ops, this)
+    adapters.played.synchronize()  # the host is one round ahead, so that deadlines mean what they say
+    graph, held, final = adapters.recorded[len(this.weight)]
+    for mine, given in zip(tensors_in(held), tensors_in(this)):
+        mine.copy_(given)
+    graph.replay()
+    adapters.played.record()
     return final
 
 def rounds(run: Run, val: Validation) -> Iterator[tuple[list[int], Round, float, int]]:
@@ -2432,12 +2539,12 @@ def rounds(run: Run, val: Validation) -> Iterator[tuple[list[int], Round, float,
     Documents are dealt to ranks whole and in order, by the tokens in their windows.
     """
     cfg, ranks, done, entered = run.cfg, run.ranks, 0, 0
-    chunk, counts = cfg.ttt_chunk_size, -(-val.lengths // cfg.ttt_chunk_size)
-    sizes = np.minimum(np.arange(1, counts.max() + 1) * chunk, cfg.ttt_eval_seq_len)  # of windows, by chunk
-    costs = np.append(0, np.cumsum(sizes))[counts]
+    ends = chunk_ends(val.lengths.max(), cfg)
+    sizes = np.minimum(ends, cfg.ttt_eval_seq_len)  # of windows, by chunk
+    costs = np.cumsum(sizes)[np.searchsorted(ends, val.lengths)]
     mine = np.flatnonzero(deal(costs, ranks.world) == ranks.rank)
-    for entering, turns in schedule(val.lengths[mine].tolist(), cfg.ttt_batch_size, chunk):
-        this = make_round(val, [(slot, mine[d], c) for slot, d, c in turns], cfg)
+    for entering, turns in schedule(val.lengths[mine].tolist(), cfg.ttt_batch_size, ends):
+        this = make_round(val, [(slot, mine[d], c) for slot, d, c in turns], ends, cfg)
         entered += len(entering)
         yield entering, to_device(this, ranks.device), done / costs[mine].sum(), entered - len(turns)
         done += sizes[[c for _, _, c in turns]].sum()
@@ -2456,18 +2563,28 @@ def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, o
             run.log(f"ttt_progress: documents:{documents} tokens:{known.sum()} val_bpb:{bpb:.6f} "
                     f"done:{done:.0%} elapsed:{seconds:.0f}s eta:{seconds / done - seconds:.0f}s")
         adapters.enter(entering)
-        tally.add(this.where, adapt(model, adapters, plan, ops, this))
+        tally.add(this.where, play(model, adapters, plan, ops, this)[this.scored])
+    run.ranks.synchronize()
+    seconds = time.perf_counter() - began
+    busy = run.ranks.sum_(torch.tensor(seconds, device=run.ranks.device)).item() / run.ranks.max(seconds)
+    run.log(f"adapt: ranks busy {busy / run.ranks.world:.1%} of {run.ranks.max(seconds):.1f} s")
     return tally.gather("test-time training", may_miss=run.ranks.max(late) > 0)
 
 def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
-    """Compile what adaptation needs on random tokens, before its clock; leaves the adapters as new."""
-    cfg, slots = run.cfg, run.cfg.ttt_batch_size
-    length = cfg.ttt_eval_seq_len + 2 * cfg.ttt_chunk_size  # after a full window there is a chunk
+    """Compile and record what adaptation needs, with random tokens, before its clock; the adapters stay new."""
+    cfg, slots, plan = run.cfg, run.cfg.ttt_batch_size, depth_plan(run.cfg, run.cfg.loops_at_end)
+    ends = chunk_ends(cfg.ttt_eval_seq_len, cfg)
+    length = int(ends[-1]) + 1
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, slots * length + 1)
     val = Validation(tokens, np.ones(len(tokens) - 1), np.arange(slots) * length, np.full(slots, length), 0)
-    for c in (0, 1, 2, cfg.ttt_eval_seq_len // cfg.ttt_chunk_size):  # the last one takes the most memory
-        this = make_round(val, [(slot, slot, c) for slot in range(slots)], cfg)
-        adapt(model, adapters, depth_plan(cfg, cfg.loops_at_end), ops, to_device(this, run.ranks.device))
+    for c in range(min(3, len(ends))):
+        turns = [(slot, slot, c) for slot in range(slots)]
+        this = to_device(make_round(val, turns, ends, cfg), run.ranks.device)
+        adapt(model, adapters, plan, ops, this)
+    if run.ranks.on_gpu:
+        torch.cuda.empty_cache()  # recorded rounds have memory of their own, which the largest fills
+        for size in reversed(round_sizes(cfg)):
+            record(model, adapters, plan, ops, this, size)
     adapters.enter(range(slots))
 
 # ---- The run -----------------------------------------------------------------------------------------------

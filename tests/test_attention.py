@@ -71,3 +71,34 @@ def test_gpu_implementations_are_as_exact_as_bf16_allows(name, spans):
     exact, base, ours = run(tg.sdpa_attention, torch.float32), run(tg.sdpa_attention, torch.bfloat16), run(attend, torch.bfloat16)
     for e, b, o in zip(exact, base, ours):
         assert (o - e).norm() <= 2 * (b - e).norm() + 1e-6 * e.norm()
+
+
+@pytest.mark.gpu
+def test_recorded_rounds_are_plain_rounds(monkeypatch):
+    """All rounds of documents of any length are replayed graphs, and score as they do without."""
+    cfg = tg.Config(num_layers=5, model_dim=256, num_heads=4, num_kv_heads=2, vocab_size=1024, loop_start=1, loop_end=2,
+                    parallel_start_layer=3, ttt_batch_size=4, ttt_eval_seq_len=256, ttt_chunk_size=16, ttt_chunk_growth=0.1,
+                    ttt_lora_rank=8, val_batch_tokens=8192)
+    device = torch.device("cuda")
+    run = tg.Run(cfg, tg.Ranks(device="cuda:0"), lambda *a, **k: None, tg.Ops.choose(cfg, device))
+    model = tg.GPT(cfg).to(device).requires_grad_(False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    adapters, ops = tg.Adapters(cfg, len(sum(tg.depth_plan(cfg, True), ())), device), run.ops.compiled(any_length=True)
+    lengths = np.array([700, 3, 90, 256, 17, 40, 1, 333, 16])
+    tokens = np.random.default_rng(0).integers(4, 1024, lengths.sum() + 1)
+    val = tg.Validation(tokens, np.ones(len(tokens) - 1), np.cumsum(lengths) - lengths, lengths, 0)
+    tg.rehearse(run, model, adapters, ops)
+    assert sorted(adapters.recorded) == [*tg.round_sizes(cfg)]
+    score = lambda: tg.score_documents(run, model, val, adapters, ops, float("inf"))
+    original = tg.adapt
+    monkeypatch.setattr(tg, "adapt", None)
+    recorded = [score(), score()]
+    monkeypatch.setattr(tg, "adapt", original)
+    adapters.recorded.clear()
+    plain, again = score(), score()
+    noise = (plain - again).square().mean().sqrt()
+    assert all((r - plain).square().mean().sqrt() <= max(3 * noise, 2e-3) for r in recorded), (noise, recorded)
+    adapters.cfg = tg.dataclasses.replace(cfg, ttt_lora_lr=0.0)
+    assert (score() - plain).abs().max() > 0.01, "there is something to learn"

@@ -120,7 +120,7 @@ def test_taps_see_every_site_of_every_visit():
 def test_new_adapters_change_nothing_bitwise():
     model, batch = tiny_model(CFG), batch_of(documents(20, 30))
     adapters = tg.Adapters(tg.dataclasses.replace(CFG, ttt_batch_size=2), len(PLAN.encoder + PLAN.decoder), torch.device("cpu"))
-    tap = adapters.tap(torch.tensor([20, 50], dtype=torch.int32), torch.float32)
+    tap = adapters.tap(torch.tensor([20, 50], dtype=torch.int32))
     assert torch.equal(model(batch, PLAN, tap=tap), model(batch, PLAN))
 
 

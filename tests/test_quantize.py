@@ -28,18 +28,27 @@ def quantizer(W, H, F=None):
     return tg.Quantizer(["w"], [W], [H], [torch.ones(len(W)) if F is None else F])
 
 
+STATES = CFG.quant_states
+
+
 def made(parts):
     """The matrix that codes stand for."""
     scale = tg.Quantizer.scale
-    return parts["w.codes"] * scale(parts["w.rows"])[:, None] * scale(parts["w.columns"])
+    return parts["w.codes"] / 2 * scale(parts["w.rows"])[:, None] * scale(parts["w.columns"])
+
+
+def entropy(codes, contexts=0):
+    _, codes = np.unique(codes, return_inverse=True)
+    counts = np.bincount(contexts * np.int64(1000) + codes, minlength=1).astype(float)
+    counts = np.pad(counts, (0, -len(counts) % 1000)).reshape(-1, 1000)
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    return -(counts[counts > 0] * np.log2(share[counts > 0])).sum()
 
 
 def bits(parts):
-    """Ideal length of the codes in their contexts."""
-    contexts, codes = tg.contexts_of(parts), parts["w.codes"].numpy().ravel().astype(np.int64)
-    counts = np.bincount(contexts.astype(np.int64) * 256 + codes + 128, minlength=64 * 256).reshape(64, 256)
-    share = counts / counts.sum(1, keepdims=True).clip(1)
-    return -(counts[counts > 0] * np.log2(share[counts > 0])).sum()
+    """Ideal length of the codes in their contexts: whether they are odd, then the rest."""
+    widths, codes = tg.widths_of(parts).astype(np.int64), parts["w.codes"].numpy().ravel().astype(np.int64)
+    return entropy(codes >> 1 & 1, widths) + entropy(codes >> 2, 4 * widths + (codes & 3))
 
 
 def test_gptq_beats_rounding_on_what_the_inputs_see():
@@ -47,28 +56,77 @@ def test_gptq_beats_rounding_on_what_the_inputs_see():
         W, x = problem(seed=seed)
         q = quantizer(W, x.T @ x)
         for step in (3.0, 10.0):
-            parts = q.codes(step)
+            parts = q.codes(step, 1)
             scale = tg.Quantizer.scale(parts["w.rows"])[:, None] * tg.Quantizer.scale(parts["w.columns"])
-            assert parts["w.codes"].dtype == torch.int8 and parts["w.codes"].abs().max() <= tg.TOP
+            assert parts["w.codes"].dtype == torch.int16 and parts["w.codes"].abs().max() <= 2 * tg.TOP
             error = lambda Q: ((Q - W) @ x.T).square().sum()
             assert error(made(parts)) < 0.8 * error((W / scale).round() * scale)
 
 
-def test_gptq_on_edges():
+def walk(codes, states):
+    """The shifts that codes should have, one after another by the definition of the code: parity checks over the past."""
+    shift_bits, code_bits = tg.TRELLIS[states]
+    taps = lambda bits: [i for i in range(1, 8) if bits >> i & 1]
+    shifts = []
+    for t in range(len(codes)):
+        past = [shifts[t - i] for i in taps(shift_bits) if t >= i] + [int(codes[t - i]) & 1 for i in taps(code_bits) if t >= i]
+        shifts.append(sum(past) % 2)
+    return shifts
+
+
+@pytest.mark.parametrize("states", tg.TRELLIS)
+def test_shifts_follow_from_codes(states):
+    """Those found by the decoder, by the quantizer and by the definition are the same, also past a block's end."""
+    W, x = problem(out=5, inner=300)
+    values = tg.gptq(W, tg.column_energies(x.T @ x)[0], states, 0.05)
+    codes, shifts = (2 * values).int() >> 1, (2 * values).int() & 1
+    assert torch.equal(codes + shifts / 2, values) and (shifts.any() or states == 1)
+    found = tg.shifts((codes & 1).numpy().astype(np.uint8), states)
+    assert np.array_equal(found, shifts) and found.tolist() == [walk(row, states) for row in codes]
+
+
+@pytest.mark.parametrize("states,share", [(4, 0.86), (8, 0.84), (64, 0.81)])
+def test_trellis_beats_rounding_at_equal_bits(states, share):
+    """By about the 1 dB that is known of it; with Hessians, and as error falls by a quarter with each half bit."""
+    ratios = []
+    for seed in range(3):
+        W, x = problem(out=64, inner=256, samples=2000, seed=seed)
+        loss = lambda parts: ((made(parts) - W) @ x.T).square().sum().item() * 4 ** (bits(parts) / W.numel())
+        q = quantizer(W, x.T @ x)
+        ratios.append(loss(q.codes(2.0, states)) / loss(q.codes(2.0, 1)))
+    assert max(ratios) < share, ratios
+
+
+def test_trellis_finds_the_best_way():
+    """With independent inputs and all sequences tried."""
+    import itertools
+    for seed in range(3):
+        W = torch.randn(1, 5, generator=torch.Generator().manual_seed(seed))
+        found = tg.gptq(W, torch.eye(5), 8)
+        ways = []
+        for codes in itertools.product(range(-3, 4), repeat=5):
+            values = torch.tensor(codes) + torch.tensor(walk(codes, 8)) / 2
+            ways.append(((values - W) ** 2).sum().item())
+        assert abs(((found - W) ** 2).sum().item() - min(ways)) < 1e-6
+
+
+@pytest.mark.parametrize("states", [1, STATES])
+def test_gptq_on_edges(states):
     W, x = problem(out=3, inner=200, samples=5)
-    parts = quantizer(W, x.T @ x).codes(1e-9)  # more inputs than samples; no finer than the largest code allows
-    assert parts["w.codes"].abs().max() in (126, 127) and (made(parts) - W).abs().max() < 0.1
-    assert (made(quantizer(torch.zeros(4, 8), torch.zeros(8, 8)).codes(1.0)) == 0).all()  # nothing ever came in
-    parts = quantizer(torch.cat([W, torch.zeros(1, 200)]), x.T @ x).codes(1.0)
+    parts = quantizer(W, x.T @ x).codes(1e-9, states)  # more inputs than samples; no finer than the largest code allows
+    assert 2 * tg.TOP - 6 <= parts["w.codes"].abs().max() <= 2 * tg.TOP + 1 and (made(parts) - W).abs().max() < 0.1
+    assert (made(quantizer(torch.zeros(4, 8), torch.zeros(8, 8)).codes(1.0, states)) == 0).all()  # nothing ever came in
+    parts = quantizer(torch.cat([W, torch.zeros(1, 200)]), x.T @ x).codes(1.0, states)
     assert (parts["w.codes"][-1] == 0).all() and made(parts).isfinite().all()
     dead = x.clone()
     dead[:, 7] = 0
-    assert (made(quantizer(W, dead.T @ dead).codes(1.0))[:, 7] == 0).all(), "of an input that is always zero"
+    values = made(quantizer(W, dead.T @ dead).codes(1.0, states))[:, 7]
+    assert (values == 0).all() or states > 1 and values.isfinite().all(), "of an input that is always zero"
 
 
 def test_statistics_of_any_size_give_the_same_codes():
     W, x = problem()
-    a, b = quantizer(W, x.T @ x).codes(8.0), quantizer(W, (x.T @ x) / 512).codes(8.0 / 512**0.5)
+    a, b = quantizer(W, x.T @ x).codes(8.0, STATES), quantizer(W, (x.T @ x) / 512).codes(8.0 / 512**0.5, STATES)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -79,10 +137,12 @@ def test_steps_by_sensitivity_beat_equal_ones():
         F = torch.logspace(-1.5, 1.5, 64)
         loss = lambda parts: (F[:, None] * ((made(parts) - W) @ x.T).square()).sum()
         ours, plain = quantizer(W, x.T @ x, F), quantizer(W, x.T @ x)
-        plain.columns, plain.cost = torch.zeros_like(plain.columns), torch.ones_like(plain.cost)
-        equal = plain.codes(0.4)
-        step = next(s for s in torch.logspace(-2, 3, 500).tolist() if bits(ours.codes(s)) <= bits(equal))
-        assert loss(ours.codes(step)) < 0.6 * loss(equal)
+        scale = plain.scale(plain.columns)[:, None]
+        plain.W, plain.U, plain.columns = plain.W * scale, plain.U * scale, torch.zeros_like(plain.columns)
+        plain.cost = torch.ones_like(plain.cost)
+        equal = plain.codes(0.4, 1)
+        step = next(s for s in torch.logspace(-2, 3, 200).tolist() if bits(ours.codes(s, 1)) <= bits(equal))
+        assert loss(ours.codes(step, 1)) < 0.6 * loss(equal)
 
 
 @given(st.integers(0, 3000), st.integers(0, 63), st.integers(0, 127), st.integers(0, 2**31))
@@ -92,8 +152,14 @@ def test_coder_round_trip(count, contexts, top, seed):
     rng = np.random.default_rng(seed)
     where = rng.integers(0, contexts + 1, count).astype(np.uint8)
     codes = rng.integers(-top, top + 1, count).astype(np.int8)
-    words, counts = tg.encode(codes, where)
-    assert np.array_equal(tg.decode(words, counts, where), codes)
+    queue = tg.tool("constriction").stream.queue
+    coder = queue.RangeEncoder()
+    counts = [tg.encode(coder, part, where, 64) for part in (codes, codes[::-1])]  # one after the other
+    words, counts = coder.get_compressed(), counts
+    coder = queue.RangeDecoder(words)
+    for part, of_part in zip((codes, codes[::-1]), counts):
+        assert np.array_equal(tg.decode(coder, of_part, where), part)
+    counts = np.stack(counts).reshape(-1, counts[0].shape[1])
     share = counts / counts.sum(1, keepdims=True).clip(1)
     ideal = -(counts[counts > 0] * np.log2(share[counts > 0])).sum()
     assert 32 * len(words) <= 1.001 * ideal + 100
@@ -101,9 +167,9 @@ def test_coder_round_trip(count, contexts, top, seed):
 
 def test_contexts_beat_one_histogram():
     W, x = problem(out=256, inner=256)
-    parts = quantizer(W * torch.logspace(-1, 1, 256)[:, None], x.T @ x).codes(20.0)
-    share = np.bincount(parts["w.codes"].numpy().ravel().astype(int) + 128) / W.numel()
-    assert bits(parts) < 0.97 * -(share[share > 0] * np.log2(share[share > 0])).sum() * W.numel()
+    parts = quantizer(W * torch.logspace(-1, 1, 256)[:, None], x.T @ x).codes(20.0, STATES)
+    codes = parts["w.codes"].numpy().ravel().astype(np.int64)
+    assert bits(parts) < 0.97 * (entropy(codes >> 1 & 1) + entropy(codes >> 2, codes & 3))
 
 
 DTYPES = st.sampled_from([torch.int8, torch.float16, torch.float32, torch.uint8, torch.int64])
@@ -114,7 +180,7 @@ DTYPES = st.sampled_from([torch.int8, torch.float16, torch.float32, torch.uint8,
 def test_container_round_trip(kinds):
     tensors = {f"t{i}.x": torch.from_numpy(np.random.default_rng(i).integers(0, 100, shape)).to(dtype).reshape(shape)
                for i, (dtype, shape) in enumerate(kinds)}
-    settings_, back = tg.unpack_artifact(tg.pack_artifact({"a": [1, "ü"]}, tensors), PATH)
+    settings_, back = tg.unpack_artifact(tg.pack_artifact({"a": [1, "ü"]}, tensors), PATH)  # no matrix, as quantized
     assert settings_ == {"a": [1, "ü"]} and list(back) == list(tensors)
     for name, t in tensors.items():
         assert back[name].dtype == t.dtype and back[name].shape == t.shape and torch.equal(back[name], t)
@@ -160,7 +226,7 @@ def test_restored_model_is_close_and_complete():
     tg.restore(back, tensors)
     for (name, a), b in zip(model.named_parameters(), back.parameters()):
         assert (a - b).norm() <= 0.14 * a.norm(), name
-        assert name in tg.Optimizers.MUON + tg.Optimizers.EMBED or torch.equal(a.half().float(), b)
+        assert name in tg.Optimizers.MUON + tg.Optimizers.EMBED or (a - b).abs().max() <= 2**-7 * a.abs().max()
     batch = tg.make_batch(np.arange(1, 65), np.arange(2, 66), np.array([0, 64]), 1, 64)
     plan = tg.depth_plan(CFG, True)
     assert (model(batch, plan) - back(batch, plan)).abs().mean() < 0.2

@@ -121,7 +121,8 @@ class Scorer:
         files = tg.find_data(self.cfg, train=False)
         self.tokenizer = tg.load_tokenizer(files.tokenizer, self.cfg.vocab_size)
         self.val = tg.load_validation(files.val, self.tokenizer, self.cfg)
-        self.plan = tg.depth_plan(self.cfg, self.cfg.loops_at_end)
+        self.plan, self.adapters = tg.depth_plan(self.cfg, self.cfg.loops_at_end), None
+        self.ends = tg.chunk_ends(int(self.val.lengths.max()), self.cfg)
 
     def documents(self, count: int) -> list[np.ndarray]:
         """The first documents of validation, each from its BOS on."""
@@ -139,10 +140,13 @@ class Scorer:
         """Losses of every document's targets as the run's final score has them, fp64; or the plain ones."""
         tg, val, run = self.tg, self.validation(documents), self.with_slots(slots)
         if adapted and self.cfg.ttt_enabled:
-            adapters = tg.Adapters(run.cfg, len(sum(self.plan, ())), self.ranks.device)
-            if self.ops.compilable:
-                tg.rehearse(run, self.model, adapters, self.ops)
-            nll = tg.score_documents(run, self.model, val, adapters, self.ops, math.inf)
+            if self.adapters is None or self.adapters.cfg != run.cfg:  # what is compiled for them serves again
+                self.adapters = None  # so that there is memory for others
+                self.adapters = tg.Adapters(run.cfg, len(sum(self.plan, ())), self.ranks.device)
+                if self.ops.compilable:
+                    tg.rehearse(run, self.model, self.adapters, self.ops)
+            self.adapters.enter(range(slots))
+            nll = tg.score_documents(run, self.model, val, self.adapters, self.ops, math.inf)
         else:
             nll = tg.evaluate(run, self.model, val, self.plan)
         return np.split(nll.numpy().astype(np.float64), val.starts[1:])
@@ -159,24 +163,24 @@ class Scorer:
 # Alterations: lists of cases, made from documents
 
 
-def place(rng: np.random.Generator, length: int, chunk: int) -> int:
-    """A token of a document to alter, 0 if it is too short; target j is token j + 1.
+def place(rng: np.random.Generator, length: int, ends: np.ndarray) -> int:
+    """A token of a document to alter, 0 if it is too short; target j is token j + 1. `ends`: of chunks.
 
     The target that it is lies inside a chunk, not first in it, and, if it can be, in one that is learned from.
     """
-    learned = (length - 1) // chunk * chunk  # targets in chunks that the document goes on after
+    learned = max((end for end in ends.tolist() if end < length), default=0)  # chunks that the document goes on after
     last = learned if learned > 1 else length - 1
     if last < 2:
         return 0
     target = int(rng.integers(1, last))
-    return min(target + (target % chunk == 0), length - 2) + 1
+    return min(target + (target in ends), length - 2) + 1
 
 
 def with_other_tails(scorer: Scorer, documents: list[np.ndarray], rng: np.random.Generator) -> list[Case]:
     """Every second document has random tokens from a random place on."""
     cases = []
     for i, tokens in enumerate(documents):
-        at = place(rng, len(tokens), scorer.cfg.ttt_chunk_size) if i % 2 == 0 else 0
+        at = place(rng, len(tokens), scorer.ends) if i % 2 == 0 else 0
         tail = scorer.foreign(rng, len(tokens) - at)
         cases.append(Case(i, np.append(tokens[:at], tail), at - 1) if at else Case(i, tokens, len(tokens)))
     return cases
@@ -186,7 +190,7 @@ def with_other_lengths(scorer: Scorer, documents: list[np.ndarray], rng: np.rand
     """Of three documents one is cut, one goes on with random tokens, one is as it was."""
     cases, chunk = [], scorer.cfg.ttt_chunk_size
     for i, tokens in enumerate(documents):
-        at = place(rng, len(tokens), chunk) if i % 3 == 0 else 0
+        at = place(rng, len(tokens), scorer.ends) if i % 3 == 0 else 0
         if at:
             cases.append(Case(i, tokens[:at], at - 1))
         elif i % 3 == 1:
@@ -228,9 +232,9 @@ class Audit:
 
     def verdict(self, rule: str, what: str, scored: Scored, in_chunk: bool = False) -> Verdict:
         """Whether what is as it was in its case has the scores it had; or only what is in the chunk where that ends."""
-        chunk, pairs = self.scorer.cfg.ttt_chunk_size, []
+        pairs, ends = [], [0, *self.scorer.ends.tolist()]
         for case, after in scored:
-            kept = slice(case.kept // chunk * chunk if in_chunk else 0, case.kept)
+            kept = slice(max(end for end in ends if end <= case.kept) if in_chunk else 0, case.kept)
             pairs.append((self.base[case.number][kept], after[kept]))
         moved = Moved.of(pairs)
         return Verdict(rule, moved.little(self.noise), f"{what}: {moved}", moved)

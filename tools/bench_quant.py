@@ -10,6 +10,7 @@ all validation documents in DATA_DIR; calibration reads its training shards, as 
 """
 import argparse
 import concurrent.futures
+import dataclasses
 import os
 import sys
 import time
@@ -33,12 +34,13 @@ def ancestor(model, found, widen: float) -> tuple[int, float]:
     for name, W in [("embed", model.embed), *model.named_matrices()]:
         layer, _, kind = name.rpartition(".")
         H = found.hessians[f"{layer}.qkv" if kind in tuple("qkv") else name]
+        order = (H.diagonal() + (H.diagonal() == 0)).argsort(descending=True)
         bits, clip = (8, 20.0) if name == "embed" else (6, 12.85)
         top = 2 ** (bits - 1) - 1
-        order, U, _ = tg.column_energies(H)
+        U, _ = tg.column_energies(H[order][:, order])
         scale = (widen * clip / top * W.std(dim=1)).clamp(min=1e-7).half()
         W.masked_fill_(H.diagonal() == 0, 0)
-        codes = tg.gptq(W[:, order], U, scale.float(), torch.ones(W.size(1), device=W.device), top)[:, order.argsort()]
+        codes = tg.gptq(W[:, order] / scale.float()[:, None], U, top=top)[:, order.argsort()]
         W.copy_(codes * scale.float()[:, None])
         streams += [codes.to(torch.int8).cpu().numpy().tobytes(), scale.cpu().numpy().tobytes()]
     small = [p.half().cpu().numpy().tobytes() for n, p in model.named_parameters() if n in tg.Optimizers.SCALARS]
@@ -51,6 +53,7 @@ def ancestor(model, found, widen: float) -> tuple[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder with final_model.pt")
+    parser.add_argument("--states", type=int, nargs="*", default=[], help="other numbers of states of the trellis; 1: no trellis")
     parser.add_argument("--code-bytes", type=int, default=0, help="of the packed script; default: of this one, packed")
     args = parser.parse_args()
     saved = tg.read_saved(args.run / "final_model.pt")
@@ -69,28 +72,34 @@ def main() -> None:
     bpb = lambda: tg.Score.of(tg.evaluate(run, model, val, plan), val).bpb
     rows = [("unquantized", 0, whole := bpb())]
 
-    began = time.perf_counter()
-    blob = tg.export(run, model, found, code, args.run / "bench_quant.ptz")
-    (args.run / "bench_quant.ptz").unlink()
-    exported = time.perf_counter() - began
-    own, _ = tg.make_quantizers(run, model, found)
-    ranks.synchronize()
-    began = time.perf_counter()
-    for quantizer in own:
-        quantizer.codes(0.1)
-    ranks.synchronize()
-    gptq_seconds, began = time.perf_counter() - began, time.perf_counter()
-    _, tensors = tg.unpack_artifact(blob, args.run / "bench_quant.ptz")
-    decoded = time.perf_counter() - began
-    codes = np.concatenate([t.numpy().ravel() for name, t in tensors.items() if name.endswith(".codes")])
-    words, counts = tg.encode(codes, tg.contexts_of(tensors))
     entropy = lambda c: -(c[c > 0] * np.log2((c / c.sum(-1, keepdims=True).clip(1))[c > 0])).sum() / 8
-    tg.restore(model, tensors)
-    total = code + len(blob)
-    rows.append(("this script's", total, bpb()))
-    say(f"export {exported:.1f} s: GPTQ of everything {gptq_seconds:.1f} s a time; decoding {decoded:.1f} s")
-    say(f"codes: {4 * len(words)} bytes; their entropy in contexts {entropy(counts):.0f}, without {entropy(counts.sum(0)):.0f}; "
-        f"side information and small tensors {len(blob) - 4 * len(words)}")
+    total, place = 0, args.run / "bench_quant.ptz"
+    for states in dict.fromkeys((cfg.quant_states, *args.states)):
+        model.load_state_dict(saved["weights"])
+        run = run._replace(cfg=dataclasses.replace(cfg, quant_states=states))
+        began = time.perf_counter()
+        blob = tg.export(run, model, found, code, place)
+        place.unlink()
+        exported = time.perf_counter() - began
+        own, _ = tg.make_quantizers(run, model, found)
+        ranks.synchronize()
+        began = time.perf_counter()
+        for quantizer in own:
+            quantizer.codes(0.1, states)
+        ranks.synchronize()
+        gptq_seconds, began = time.perf_counter() - began, time.perf_counter()
+        _, tensors = tg.unpack_artifact(blob, place)
+        decoded = time.perf_counter() - began
+        tg.restore(model, tensors)
+        total = total or code + len(blob)
+        rows.append((f"this script's, {states} states", code + len(blob), bpb()))
+        codes = np.concatenate([tensors[f"{name}.codes"].numpy().ravel() for name in tg.coded(tensors)])
+        widths, coder = tg.widths_of(tensors), tg.tool("constriction").stream.queue.RangeEncoder()
+        counts = tg.encode(coder, codes >> 1 & 1, widths, 64), tg.encode(coder, codes >> 2, 4 * widths + (codes & 3), 256)
+        words, alike = len(coder.get_compressed()), counts[1].reshape(64, 4, -1).sum(0)
+        say(f"{states} states: export {exported:.1f} s, GPTQ of everything {gptq_seconds:.1f} s a time, decoding {decoded:.1f} s")
+        say(f"    codes: {4 * words} bytes; their entropy in contexts {sum(map(entropy, counts)):.0f}, without widths "
+            f"{entropy(counts[0].sum(0)) + entropy(alike):.0f}; side information and small tensors {len(blob) - 4 * words}")
 
     widen = 1.0
     for _ in range(12):
