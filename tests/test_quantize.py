@@ -186,6 +186,23 @@ def test_container_round_trip(kinds):
         assert back[name].dtype == t.dtype and back[name].shape == t.shape and torch.equal(back[name], t)
 
 
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=4), st.sampled_from([*tg.TRELLIS]),
+       st.sampled_from([0, 1, 31, 32, 63, 64, 126]), st.integers(0, 2**31))
+@settings(max_examples=80, deadline=None)
+def test_codes_come_back_whatever_they_are(shapes, states, top, seed):
+    """Of any size up to the largest, in any widths, by any trellis."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for i, (rows, columns) in enumerate(shapes):
+        codes = rng.integers(-top, top + 1, (rows, columns))
+        shifts = tg.shifts((codes & 1).astype(np.uint8), states)
+        tensors[f"m{i}.codes"] = torch.from_numpy((2 * codes + shifts).astype(np.int16))
+        for kind, size in (("rows", rows), ("columns", columns), ("row_width", rows), ("column_width", columns)):
+            tensors[f"m{i}.{kind}"] = torch.from_numpy(rng.integers(-20, 20, size).astype(np.int8))
+    settings_ = {"settings": {"quant_states": states}}
+    _, back = tg.unpack_artifact(tg.pack_artifact(settings_, tensors), PATH)
+    assert set(back) == set(tensors) and all(torch.equal(back[name], t) for name, t in tensors.items())
+
+
 def statistics_of(model):
     """As if all inputs and gradients were independent and of one size."""
     layers = range(CFG.num_layers)
