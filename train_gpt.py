@@ -159,7 +159,7 @@ class Config:
     grad_clip_norm: float = knob(0.3, 0.0)  # of the global gradient after reduction; 0: no clipping
     ema_decay: float = knob(0.9965, 0.0, 0.999999)  # of the exported average of weights; less in short runs
     # quantization
-    quant_states: int = knob(64, 1, 64)  # of the trellis, 1, 4, 8, 16, 32 or 64: more search longer and err less
+    quant_states: int = knob(64, 1, 64)  # of the trellis, 1 to 64 by TRELLIS: more search longer, err less
     gptq_calibration_batches: int = knob(16, 1)  # training buffers behind the Hessians, over all ranks
     gptq_reserve_seconds: float = knob(4.0, 0.0)  # of the training clock, kept for them; 1 GPU wants 10
     # test-time training
@@ -1546,10 +1546,10 @@ class AdapterSight(NamedTuple):
 class Adapters:
     """Low-rank adapters and their AdamW state for as many documents as there are slots, all independent.
 
-    They are named after what they span: q, k, v; attn and mlp (whole sublayers, fed their normalised input);
-    head. A[site] (visits, slots, rank, in) starts from a draw that follows from SEED alone, the same for each
-    document; B[site] (visits, slots, out, rank) from zero. What forwards see is `live`, in bf16 on a GPU. Beta 1
-    is 0, so there is no first moment.
+    They are named after what they span: q, k, v; attn and mlp (whole sublayers, fed their normalised
+    input); head. A[site] (visits, slots, rank, in) starts from a draw that follows from SEED alone, the
+    same for each document; B[site] (visits, slots, out, rank) from zero. Forwards see `live`, in bf16 on a
+    GPU. Beta 1 is 0, so there is no first moment.
     """
 
     def __init__(self, cfg: Config, visits: int, device: torch.device):
@@ -1940,12 +1940,12 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
     return found
 
 # ---- Quantization and the artifact -------------------------------------------------------------------------
-# A weight is (code + shift) * 2^(row / 8) * 2^(column / 8), its shift 0 or 1/2. To second order an error costs,
-# in loss, the square of its step times what its output's gradients (F, by row) and its input's energy (d, by
-# column, of what GPTQ cannot move onto later columns) make of it; and bits fall by one as the step doubles. So
-# each step is one number, the step of the run, over sqrt(F d): a bit then buys the same loss everywhere. (Rows
-# of the embedding go by a root of that, and none by less than 1/4 of the common.) That number is searched until
-# the artifact meets the cap.
+# A weight is (code + shift) * 2^(row / 8) * 2^(column / 8), shift 0 or 1/2. To second order an error costs
+# in loss the square of its step times what its output's gradients (F, by row) and its input's energy (d, by
+# column, of what GPTQ cannot move onto later columns) make of it; and bits fall by one as the step doubles.
+# So a step is one number, the step of the run, over sqrt(F d): a bit then buys the same loss everywhere.
+# (Rows of the embedding go by a root of that, and none by less than 1/4 of the common.) That number is
+# searched until the artifact meets the cap.
 #
 # Shifts cost no bytes: along a row they follow from which codes were odd before, by a convolutional code
 # (trellis-coded quantization, https://doi.org/10.1109/26.46532). The best sequence of codes is searched; its
@@ -1961,7 +1961,7 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
 
 ARTIFACT_MAGIC, DIGEST_BYTES = b"PGOLF003", 16
 STREAM_BYTES = 1 << 18  # a stream ends with the tensor that fills it; streams are compressed in parallel
-WIDTHS, TOP, TOLL = 64, 127, 1 / 15  # classes of width; largest code
+WIDTHS, TOP, TOLL = 64, 127, 1 / 15  # classes of width; largest code; see gptq, the square of its errors
 # By number of states, the parity checks of shifts and of odd codes: https://doi.org/10.1109/TIT.1982.1056454
 TRELLIS = {1: (0, 0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 
@@ -1983,16 +1983,16 @@ def following(state: Any, odd: Any, states: int) -> Any:
 def gptq(W: Tensor, U: Tensor, states: int = 1, toll: float = 0, top: int = TOP, block: int = 128) -> Tensor:
     """Round W (..., out, in) column by column, moving the error of each onto later ones: code + shift, fp32.
 
-    With one state to whole numbers of at most `top` (https://arxiv.org/abs/2210.17323). With more, the best way
-    into each state is followed, with errors of its own; after every `block` columns the best of all is kept.
-    U (..., in, in) as column_energies gives it, in units of W's columns. For its length a value pays `toll`
-    times what an error of 1 costs, times its square over the mean square of its row and column.
+    With one state to whole numbers of at most `top` (https://arxiv.org/abs/2210.17323). With more, the best
+    way to each state is followed, with errors of its own; after every `block` columns the best of all is
+    kept. U (..., in, in) as column_energies gives it, in units of W's columns. For its length a value pays
+    `toll` times what an error of 1 costs, times its square over the mean square of its row and column.
     """
     W, made, odds = W.clone(), torch.empty_like(W), min(states, 2)
     every = torch.arange(states, device=W.device)
     lowest = (every[:, None] & 1) / 2 + every[:odds]  # (states, odds), even and odd; others are `odds` apart
     after = torch.stack([following(every, odd, states) for odd in range(odds)], dim=1)
-    before = after.flatten().argsort().view(states, odds)  # the ways into a state, as state * odds + odd
+    before = after.flatten().argsort(stable=True).view(states, odds)  # ways to a state: state * odds + odd
     square = W.square().mean(-1, keepdim=True).clamp(min=1e-6)
     toll = toll / (square * (W.square() / square).mean(-2, keepdim=True).clamp(min=1e-6))
     state = W.new_zeros(W.shape[:-1], dtype=torch.long)
@@ -2106,8 +2106,10 @@ def make_quantizers(run: Run, model: GPT, found: Calibration) -> tuple[list[Quan
 @torch.no_grad()
 def quantize(run: Run, model: GPT, own: list[Quantizer], owners: dict[str, tuple], step: float,
              ) -> dict[str, Tensor]:
-    """All tensors of the artifact, on the CPU of every rank: those of Quantizer.codes; the rest as fp16 numbers
-    of 6 bits after the first, as all that they multiply errs by more."""
+    """All tensors of the artifact, on the CPU of every rank: those of Quantizer.codes; the rest as fp16.
+
+    Of their 10 bits after the first, 6 are kept: what they multiply errs by more.
+    """
     made = {}
     for quantizer in own:
         made |= quantizer.codes(step, run.cfg.quant_states)
@@ -2505,14 +2507,14 @@ def make_round(val: Validation, turns: list[Turn], ends: np.ndarray, cfg: Config
                  torch.from_numpy(positions), torch.from_numpy(which[positions]))
 
 def adapt(model: GPT, adapters: Adapters, plan: Plan, ops: Ops, this: Round) -> Tensor:
-    """One round; returns the final nll of its positions. The rule of the game is the order of the two steps."""
+    """A round; returns the final nll of its positions. The rule of the game is the order of the two steps."""
     nll = model(this.batch, plan, ops, adapters.tap(this.ends))
     final = nll.detach().clone()  # 1. score, with adapters that have learned from earlier chunks only
     adapters.learn((nll * this.weight).sum(), ops.update)  # 2. then learn from what has just been scored
     return final
 
 def record(model: GPT, adapters: Adapters, plan: Plan, ops: Ops, this: Round, size: int) -> None:
-    """Keep `adapt` for rounds of `size` positions as a CUDA graph; nothing runs. `this`: a round of any size."""
+    """Keep `adapt` as a CUDA graph for rounds of `size` positions; nothing runs. `this`: one of any size."""
     of_size = lambda t: t.new_zeros(size)
     tokens, targets, (cu_seqlens, positions, longest) = this.batch
     batch = Batch(of_size(tokens), of_size(targets), Seqs(cu_seqlens, of_size(positions), longest))
@@ -2571,7 +2573,7 @@ def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, o
     return tally.gather("test-time training", may_miss=run.ranks.max(late) > 0)
 
 def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
-    """Compile and record what adaptation needs, with random tokens, before its clock; the adapters stay new."""
+    """Compile and record what adaptation needs, on random tokens, before its clock; the adapters stay new."""
     cfg, slots, plan = run.cfg, run.cfg.ttt_batch_size, depth_plan(run.cfg, run.cfg.loops_at_end)
     ends = chunk_ends(cfg.ttt_eval_seq_len, cfg)
     length = int(ends[-1]) + 1
