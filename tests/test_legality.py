@@ -409,7 +409,8 @@ def test_rehearsal_learns_nothing_and_knows_no_validation(monkeypatch, chunk):
     after = (*adapters.tensors, *adapters.live, *adapters.second_moments, adapters.updates)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
-    assert min(map(len, seen)) > 0
+    largest = CFG.ttt_batch_size * min(CFG.ttt_eval_seq_len, -(-CFG.ttt_eval_seq_len // chunk) * chunk)
+    assert min(map(len, seen)) > 0 and max(map(len, seen)) >= largest, "the largest round is among them"
     assert "val" not in tg.inspect.signature(tg.rehearse).parameters
 
 
