@@ -61,6 +61,16 @@ BUFFERS_PER_STEP = 8  # a step's tokens are packed into this many buffers, share
 class UserError(Exception):
     """A mistake in settings, files or machine. Its text is one line that names what to change."""
 
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever foreign or damaged bytes provoke becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} was not made by this script, or is damaged: {error!r:.200}") from error
+
 def tool(name: str, remedy: str = "pip install -r requirements.txt") -> Any:
     """Import a dependency at its first use, so that importing this file needs only torch and numpy."""
     try:
@@ -78,7 +88,7 @@ PRESETS = {  # defaults to start from; any variable overrides them
         TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400,
         MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08, MUON_MOMENTUM=0.9,
         MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8,
-        TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004),
+        TTT_CHUNK_SIZE=32, TTT_CHUNK_GROWTH=0.0625, TTT_LORA_RANK=8, TTT_LORA_LR=0.004),
 }
 DROPPED = {  # settings of this script's ancestors that would change nothing here, and so are refused
     "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE "
@@ -2156,7 +2166,9 @@ def encode(coder: Any, codes: np.ndarray, contexts: np.ndarray, total: int) -> n
     return counts
 
 def decode(coder: Any, counts: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-    """The codes, int8, that `encode` was given."""
+    """The codes, int8, that `encode` was given; ValueError if there cannot be so many."""
+    if counts.min() < 0 or not np.array_equal(counts.sum(1), np.bincount(contexts, minlength=len(counts))):
+        raise ValueError("counts of codes are wrong")
     symbols, ends = np.empty(len(contexts), dtype=np.int8), counts.sum(1).cumsum()
     for context, lo, model in coding_models(counts):
         many = int(counts[context].sum())
@@ -2195,6 +2207,11 @@ def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
     body = blob[start:]
     if blob[:start] != ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest():
         raise UserError(f"{path} is not an artifact of this script, or damaged: magic or checksum is wrong")
+    with reading(str(path)):
+        return parse_artifact(body)
+
+def parse_artifact(body: bytes) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and tensors of what follows an artifact's checksum; any exception if that is foreign."""
     brotli, data, offset = tool("brotli"), bytearray(), 0
     while size := int.from_bytes(body[offset : offset + 4], "little"):
         data += brotli.decompress(body[offset + 4 : offset + 4 + size])
@@ -2216,19 +2233,25 @@ def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
         low[here] = (2 * odd + shifts(odd, settings["settings"]["quant_states"])).ravel()
         tensors[f"{name}.codes"] = torch.from_numpy(low[here].reshape(shape).astype(np.int16))
     rest = decode(coder, counts, 4 * widths + low).astype(np.int16)  # 4 times an int8 would not fit
+    if not coder.maybe_exhausted():
+        raise ValueError("words are left")
     for name, here in places.items():
         tensors[f"{name}.codes"] += 4 * torch.from_numpy(rest[here]).view_as(tensors[f"{name}.codes"])
     return settings, tensors
 
 @torch.no_grad()
 def restore(model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Fill the model with an artifact's weights."""
-    for name, target in (*model.named_parameters(), *model.named_matrices()):
-        if name in tensors:
-            target.copy_(tensors[name])
-        elif name not in Optimizers.MUON:
-            codes, rows, columns = (tensors[f"{name}.{kind}"] for kind in ("codes", "rows", "columns"))
-            target.copy_(codes / 2 * Quantizer.scale(rows)[:, None] * Quantizer.scale(columns))
+    """Fill the model with an artifact's weights; UserError if it has others."""
+    with reading("the artifact"):
+        for name, target in (*model.named_parameters(), *model.named_matrices()):
+            if name in Optimizers.MUON:  # filled matrix by matrix
+                continue
+            if (value := tensors.get(name)) is None:
+                codes, rows, columns = (tensors[f"{name}.{kind}"] for kind in ("codes", "rows", "columns"))
+                value = codes / 2 * Quantizer.scale(rows)[:, None] * Quantizer.scale(columns)
+            if value.shape != target.shape:
+                raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+            target.copy_(value)
 
 def fingerprint(model: GPT, cfg: Config) -> str:
     """Of the weights and the settings of quantization: says what an artifact was made from."""
@@ -2278,16 +2301,11 @@ def save_checkpoint(model: GPT, cfg: Config, steps: int, path: Path) -> None:
 def read_saved(path: Path) -> dict[str, Any]:
     """An artifact (settings, artifact) or a checkpoint (settings, weights, steps), else UserError."""
     data = read_file(path)
-    try:
+    with reading(f"EVAL_ONLY_PATH={path}"):
         if data.startswith(ARTIFACT_MAGIC):
             return dict(settings=unpack_artifact(data, path)[0]["settings"], artifact=data)
         saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return dict(settings=dict(saved["settings"]), weights=saved["weights"], steps=int(saved["steps"]))
-    except UserError:
-        raise
-    except Exception as error:  # whatever foreign or damaged bytes provoke
-        raise UserError(f"EVAL_ONLY_PATH={path} is no artifact or checkpoint of this script, or damaged: "
-                        f"{type(error).__name__}") from error
 
 def open_saved(run: Run, model: GPT, saved: dict[str, Any]) -> tuple[bytes, int]:
     """(artifact, 0), or of a checkpoint, with which the model is filled, (artifact, steps).
@@ -2295,6 +2313,8 @@ def open_saved(run: Run, model: GPT, saved: dict[str, Any]) -> tuple[bytes, int]
     A checkpoint's artifact is the one beside it if made from it, else empty. UserError if settings forbid it.
     """
     cfg, path = run.cfg, Path(run.cfg.eval_only_path)
+    if missing := [name for name in cfg.to_save() if name not in saved["settings"]]:
+        raise UserError(f"EVAL_ONLY_PATH={path}: another version of this script made it: no {missing[0]}")
     settings = {name: value for name, value in saved["settings"].items() if value != getattr(cfg, name)}
     if wrong := [f"{name.upper()}={value}" for name, value in settings.items() if name in MODEL_SETTINGS]:
         raise UserError(f"EVAL_ONLY_PATH={path} was made with other settings, which are taken from it unless "
@@ -2304,7 +2324,8 @@ def open_saved(run: Run, model: GPT, saved: dict[str, Any]) -> tuple[bytes, int]
                 + " ".join(f"{name}:{value}" for name, value in settings.items()))
     if "artifact" in saved:
         return saved["artifact"], 0
-    model.load_state_dict(saved["weights"])
+    with reading(f"EVAL_ONLY_PATH={path}"):
+        model.load_state_dict(saved["weights"])
     beside = path.with_name("final_model.int6.ptz")
     blob = read_file(beside) if beside.is_file() else b""
     with contextlib.suppress(UserError):  # of another version, or damaged
@@ -2580,7 +2601,7 @@ def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
     length = int(ends[-1]) + 1
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, slots * length + 1)
     val = Validation(tokens, np.ones(len(tokens) - 1), np.arange(slots) * length, np.full(slots, length), 0)
-    for c in (0, len(ends) // 2, len(ends) - 1):  # the last takes the most memory
+    for c in (0, len(ends) // 2, len(ends) - 1):  # the last takes most memory, and may want 64-bit indices
         turns = [(slot, slot, c) for slot in range(slots)]
         this = to_device(make_round(val, turns, ends, cfg), run.ranks.device)
         adapt(model, adapters, plan, ops, this)
@@ -2767,7 +2788,8 @@ def compete(run: Run, saved: dict[str, Any]) -> None:
             unquantized = validate(depth_plan(cfg, cfg.loops_at_end))
             log(f"unquantized {unquantized}")
         result.update(val_loss_unquantized=unquantized.loss, val_bpb_unquantized=unquantized.bpb)
-    restore(model, unpack_artifact(blob, Path("artifact"))[1])
+    with log.phase("open artifact", "scoring"):
+        restore(model, unpack_artifact(blob, Path("artifact"))[1])
     nll = score(run, model, val, result)
     summarize(run, result)
     if cfg.save_scores and ranks.is_main:  # last: a full disk then costs no result

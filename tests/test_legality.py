@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import train_gpt as tg
 
-CFG = tiny_config()  # chunk 16, window 48, three slots
+CFG = tiny_config(ttt_chunk_growth=0.3)  # chunk 16, window 48, three slots; from target 64 on chunks are longer
 PLAN = tg.depth_plan(CFG, True)
 LENGTHS = (100, 7, 41, 1, 64, 130, 17)
-CUT = 75  # in the middle of a chunk, past the length of a window
+CUT = 75  # in the middle of a longer chunk, past the length of a window
 
 
 def documents(lengths=LENGTHS, seed=0):
@@ -154,7 +154,7 @@ def drop_the_tail(c, length, ends, context):
 
 def grow_by_length(longest, cfg):
     """Chunks that depend on how long the longest document is."""
-    return CHUNK_ENDS(longest, tg.dataclasses.replace(cfg, ttt_chunk_size=8 + longest % 8))
+    return CHUNK_ENDS(longest, tg.dataclasses.replace(cfg, ttt_chunk_growth=(longest % 7) / 10))
 
 
 WINDOW, CHUNK_ENDS = tg.window, tg.chunk_ends

@@ -97,6 +97,24 @@ def test_trellis_beats_rounding_at_equal_bits(states, share):
     assert max(ratios) < share, ratios
 
 
+def test_paying_for_length_pays():
+    """At few bits a weight: less loss at equal bits than the nearest sequence."""
+    ratios = []
+    for seed in range(3):
+        W, x = problem(out=64, inner=256, samples=2000, seed=seed)
+        U = tg.column_energies(x.T @ x)[0]
+        results = []
+        for toll in (0.0, tg.TOLL):
+            column = U.diagonal() / U.diagonal().log().mean().exp()
+            step = 1.2 * column
+            values = tg.gptq(W / step, U / step, 8, toll)
+            codes = (2 * values).long().numpy()
+            length = sum(entropy(c >> 1 & 1) + entropy(c >> 2, c & 3) for c in codes.T) / W.numel()
+            results.append(((values * step - W) @ x.T).square().sum().item() * 4**length)
+        ratios.append(results[1] / results[0])
+    assert max(ratios) < 0.985, ratios
+
+
 def test_trellis_finds_the_best_way():
     """With independent inputs and all sequences tried."""
     import itertools
@@ -235,6 +253,68 @@ def test_any_damage_is_refused():
             tg.unpack_artifact(bytes(bad), PATH)
     with pytest.raises(tg.UserError, match="damaged"):
         tg.unpack_artifact(blob + b"\0", PATH)
+
+
+def forged(change_tensors=None, change_words=None, monkeypatch=None, **header):
+    """An artifact with a right checksum and wrong content."""
+    model, original = tiny_model(CFG), tg.hashlib.blake2b
+    quantizers = tg.make_quantizers(run_of(), model, statistics_of(model))
+    tensors = tg.quantize(run_of(), model, *quantizers, 0.015)
+    body = tg.pack_artifact({"settings": CFG.to_save() | header}, tensors)[24:]
+    brotli, data, offset = tg.tool("brotli"), b"", 0
+    while size := int.from_bytes(body[offset : offset + 4], "little"):
+        data += brotli.decompress(body[offset + 4 : offset + 4 + size])
+        offset += 4 + size
+    words, start = body[offset + 4 :], 4 + int.from_bytes(data[:4], "little")
+    settings_, end = json.loads(data[4:start]), start
+    listed = {}
+    for name, dtype, shape in settings_["tensors"]:
+        count = int(np.prod(shape)) * getattr(torch, dtype).itemsize
+        listed[name], end = [dtype, shape, data[end : end + count]], end + count
+    if change_tensors:
+        change_tensors(settings_, listed)
+    settings_["tensors"] = [[name, dtype, shape] for name, (dtype, shape, _) in listed.items()]
+    text = json.dumps(settings_).encode()
+    packed = brotli.compress(len(text).to_bytes(4, "little") + text + b"".join(raw for *_, raw in listed.values()))
+    body = len(packed).to_bytes(4, "little") + packed + bytes(4) + (change_words(words) if change_words else words)
+    return tg.ARTIFACT_MAGIC + original(body, digest_size=16).digest() + body
+
+
+def change_counts(settings_, listed):
+    listed["counts"][2] = bytes(len(listed["counts"][2]))
+
+
+def other_states(settings_, listed):
+    settings_["settings"]["quant_states"] = 4
+
+
+FORGERIES = {
+    "no states": (lambda s, t: s["settings"].pop("quant_states"), None),
+    "counts of nothing": (change_counts, None),
+    "another trellis": (other_states, None),
+    "no words": (None, lambda words: b""),
+    "odd words": (None, lambda words: words[:-1]),
+    "more words": (None, lambda words: words + 400 * b"x"),
+    "a scale fewer": (lambda s, t: t.pop("attn_scale"), None),
+    "another shape": (lambda s, t: t["attn_scale"].__setitem__(1, [np.prod(t["attn_scale"][1]).item()]), None),
+    "a row fewer": (lambda s, t: t.pop("embed.rows"), None),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_content_that_cannot_be_is_refused_in_one_line(name):
+    good = forged()
+    tg.restore(tg.GPT(CFG), tg.unpack_artifact(good, PATH)[1])
+    with pytest.raises(tg.UserError) as refusal:
+        tg.restore(tg.GPT(CFG), tg.unpack_artifact(forged(*FORGERIES[name]), PATH)[1])
+    assert "\n" not in str(refusal.value) and "was not made by this script, or is damaged" in str(refusal.value)
+
+
+def test_a_model_that_lacks_a_setting_is_refused():
+    settings_ = CFG.to_save()
+    del settings_["ttt_chunk_growth"]
+    with pytest.raises(tg.UserError, match="another version of this script made it: no ttt_chunk_growth"):
+        tg.open_saved(run_of(), tiny_model(CFG), {"settings": settings_, "artifact": b""})
 
 
 def test_restored_model_is_close_and_complete():

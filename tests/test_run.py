@@ -209,11 +209,12 @@ def test_clocks_are_judged_by_the_challenge_and_not_by_the_settings(run, monkeyp
 def test_clocks_hold_what_the_rules_put_on_them(finished):
     result = finished[2]
     seconds = result["phases"]
-    for clock, phases in (("training", ("train", "calibrate")), ("scoring", ("score quantized", "adapt"))):
+    for clock, phases in (("training", ("train", "calibrate")), ("scoring", ("open artifact", "score quantized", "adapt"))):
         assert result["clocks"][clock]["seconds"] == pytest.approx(sum(seconds[name] for name in phases), abs=0.01)
     table = [line.split() for line in (finished[0] / "log.txt").read_text().splitlines() if line.startswith("phase ")]
     assert {" ".join(row[1:-3]): row[-1] for row in table if row[-1] != "s"} == {
-        "train": "training", "calibrate": "training", "score quantized": "scoring", "adapt": "scoring"}
+        "train": "training", "calibrate": "training", "open artifact": "scoring", "score quantized": "scoring",
+        "adapt": "scoring"}
 
 
 def test_steps_are_taken_in_training_and_warm_up_only(run, monkeypatch):

@@ -5,8 +5,8 @@
     python tools/plot_ttt.py scores.npz base.npz -o ttt.png    # the gain of the first over the second
     python tools/plot_ttt.py scores.npz                        # its bits per byte alone
 
-Prints a table, in which +- is the standard error over documents, and draws it. For the gain over plain scores, save
-those with TTT_ENABLED=0.
+Prints a table, in which +- is the standard error over documents, and draws it, without bins of fewer than 5 documents. For
+the gain over plain scores, save those with TTT_ENABLED=0.
 """
 import argparse
 import sys
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+FEW = 5  # documents: a bin of fewer is in the table, but not in the picture
 FIRST = 48  # the first bin ends here, each further one at twice the end of the one before
 
 
@@ -107,6 +108,7 @@ def draw(results: dict[str, list[Row]], gain: bool, out: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, constrained_layout=True)
     total = results["everything"][0]
     for axis, (title, rows) in zip(axes, results.items()):
+        rows = [r for r in rows if r.documents >= FEW] or rows
         axis.errorbar([r.name for r in rows], [r.value for r in rows], [r.error for r in rows], fmt="o", capsize=3)
         axis.axhline(total.value, color="gray", linestyle=":", label=f"all: {total.value:.5f} +- {total.error:.5f}")
         if gain:
