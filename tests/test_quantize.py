@@ -386,6 +386,7 @@ def test_a_committed_artifact_still_decodes():
     """The format is a promise: this file was packed once and must read the same for ever."""
     blob = (Path(__file__).parent / "golden" / "artifact.ptz").read_bytes()
     settings_, tensors = tg.unpack_artifact(blob, PATH)
+    assert tg.pack_artifact(settings_, tensors) == blob, "and be written the same, by any Python"
     digest = hashlib.sha256(json.dumps(settings_, sort_keys=True).encode())
     for name, t in tensors.items():
         digest.update(name.encode() + t.numpy().tobytes())
