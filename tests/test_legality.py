@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import train_gpt as tg
 
-CFG = tiny_config(ttt_chunk_growth=0.3)  # chunk 16, window 48, three slots; from target 64 on chunks are longer
+CFG = tiny_config()  # chunk 16, window 48, three slots; from target 64 on chunks are longer
 PLAN = tg.depth_plan(CFG, True)
 LENGTHS = (100, 7, 41, 1, 64, 130, 17)
 CUT = 75  # in the middle of a longer chunk, past the length of a window
