@@ -544,13 +544,11 @@ def to_device(value: Any, device: torch.device) -> Any:
     pinned = isinstance(value, Tensor) and device.type == "cuda"
     return value.pin_memory().to(device, non_blocking=True) if pinned else value
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Of a NamedTuple, and of those in it, in order."""
     if isinstance(value, tuple):
-        for v in value:
-            yield from tensors_in(v)
-    elif isinstance(value, Tensor):
-        yield value
+        return [tensor for v in value for tensor in tensors_in(v)]
+    return [value] if isinstance(value, Tensor) else []
 
 def span_bounds(starts: np.ndarray, total: int, max_len: int) -> np.ndarray:
     """Boundaries of the documents at `starts` in a buffer of `total`, cut into spans of at most max_len."""
@@ -2178,16 +2176,20 @@ def decode(coder: Any, counts: np.ndarray, contexts: np.ndarray) -> np.ndarray:
     codes[np.argsort(contexts, kind="stable")] = symbols
     return codes
 
+def encode_codes(tensors: dict[str, Tensor]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """All codes as words of the range coder, uint32; and counts, of odd ones and of the rest, by context."""
+    coder, widths = tool("constriction").stream.queue.RangeEncoder(), widths_of(tensors)
+    codes = [tensors[f"{name}.codes"].numpy().ravel() for name in coded(tensors)]
+    codes = np.concatenate([np.zeros(0, dtype=np.int16), *codes])
+    counts = {"odd_counts": encode(coder, codes >> 1 & 1, widths, WIDTHS),
+              "counts": encode(coder, codes >> 2, 4 * widths + (codes & 3), 4 * WIDTHS)}
+    return coder.get_compressed(), counts
+
 def pack_artifact(settings: dict, tensors: dict[str, Tensor]) -> bytes:
     """The artifact as bytes, which follow from the arguments alone."""
-    brotli, queue, widths = tool("brotli"), tool("constriction").stream.queue, widths_of(tensors)
-    codes = [tensors[f"{name}.codes"].numpy().ravel() for name in coded(tensors)]
-    codes, coder = np.concatenate([np.zeros(0, dtype=np.int16), *codes]), queue.RangeEncoder()
-    odd_counts = encode(coder, codes >> 1 & 1, widths, WIDTHS)
-    counts = encode(coder, codes >> 2, 4 * widths + (codes & 3), 4 * WIDTHS)
+    brotli, (words, counts) = tool("brotli"), encode_codes(tensors)
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".codes")}
-    tensors |= {"odd_counts": torch.from_numpy(odd_counts.astype(np.int32)),
-                "counts": torch.from_numpy(counts.astype(np.int32))}
+    tensors |= {name: torch.from_numpy(table.astype(np.int32)) for name, table in counts.items()}
     listing = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
     header = json.dumps({**settings, "tensors": listing}, separators=(",", ":")).encode()
     streams = [len(header).to_bytes(4, "little") + header]
@@ -2198,7 +2200,7 @@ def pack_artifact(settings: dict, tensors: dict[str, Tensor]) -> bytes:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Brotli lets go of the interpreter lock
         packed = list(pool.map(functools.partial(brotli.compress, quality=11, lgwin=24), streams))
     body = b"".join(len(p).to_bytes(4, "little") + p for p in packed) + bytes(4)
-    body += coder.get_compressed().astype("<u4").tobytes()
+    body += words.astype("<u4").tobytes()
     return ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() + body
 
 def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -2225,18 +2227,16 @@ def parse_artifact(body: bytes) -> tuple[dict, dict[str, Tensor]]:
         start = end
     coder, widths = tool("constriction").stream.queue.RangeDecoder(words), widths_of(tensors)
     odd_counts, counts = (tensors.pop(name).numpy().astype(np.int64) for name in ("odd_counts", "counts"))
-    low, places, start = decode(coder, odd_counts, widths).astype(np.uint8), {}, 0
-    for name in coded(tensors):
-        shape = len(tensors[f"{name}.rows"]), len(tensors[f"{name}.columns"])
-        places[name] = here = slice(start, start := start + math.prod(shape))
-        odd = low[here].reshape(shape)
-        low[here] = (2 * odd + shifts(odd, settings["settings"]["quant_states"])).ravel()
-        tensors[f"{name}.codes"] = torch.from_numpy(low[here].reshape(shape).astype(np.int16))
-    rest = decode(coder, counts, 4 * widths + low).astype(np.int16)  # 4 times an int8 would not fit
+    shapes = {n: (len(tensors[f"{n}.rows"]), len(tensors[f"{n}.columns"])) for n in coded(tensors)}
+    ends = np.cumsum([rows * columns for rows, columns in shapes.values()], dtype=int)[:-1]
+    codes = decode(coder, odd_counts, widths).astype(np.uint8)
+    for part, shape in zip(np.split(codes, ends), shapes.values()):  # views
+        part[:] = 2 * part + shifts(part.reshape(shape), settings["settings"]["quant_states"]).ravel()
+    codes = 4 * decode(coder, counts, 4 * widths + codes).astype(np.int16) + codes  # too much for an int8
     if not coder.maybe_exhausted():
         raise ValueError("words are left")
-    for name, here in places.items():
-        tensors[f"{name}.codes"] += 4 * torch.from_numpy(rest[here]).view_as(tensors[f"{name}.codes"])
+    for part, (name, shape) in zip(np.split(codes, ends), shapes.items()):
+        tensors[f"{name}.codes"] = torch.from_numpy(part).view(shape)
     return settings, tensors
 
 @torch.no_grad()
@@ -2602,9 +2602,8 @@ def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, slots * length + 1)
     val = Validation(tokens, np.ones(len(tokens) - 1), np.arange(slots) * length, np.full(slots, length), 0)
     for c in (0, len(ends) // 2, len(ends) - 1):  # the last takes most memory, and may want 64-bit indices
-        turns = [(slot, slot, c) for slot in range(slots)]
-        this = to_device(make_round(val, turns, ends, cfg), run.ranks.device)
-        adapt(model, adapters, plan, ops, this)
+        this = make_round(val, [(slot, slot, c) for slot in range(slots)], ends, cfg)
+        adapt(model, adapters, plan, ops, this := to_device(this, run.ranks.device))
     if run.ranks.on_gpu:
         torch.cuda.empty_cache()  # recorded rounds have memory of their own, which the largest fills
         for size in reversed(round_sizes(cfg)):

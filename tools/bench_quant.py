@@ -93,13 +93,12 @@ def main() -> None:
         tg.restore(model, tensors)
         total = total or code + len(blob)
         rows.append((f"this script's, {states} states", code + len(blob), bpb()))
-        codes = np.concatenate([tensors[f"{name}.codes"].numpy().ravel() for name in tg.coded(tensors)])
-        widths, coder = tg.widths_of(tensors), tg.tool("constriction").stream.queue.RangeEncoder()
-        counts = tg.encode(coder, codes >> 1 & 1, widths, 64), tg.encode(coder, codes >> 2, 4 * widths + (codes & 3), 256)
-        words, alike = len(coder.get_compressed()), counts[1].reshape(64, 4, -1).sum(0)
+        words, counts = tg.encode_codes(tensors)
+        codes = sum(tensors[f"{name}.codes"].numel() for name in tg.coded(tensors))
+        size, alike = 4 * len(words), counts["counts"].reshape(tg.WIDTHS, 4, -1).sum(0)  # of all widths together
         say(f"{states} states: export {exported:.1f} s, GPTQ of everything {gptq_seconds:.1f} s a time, decoding {decoded:.1f} s")
-        say(f"    codes: {4 * words} bytes; their entropy in contexts {sum(map(entropy, counts)):.0f}, without widths "
-            f"{entropy(counts[0].sum(0)) + entropy(alike):.0f}; side information and small tensors {len(blob) - 4 * words}")
+        say(f"    codes: {size} bytes; their entropy in contexts {sum(map(entropy, counts.values())):.0f}, without widths "
+            f"{entropy(counts['odd_counts'].sum(0)) + entropy(alike):.0f}; side information and small tensors {len(blob) - size}")
 
     widen = 1.0
     for _ in range(12):
@@ -111,7 +110,7 @@ def main() -> None:
             say(f"{name}: clips x {widen:.4f}, GPTQ {seconds:.1f} s")
             if widen != 1.0:
                 break
-        widen *= 2 ** (8 * (held + code - total) / len(codes))
+        widen *= 2 ** (8 * (held + code - total) / codes)
     say(f"{'recipe':36}{'bytes':>12}{'val_bpb':>10}{'cost':>9}")
     for name, size, score in rows:
         say(f"{name:36}{size or '':>12}{score:10.5f}" + (f"{score - whole:+9.5f}" if size else ""))
