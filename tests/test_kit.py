@@ -144,7 +144,7 @@ def test_what_may_differ_between_runs(tmp_path):
 
 def test_the_runs_in_logs_add_up():
     assert len(kit.load(sorted((ROOT / "logs").glob("smoke-seed*")))) == 3
-    assert kit.load([ROOT / "logs/proxy-4xH200"])
+    assert kit.load([ROOT / "logs/proxy-4xH200"]) and kit.load([ROOT / "logs/proxy-2xH200"])
 
 
 def test_submission_json_is_what_the_kit_makes_of_its_logs():

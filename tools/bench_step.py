@@ -118,8 +118,8 @@ def ceilings(ranks):
     return product, 2e3 * 8192**3 / ms["product"], 1e3 * 2**30 / ms["copy"]
 
 
-def profile(call, top: int, times: int = 3) -> list[str]:
-    """Lines "ms, launches, name" of the kernels that a call spends most of its time in."""
+def kernel_times(call, times: int) -> tuple[collections.Counter, collections.Counter]:
+    """Milliseconds and launches of every kernel by name, in one of `times` calls: without waiting for the host."""
     import torch
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as prof:
         for _ in range(times):
@@ -129,9 +129,15 @@ def profile(call, top: int, times: int = 3) -> list[str]:
     for event in prof.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             spent[event.name] += event.device_time / times / 1e3
-            count[event.name] += 1
-    lines = [f"{sum(spent.values()):9.3f} ms in {sum(count.values()) // times} kernels"]
-    return lines + [f"{ms:9.3f} ms {count[name] / times:6.1f} x  {name[:110]}" for name, ms in spent.most_common(top)]
+            count[event.name] += 1 / times
+    return spent, count
+
+
+def profile(call, top: int) -> list[str]:
+    """Lines "ms, launches, name" of the kernels that a call spends most of its time in."""
+    spent, count = kernel_times(call, 3)
+    lines = [f"{sum(spent.values()):9.3f} ms in {sum(count.values()):.0f} kernels"]
+    return lines + [f"{ms:9.3f} ms {count[name]:6.1f} x  {name[:110]}" for name, ms in spent.most_common(top)]
 
 
 def worker(args) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Keep what in README.md follows from train_gpt.py and logs/ as it should be: variables, map, smoke runs.
+"""Keep what in README.md follows from train_gpt.py, logs/ and submission.json as it should be: variables, map, runs.
 
     python tools/readme.py            # rewrite them
     python tools/readme.py --check    # exit status 1 if they are out of date
@@ -9,6 +9,9 @@ import json
 import pathlib
 import re
 import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import submission
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT, README = ROOT / "train_gpt.py", ROOT / "README.md"
@@ -55,7 +58,9 @@ def smoke_runs() -> str:
 
 
 def updated(readme: str, source: str) -> str:
-    for marker, text in (("variables", variables(source)), ("map", file_map(source)), ("smoke", smoke_runs())):
+    made = json.loads((ROOT / "submission.json").read_text())
+    for marker, text in (("variables", variables(source)), ("map", file_map(source)), ("smoke", smoke_runs()),
+                         ("submission", submission.table(made))):
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
         if not re.search(pattern, readme, flags=re.S):
             raise SystemExit(f"error: README.md lacks the markers <!-- {marker} --> and <!-- /{marker} -->")
