@@ -88,7 +88,7 @@ PRESETS = {  # defaults to start from; any variable overrides them
         TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400,
         MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08, MUON_MOMENTUM=0.9,
         MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8,
-        TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004, TTT_SITES="qkv attn mlp head"),
+        TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004, TTT_SITES="qkv,attn,mlp,head"),
 }
 DROPPED = {  # settings of this script's ancestors that would change nothing here, and so are refused
     "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE",
@@ -174,7 +174,7 @@ class Config:
     gptq_reserve_seconds: float = knob(4.0, 0.0)  # of the training clock, kept for them; 1 GPU wants 10
     # test-time training
     ttt_enabled: bool = knob(True)  # 0: the plain score of the quantized model is the headline
-    ttt_sites: str = knob("qkv attn head")  # which of qkv, attn, mlp and head have adapters
+    ttt_sites: str = knob("qkv,attn,head")  # which of qkv, attn, mlp and head have adapters
     ttt_lora_rank: int = knob(80, 1)  # of every adapter
     ttt_lora_lr: float = knob(2e-4, 0.0)  # AdamW, for adapters
     ttt_chunk_size: int = knob(24, 1)  # tokens scored between two updates, at the beginning of a document
@@ -232,7 +232,9 @@ class Config:
              "a batch must hold a span"),
             (self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_eval_seq_len ttt_chunk_size",
              "a window must hold a chunk"),
-            (not set() < {*self.ttt_sites.split()} <= {*SITES}, "ttt_sites", f"must be of {[*SITES]}"),
+            (not self.ttt_sites or self.ttt_sites != ",".join(
+                site for site in SITES if site in self.ttt_sites.split(",")),
+             "ttt_sites", "is none of qkv,attn,mlp,head, or not in this order"),
             (0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds,
              "max_wallclock_seconds gptq_reserve_seconds", "the reserve leaves nothing to train in"),
         ):
@@ -567,7 +569,8 @@ def make_batch(tokens: np.ndarray, targets: np.ndarray, bounds: np.ndarray, max_
     """
     total = len(tokens)
     if len(bounds) - 1 > max_spans:
-        keep = bounds[: max_spans - -(-total // max_len)]
+        places = np.arange(len(bounds)) - (bounds - total) // max_len  # if all that follows is cut evenly
+        keep = bounds[: np.flatnonzero(places <= max_spans)[-1] + 1]
         bounds = np.concatenate([keep, np.arange(keep[-1] + max_len, total, max_len), [total]])
         targets = np.where(np.arange(total) < keep[-1], targets, IGNORE)
     positions = np.arange(total) - np.repeat(bounds[:-1], np.diff(bounds))
@@ -599,11 +602,11 @@ class PackedLoader:
         for path, shard in zip(paths, self.shards):
             if not (shard[:1_000_000] == bos).any():
                 raise UserError(f"{path} has no BOS (id {bos}) in its first million tokens: wrong tokenizer")
-        # The fullest buffer of some 8 steps and 4 to spare fix the number of spans: an empty one costs 13 us
+        # The fullest buffer of some 16 steps and 4 to spare fix the number of spans: an empty one costs 13 us
         # of attention, forward and backward; a buffer that is fuller still loses its last targets.
         steps = max(1, self.epoch_tokens // cfg.train_batch_tokens)
         sampled = (len(self.layout(step * self.per_step + i)[2]) - 1
-                   for step in range(0, steps, -(-steps // 8)) for i in range(self.per_step))
+                   for step in range(0, steps, -(-steps // 16)) for i in range(self.per_step))
         self.max_spans = max(*sampled, -(-buffer_tokens // cfg.train_seq_len)) + 4
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, list[int]]:
@@ -633,18 +636,18 @@ class PackedLoader:
         bounds = span_bounds(starts[starts < total], total, self.cfg.train_seq_len)
         lengths = np.diff(bounds)
         longest_first = np.argsort(-lengths, kind="stable")
-        work = lengths[longest_first] * (lengths[longest_first] + 128.0)  # tiles of attention are this wide
-        order = longest_first[np.argsort(deal(work, self.per_step), kind="stable")]
+        hands = deal(lengths[longest_first], self.per_step)  # equal in length and, so, nearly in squares
+        order = np.argsort(hands[np.argsort(longest_first)], kind="stable")  # in each as they came
         ends = np.cumsum(lengths[order])
         come_from = np.arange(total) + np.repeat(bounds[order] - ends + lengths[order], lengths[order])
         return tokens[come_from], targets[come_from], np.append(0, ends)
 
     def layout(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, targets and span boundaries of buffer n."""
-        step, place = divmod(n, self.per_step)
-        if self.latest[0] != step:
-            self.latest = step, self.step(step)
-        (tokens, targets, bounds), size = self.latest[1], self.buffer_tokens
+        (step, place), (held, parts), size = divmod(n, self.per_step), self.latest, self.buffer_tokens
+        if held != step:
+            self.latest = step, (parts := self.step(step))
+        tokens, targets, bounds = parts
         own = slice(place * size, (place + 1) * size)
         return tokens[own], targets[own], np.unique(np.clip(bounds - own.start, 0, size))
 
@@ -1588,9 +1591,12 @@ class Adapters:
         outs = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "attn": D, "mlp": D, "head": cfg.vocab_size}
         generator = torch.Generator().manual_seed(cfg.seed)
         self.draw, self.A, self.B = {}, {}, {}
-        for site in (name for at, names in SITES.items() if at in cfg.ttt_sites.split() for name in names):
-            n, out = 1 if site == "head" else visits, outs[site]
+        wanted = [name for site in cfg.ttt_sites.split(",") for name in SITES[site]]
+        for site, out in outs.items():
+            n = 1 if site == "head" else visits
             draw = torch.empty(n, 1, rank, D).uniform_(-(D**-0.5), D**-0.5, generator=generator)
+            if site not in wanted:
+                continue
             self.draw[site] = draw.to(device)
             self.A[site] = torch.empty(n, slots, rank, D, device=device)
             self.B[site] = torch.empty(n, slots, out, rank, device=device)
@@ -1857,7 +1863,8 @@ class Trainer:
         loss = torch.zeros((), device=self.ranks.device)
         for batch in batches:
             nll = self.model(batch, plan, self.ops)
-            share = nll.sum() / (batch.targets != IGNORE).sum() / (self.local_buffers * self.ranks.world)
+            count = (batch.targets != IGNORE).sum().clamp(min=1)
+            share = nll.sum() / count / (self.local_buffers * self.ranks.world)
             share.backward()  # shares add up to the mean over all buffers of all ranks
             loss += share.detach()
         self.optimizers.step(scale, momentum)

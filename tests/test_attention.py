@@ -78,7 +78,7 @@ def test_recorded_rounds_are_plain_rounds(monkeypatch):
     """All rounds of documents of any length are replayed graphs, and score as they do without."""
     cfg = tg.Config(num_layers=5, model_dim=256, num_heads=4, num_kv_heads=2, vocab_size=1024, loop_start=1, loop_end=2,
                     parallel_start_layer=3, ttt_batch_size=4, ttt_eval_seq_len=256, ttt_chunk_size=16, ttt_chunk_growth=0.1,
-                    ttt_lora_rank=8, ttt_sites="qkv attn mlp head", val_batch_tokens=8192)
+                    ttt_lora_rank=8, ttt_sites="qkv,attn,mlp,head", val_batch_tokens=8192)
     device = torch.device("cuda")
     run = tg.Run(cfg, tg.Ranks(device="cuda:0"), lambda *a, **k: None, tg.Ops.choose(cfg, device))
     model = tg.GPT(cfg).to(device).requires_grad_(False)

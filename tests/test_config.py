@@ -72,7 +72,7 @@ def test_dropped_settings_are_those_of_the_specification():
 @pytest.mark.parametrize("env", [
     {"SEED": "x"}, {"SEED": "1.5"}, {"SEED": "-1"}, {"MATRIX_LR": "fast"}, {"MATRIX_LR": "nan"}, {"MATRIX_LR": "inf"},
     {"MATRIX_LR": "-1"}, {"TTT_ENABLED": "maybe"}, {"TTT_ENABLED": "2"}, {"PRESET": "big"}, {"ATTENTION": "magic"},
-    {"TTT_SITES": "qkv o"}, {"TTT_SITES": " "}, {"TTT_LORA_RNAK": "8"}, {"MATRIX_LRR": "1"}, {"MATRIXLR": "1"}, {"matrix_lr": "1"}, {"ITERATION": "1"}, {"LOGIT_SOFTCAP": "50"}, {"GPTQ_BATCHES": "8"}, {"MODEL_DIM": "500"}, {"NUM_HEADS": "6"}, {"NUM_KV_HEADS": "3"},
+    {"TTT_SITES": "qkv,o"}, {"TTT_SITES": " "}, {"TTT_SITES": "head,qkv"}, {"TTT_SITES": "qkv,qkv"}, {"TTT_SITES": "qkv head"}, {"TTT_LORA_RNAK": "8"}, {"MATRIX_LRR": "1"}, {"MATRIXLR": "1"}, {"matrix_lr": "1"}, {"ITERATION": "1"}, {"LOGIT_SOFTCAP": "50"}, {"GPTQ_BATCHES": "8"}, {"MODEL_DIM": "500"}, {"NUM_HEADS": "6"}, {"NUM_KV_HEADS": "3"},
     {"ROPE_DIMS": "15"}, {"ROPE_DIMS": "128"}, {"MLP_MULT": "0.001"}, {"LOOP_START": "6"}, {"LOOP_END": "8"},
     {"NUM_LAYERS": "5"}, {"TRAIN_BATCH_TOKENS": "786433"}, {"TRAIN_SEQ_LEN": "98305"}, {"TRAIN_SEQ_LEN": "0"},
     {"VAL_BATCH_TOKENS": "1024"}, {"TTT_CHUNK_SIZE": "4096"}, {"GPTQ_RESERVE_SECONDS": "600"}, {"MATRIX_BITS": "9"},

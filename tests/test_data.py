@@ -53,6 +53,8 @@ def test_shapes_do_not_depend_on_content(data):
         end = int(kept.sum())
         assert kept[:end].all() and not kept[end:].any() and end in bounds
         assert cu[cu <= end].tolist() == bounds[bounds <= end].tolist()
+        first_left = bounds[bounds.tolist().index(end) + 1]
+        assert bounds.tolist().index(end) + 1 - (first_left - total) // max_len > max_spans, "and no more than must be"
     for lo, hi in zip(cu[:-1], cu[1:]):
         assert batch.seqs.positions[lo:hi].tolist() == list(range(hi - lo))
 
@@ -115,6 +117,43 @@ def test_buffers_of_a_step_are_equal_work(tmp_path):
         assert uneven([work(bounds) for bounds in dealt]) < 0.005
         assert uneven([work(tg.span_bounds(e, 8192, 256)) for e in ends]) > 0.02
         assert max(map(len, dealt)) < max(len(tg.span_bounds(e, 8192, 256)) for e in ends), "and fewer spans to make room for"
+
+
+def test_spans_of_a_buffer_stay_in_order(tmp_path):
+    """What is in the first part of a buffer, where calibration takes gradients, is no other than what is in the last."""
+    rng = np.random.default_rng(1)
+    lengths = np.maximum(3, rng.lognormal(4, 1, 3000)).astype(int)
+    tokens = np.arange(lengths.sum()) % 1020 + 4
+    tokens[np.cumsum(lengths) - lengths] = BOS
+    load = loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), tiny_config(train_batch_tokens=65_536, train_seq_len=256), 8192)
+    halves = []
+    for n in range(16):
+        _, _, bounds = load.layout(n)
+        spans = np.diff(bounds)
+        halves.append((spans[: len(spans) // 2].mean(), spans[len(spans) // 2 :].mean()))
+    first, last = np.mean(halves, axis=0)
+    assert abs(first / last - 1) < 0.2
+
+
+@pytest.mark.parametrize("world", [3, 6, 16])
+def test_steps_of_other_than_eight_buffers(tmp_path, world):
+    """Shards that begin with BOS, as they should; one that does not, at the very end of a step."""
+    cfg = tiny_config(train_batch_tokens=3072, train_seq_len=32)
+    shards = [np.random.default_rng(i).integers(4, 1024, 1536) for i in range(4)]
+    for i, shard in enumerate(shards):
+        shard[[40, 41, 200, 900]] = BOS
+        shard[0] = BOS if i % 2 else 7
+    local, size = tg.split_step(cfg, world)
+    load = loader(make_data(tmp_path / "d", shards, [shards[1]]), cfg, size)
+    assert load.per_step == local * world != 8
+    for step in range(4):
+        stream, seams = load.read(step * 3072, 3073)
+        ignored = [seam for seam in seams if seam and stream[seam] != BOS]
+        pairs = collections.Counter(pair for tokens, targets in spans_of(load, step) for pair in zip(tokens.tolist(), targets.tolist()))
+        expected = collections.Counter((int(a), tg.IGNORE if i + 1 in ignored else int(b))
+                                       for i, (a, b) in enumerate(zip(stream, stream[1:])))
+        assert pairs == expected
+    assert any(3072 in load.read(step * 3072, 3073)[1] for step in range(4)), "a shard began where a step ended"
 
 
 def test_attention_never_crosses_a_document_or_a_seam(tmp_path):

@@ -32,7 +32,7 @@ G = Golden()
 CFG = tg.Config(vocab_size=64, num_layers=11, model_dim=64, num_heads=4, num_kv_heads=2, mlp_mult=4.0, rope_dims=4,
                 rope_base=1e4, logit_softcap=30.0, loop_start=3, loop_end=5, num_loops=2, parallel_start_layer=8,
                 train_seq_len=24, eval_seq_len=128, ttt_chunk_size=8, ttt_eval_seq_len=24, ttt_lora_rank=4,
-                ttt_lora_lr=0.05, ttt_sites="qkv attn mlp head", ttt_beta2=0.999, ttt_weight_decay=0.5, ttt_batch_size=3)
+                ttt_lora_lr=0.05, ttt_sites="qkv,attn,mlp,head", ttt_beta2=0.999, ttt_weight_decay=0.5, ttt_batch_size=3)
 PLANS = {"unlooped": tg.depth_plan(CFG, False), "looped": tg.depth_plan(CFG, True)}
 
 

@@ -124,13 +124,15 @@ def test_new_adapters_change_nothing_bitwise():
     assert torch.equal(model(batch, PLAN, tap=tap), model(batch, PLAN))
 
 
-@pytest.mark.parametrize("sites", [*tg.SITES, "head qkv", "attn mlp", "qkv attn mlp head"])
+@pytest.mark.parametrize("sites", [*tg.SITES, "qkv,head", "attn,mlp", "qkv,attn,mlp,head"])
 def test_adapters_are_where_they_are_wanted(sites):
     """And nowhere else: each of them learns, and changes what the model says."""
     model, batch = tiny_model(CFG).requires_grad_(False), batch_of(documents(20, 30))
     cfg = tg.dataclasses.replace(CFG, ttt_batch_size=2, ttt_sites=sites)
     adapters = tg.Adapters(cfg, len(PLAN.encoder + PLAN.decoder), torch.device("cpu"))
-    assert set(adapters.B) == {name for site in sites.split() for name in tg.SITES[site]}
+    assert set(adapters.B) == {name for site in sites.split(",") for name in tg.SITES[site]}
+    every = tg.Adapters(tiny_config(ttt_batch_size=2), len(PLAN.encoder + PLAN.decoder), torch.device("cpu"))
+    assert all(torch.equal(draw, every.draw[name]) for name, draw in adapters.draw.items()), "whichever others there are"
     score = lambda: model(batch, PLAN, tap=adapters.tap(torch.tensor([20, 50], dtype=torch.int32)))
     before = score()
     adapters.learn(before.sum())
