@@ -624,8 +624,8 @@ class PackedLoader:
                 skip = max(0, skip - len(self.shards[index]))
         return np.concatenate(pieces), seams
 
-    def step(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, targets and span boundaries of step n. Where a shard begins, so does a span."""
+    def step(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, targets of step n; bounds of its spans as dealt (shards part them); way back of each."""
         total = self.cfg.train_batch_tokens
         stream, seams = self.read(n * total, total + 1)
         tokens, targets = stream[:-1], stream[1:].copy()
@@ -639,17 +639,17 @@ class PackedLoader:
         hands = deal(lengths[longest_first], self.per_step)  # equal in length and, so, nearly in squares
         order = np.argsort(hands[np.argsort(longest_first)], kind="stable")  # in each as they came
         ends = np.cumsum(lengths[order])
-        come_from = np.arange(total) + np.repeat(bounds[order] - ends + lengths[order], lengths[order])
-        return tokens[come_from], targets[come_from], np.append(0, ends)
+        return tokens, targets, np.append(0, ends), bounds[order] - ends + lengths[order]
 
     def layout(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, targets and span boundaries of buffer n."""
         (step, place), (held, parts), size = divmod(n, self.per_step), self.latest, self.buffer_tokens
         if held != step:
             self.latest = step, (parts := self.step(step))
-        tokens, targets, bounds = parts
-        own = slice(place * size, (place + 1) * size)
-        return tokens[own], targets[own], np.unique(np.clip(bounds - own.start, 0, size))
+        tokens, targets, bounds, back = parts
+        inside = np.clip(bounds - place * size, 0, size)
+        come_from = np.arange(place * size, (place + 1) * size) + np.repeat(back, np.diff(inside))
+        return tokens[come_from], targets[come_from], np.unique(inside)
 
     def buffer(self, n: int) -> Batch:
         return make_batch(*self.layout(n), self.max_spans, self.cfg.train_seq_len)
