@@ -1590,16 +1590,11 @@ class Adapters:
         self.cfg, slots, rank, D = cfg, cfg.ttt_batch_size, cfg.ttt_lora_rank, cfg.model_dim
         outs = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "attn": D, "mlp": D, "head": cfg.vocab_size}
         generator = torch.Generator().manual_seed(cfg.seed)
-        self.draw, self.A, self.B = {}, {}, {}
-        wanted = [name for site in cfg.ttt_sites.split(",") for name in SITES[site]]
-        for site, out in outs.items():
-            n = 1 if site == "head" else visits
-            draw = torch.empty(n, 1, rank, D).uniform_(-(D**-0.5), D**-0.5, generator=generator)
-            if site not in wanted:
-                continue
-            self.draw[site] = draw.to(device)
-            self.A[site] = torch.empty(n, slots, rank, D, device=device)
-            self.B[site] = torch.empty(n, slots, out, rank, device=device)
+        draws = {site: torch.empty(1 if site == "head" else visits, 1, rank, D).uniform_(
+            -(D**-0.5), D**-0.5, generator=generator) for site in outs}
+        self.draw = {name: draws[name].to(device) for site in cfg.ttt_sites.split(",") for name in SITES[site]}
+        self.A = {site: like.new_empty(len(like), slots, rank, D) for site, like in self.draw.items()}
+        self.B = {site: like.new_empty(len(like), slots, outs[site], rank) for site, like in self.draw.items()}
         self.tensors = [*self.A.values(), *self.B.values()]
         self.second_moments = [torch.empty_like(t) for t in self.tensors]
         self.live = [t.to(compute_dtype(device), copy=True).requires_grad_() for t in self.tensors]
@@ -1672,32 +1667,32 @@ class Muon(torch.optim.Optimizer):
     """Momentum, equal row norms, orthogonalization, for banks of matrices stacked along dim 0.
 
     Every rank owns a contiguous slice of each bank. A step has phases:
-      1. reduce()  sends all gradients out (reduce-scatter, sum), the biggest bank first
-      2. step()    orthogonalizes the own slice of each bank and sends the update back (all-gather), while
-                   the next bank is at work
-      3. step()    applies the updates
+      1. send()  sends the gradient of a bank out (reduce-scatter, sum), while backward goes on
+      2. step()  orthogonalizes the own slice of each bank and sends the update back (all-gather), while
+                 the next bank is at work
+      3. step()  applies the updates
     One rank owns all. Momentum is fp32 and in state_dict(); bf16 travels on a GPU, fp32 on a CPU.
     """
 
     def __init__(self, banks: list[nn.Parameter], ranks: Ranks, **defaults: float):
         super().__init__(sorted(banks, key=lambda p: -p.numel()), defaults)
-        self.ranks, self.shards = ranks, {}
+        self.ranks, self.shards, self.whole = ranks, {}, False
         for p in self.param_groups[0]["params"]:
             rows = -(-len(p) // ranks.world)  # the last ranks may own padding: zeros, whose update is zero
-            shape = (ranks.world * rows, *p.shape[1:])
-            full = torch.zeros(shape, device=p.device, dtype=compute_dtype(p.device))
+            full = p.new_zeros(ranks.world * rows, *p.shape[1:], dtype=compute_dtype(p.device))
             self.shards[p] = Shard(full, torch.zeros_like(full[:rows]))
             self.state[p]["momentum"] = torch.zeros_like(full[:rows], dtype=torch.float32)
+            p.register_post_accumulate_grad_hook(lambda p: self.send(p) if self.whole else None)
 
     @torch.no_grad()
-    def reduce(self) -> None:
-        """Phase 1; call it right after backward."""
-        for p, shard in self.shards.items():
-            shard.full[: len(p)] = p.grad
-            if self.ranks.world > 1:
-                shard.pending = dist.reduce_scatter_tensor(shard.mine, shard.full, async_op=True)
-            else:
-                shard.mine.copy_(shard.full)
+    def send(self, p: Tensor) -> None:
+        """Phase 1 of a bank. Backward does it when `whole` says that it adds the last to a gradient."""
+        shard = self.shards[p]
+        shard.full[: len(p)] = p.grad
+        if self.ranks.world > 1:
+            shard.pending = dist.reduce_scatter_tensor(shard.mine, shard.full, async_op=True)
+        else:
+            shard.mine.copy_(shard.full)
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
@@ -1758,7 +1753,10 @@ class Optimizers:
         """Update from this rank's share of the gradients, then forget them."""
         for p in (*self.muon.shards, *self.replicated):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of what this depth does not use
-        self.muon.reduce()
+        if not self.muon.whole:
+            for bank in self.muon.shards:
+                self.muon.send(bank)
+        self.muon.whole = False
         grads = [p.grad.view(-1) for p in self.replicated]
         if self.ranks.world > 1:  # the small ones travel as one
             packed = self.ranks.sum_(torch.cat(grads))
@@ -1861,10 +1859,11 @@ class Trainer:
     def step(self, batches: Iterable[Batch], plan: Plan, scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns this rank's share of its mean loss, (), still on the device."""
         loss = torch.zeros((), device=self.ranks.device)
-        for batch in batches:
+        for left, batch in zip(reversed(range(self.local_buffers)), batches):
             nll = self.model(batch, plan, self.ops)
             count = (batch.targets != IGNORE).sum().clamp(min=1)
             share = nll.sum() / count / (self.local_buffers * self.ranks.world)
+            self.optimizers.muon.whole = left == 0
             share.backward()  # shares add up to the mean over all buffers of all ranks
             loss += share.detach()
         self.optimizers.step(scale, momentum)
@@ -1927,8 +1926,7 @@ class Trainer:
                 self.steps += 1
                 records.append(dict(step=self.steps, loss=loss, seconds=seconds, lr=scale, looped=looped))
                 if ranks.on_gpu:
-                    marks.append(torch.cuda.Event())
-                    marks[-1].record()
+                    marks.append(torch.cuda.current_stream().record_event())
             ema.copy_to_model()
 
     def report(self, records: list[dict], seconds: float, progress: float) -> None:

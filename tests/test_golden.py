@@ -194,7 +194,7 @@ def test_muon(bank, rounding, tolerance):
     muon = tg.Muon([p], tg.Ranks(), lr=lr, momentum=momentum, weight_decay=weight_decay, backend_steps=int(steps))
     for t in (1, 2, 3):
         p.grad = G.tensor(f"muon_{bank}_grad{t}").clone()
-        muon.reduce()
+        muon.send(p)
         muon.step()
         golden = G.tensor(f"muon_{bank}_w{t}{rounding}").double()
         assert (p.detach() - golden).norm() <= tolerance * (golden - start).norm()

@@ -219,3 +219,35 @@ def test_ranks_train_as_one(world, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(weights, results[0][1])), "ranks stay bitwise the same model"
         assert losses == results[0][0]
     assert not math.isclose(one_losses[0], one_losses[-1])
+
+
+def sends_of_a_step(buffers):
+    """For every bank sent in a step: whether gradients of embedding and of the bank itself were whole by then."""
+    torch.set_num_threads(1)
+    ranks = tg.Ranks.join()
+    t = tg.Trainer(tg.Run(CFG, ranks, lambda *a, **k: None, tg.Ops()), tiny_model(CFG), Stub())
+    t.local_buffers, seen, plain = buffers, [], tg.dist.reduce_scatter_tensor
+
+    def spy(mine, full, **options):
+        bank = next(p for p, shard in t.optimizers.muon.shards.items() if shard.full is full)
+        seen.append((bank, full.clone(), None if t.model.embed.grad is None else t.model.embed.grad.clone()))
+        return plain(mine, full, **options)
+
+    tg.dist.reduce_scatter_tensor, step = spy, t.optimizers.step
+    ends = []
+    t.optimizers.step = lambda *a: ends.append((t.model.embed.grad.clone(), {p: p.grad.clone() for p in t.optimizers.muon.shards})) or step(*a)
+    for n in range(2):
+        t.step([batch(8 * n + i) for i in range(buffers)], t.plans[1], 1.0, 0.9)
+    found = []
+    for i, (bank, full, embed) in enumerate(seen):
+        embed_in_the_end, banks = ends[i // 4]
+        found.append((embed is None or not torch.equal(embed, embed_in_the_end), torch.equal(full[: len(bank)], banks[bank])))
+    return found
+
+
+@pytest.mark.parametrize("buffers", [1, 3])
+def test_banks_leave_during_backward_and_only_when_they_are_whole(buffers, tmp_path):
+    for found in launch(2, sends_of_a_step, buffers, folder=tmp_path):
+        assert len(found) == 2 * len(tg.Optimizers.MUON), "each once a step"
+        assert all(whole for _, whole in found), "with the last buffer's gradient in it"
+        assert all(before for before, _ in found), "while the gradient of the embedding is still to come"

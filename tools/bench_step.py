@@ -118,8 +118,11 @@ def ceilings(ranks):
     return product, 2e3 * 8192**3 / ms["product"], 1e3 * 2**30 / ms["copy"]
 
 
-def kernel_times(call, times: int) -> tuple[collections.Counter, collections.Counter]:
-    """Milliseconds and launches of every kernel by name, in one of `times` calls: without waiting for the host."""
+def kernel_times(call, times: int) -> tuple[collections.Counter, collections.Counter, float]:
+    """Milliseconds and launches of every kernel by name, in one of `times` calls: without waiting for the host.
+
+    Third, milliseconds in which collectives run and nothing else does, with the wait for the slowest GPU.
+    """
     import torch
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as prof:
         for _ in range(times):
@@ -130,13 +133,28 @@ def kernel_times(call, times: int) -> tuple[collections.Counter, collections.Cou
         if event.device_type == torch.autograd.DeviceType.CUDA:
             spent[event.name] += event.device_time / times / 1e3
             count[event.name] += 1 / times
-    return spent, count
+    return spent, count, alone(prof.events()) / times / 1e3
+
+
+def alone(events) -> float:
+    """Microseconds in which a collective runs and no other kernel."""
+    import torch
+    marks = sorted((at, step, "nccl" in event.name) for event in events if event.device_type == torch.autograd.DeviceType.CUDA
+                   for at, step in ((event.time_range.start, 1), (event.time_range.end, -1)))
+    running, since, total = [0, 0], 0.0, 0.0
+    for at, step, collective in marks:
+        total += (at - since) * (running[True] > 0 and not running[False])
+        running[collective] += step
+        since = at
+    return total
 
 
 def profile(call, top: int) -> list[str]:
     """Lines "ms, launches, name" of the kernels that a call spends most of its time in."""
-    spent, count = kernel_times(call, 3)
+    spent, count, exposed = kernel_times(call, 3)
     lines = [f"{sum(spent.values()):9.3f} ms in {sum(count.values()):.0f} kernels"]
+    if sent := sum(ms for name, ms in spent.items() if "nccl" in name):
+        lines.append(f"{sent:9.3f} ms of them in collectives, and {exposed:.3f} with nothing else running")
     return lines + [f"{ms:9.3f} ms {count[name]:6.1f} x  {name[:110]}" for name, ms in spent.most_common(top)]
 
 
