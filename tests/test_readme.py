@@ -1,4 +1,5 @@
 """README.md says what is so: generated parts are current, links lead somewhere, named tests exist, commands are CI's."""
+import dataclasses
 import json
 import re
 import subprocess
@@ -7,12 +8,21 @@ from pathlib import Path
 
 from conftest import ROOT
 
+import train_gpt as tg
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_generated_parts_are_current():
     done = subprocess.run([sys.executable, str(ROOT / "tools/readme.py"), "--check"])
     assert done.returncode == 0, "run python tools/readme.py"
+
+
+def test_the_table_of_variables_has_their_defaults():
+    for field in dataclasses.fields(tg.Config):
+        (shown,) = re.findall(rf"^\| `{field.name.upper()}` \| (.*?) \|", README, flags=re.M)
+        value = type(field.default)(eval(shown) if isinstance(field.default, (int, float)) else shown)
+        assert value == field.default, field.name
 
 
 def test_links_lead_somewhere():

@@ -118,13 +118,15 @@ def ceilings(ranks):
     return product, 2e3 * 8192**3 / ms["product"], 1e3 * 2**30 / ms["copy"]
 
 
-def kernel_times(call, times: int) -> tuple[collections.Counter, collections.Counter, float]:
+def kernel_times(call, times: int, ready=lambda: None) -> tuple[collections.Counter, collections.Counter, float]:
     """Milliseconds and launches of every kernel by name, in one of `times` calls: without waiting for the host.
 
-    Third, milliseconds in which collectives run and nothing else does, with the wait for the slowest GPU.
+    Third, milliseconds in which collectives run and nothing else does, with the wait for the slowest GPU. `ready`
+    is called after the profiler has started, for ranks to begin together.
     """
     import torch
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as prof:
+        ready()
         for _ in range(times):
             call()
         torch.cuda.synchronize()
@@ -149,9 +151,9 @@ def alone(events) -> float:
     return total
 
 
-def profile(call, top: int) -> list[str]:
+def profile(call, top: int, ranks) -> list[str]:
     """Lines "ms, launches, name" of the kernels that a call spends most of its time in."""
-    spent, count, exposed = kernel_times(call, 3)
+    spent, count, exposed = kernel_times(call, 3, lambda: ranks.max(0.0))
     lines = [f"{sum(spent.values()):9.3f} ms in {sum(count.values()):.0f} kernels"]
     if sent := sum(ms for name, ms in spent.items() if "nccl" in name):
         lines.append(f"{sent:9.3f} ms of them in collectives, and {exposed:.3f} with nothing else running")
@@ -215,7 +217,7 @@ def worker(args) -> None:
     for file in files[: 1 + args.profile_all] if args.top else ():
         for looped in (False, True):
             call = (lambda: file.micro_batch(looped)) if alone else (lambda: file.step(looped))
-            lines = profile(call, args.top)
+            lines = profile(call, args.top, ranks)
             say(f"kernels of a {'micro-batch' if alone else 'step'}{', looped' * looped}, {file.name}")
             say("\n".join(lines))
 

@@ -26,7 +26,7 @@ def variables(source: str) -> str:
             rows.append(f"| **{group[1]}** | | | |")
         elif field := re.fullmatch(r"    (\w+): (\w+) = knob\((.+)\)  # (.+)", line):
             name, kind, arguments, meaning = field.groups()
-            default, *bounds = [a.strip() for a in arguments.split(",")]
+            default, *bounds = [a.strip() for a in re.findall(r'"[^"]*"|[^,]+', arguments)]
             shown = {"True": "1", "False": "0", '""': ""}.get(default, default.replace("_", "").strip('"'))
             limits = {0: "", 1: f"≥ {bounds[0]}" if bounds else "", 2: f"{bounds[0]} … {bounds[-1]}" if bounds else ""}[len(bounds)]
             limits = "0 or 1" if kind == "bool" else limits.replace("2**63 - 1", "2⁶³ − 1")
