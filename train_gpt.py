@@ -43,6 +43,7 @@ import platform
 import shutil
 import sys
 import traceback
+import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -650,6 +651,12 @@ class PackedLoader:
         inside = np.clip(bounds - place * size, 0, size)
         come_from = np.arange(place * size, (place + 1) * size) + np.repeat(back, np.diff(inside))
         return tokens[come_from], targets[come_from], np.unique(inside)
+
+    def digest(self) -> str:
+        """SHA-256 of all shards' names, lengths, first and last tokens; reading them whole would take long."""
+        parts = [(path.name, len(shard), shard[:4096].tobytes(), shard[-4096:].tobytes())
+                 for path, shard in zip(self.paths, self.shards)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def buffer(self, n: int) -> Batch:
         return make_batch(*self.layout(n), self.max_spans, self.cfg.train_seq_len)
@@ -1591,10 +1598,10 @@ class Adapters:
         outs = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "attn": D, "mlp": D, "head": cfg.vocab_size}
         generator = torch.Generator().manual_seed(cfg.seed)
         draws = {site: torch.empty(1 if site == "head" else visits, 1, rank, D).uniform_(
-            -(D**-0.5), D**-0.5, generator=generator) for site in outs}
-        self.draw = {name: draws[name].to(device) for site in cfg.ttt_sites.split(",") for name in SITES[site]}
-        self.A = {site: like.new_empty(len(like), slots, rank, D) for site, like in self.draw.items()}
-        self.B = {site: like.new_empty(len(like), slots, outs[site], rank) for site, like in self.draw.items()}
+            -(D**-0.5), D**-0.5, generator=generator).to(device) for site in outs}
+        self.draw = {name: draws[name] for site in cfg.ttt_sites.split(",") for name in SITES[site]}
+        self.A = {site: a.new_empty(len(a), slots, rank, D) for site, a in self.draw.items()}
+        self.B = {site: a.new_empty(len(a), slots, outs[site], rank) for site, a in self.draw.items()}
         self.tensors = [*self.A.values(), *self.B.values()]
         self.second_moments = [torch.empty_like(t) for t in self.tensors]
         self.live = [t.to(compute_dtype(device), copy=True).requires_grad_() for t in self.tensors]
@@ -1656,9 +1663,11 @@ class Shard:
     """Communication buffers of one bank, in the dtype that travels."""
     full: Tensor  # (world * rows, ...) the gradient on its way out, the update on its way back
     mine: Tensor  # (rows, ...) this rank's share of the reduced gradient
+    sent: bool = False  # the gradient of this step is on its way
     pending: Any = None  # the collective under way
 
     def wait(self) -> None:
+        self.sent = False
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
@@ -1676,19 +1685,20 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, banks: list[nn.Parameter], ranks: Ranks, **defaults: float):
         super().__init__(sorted(banks, key=lambda p: -p.numel()), defaults)
-        self.ranks, self.shards, self.whole = ranks, {}, False
+        self.ranks, self.shards = ranks, {}
         for p in self.param_groups[0]["params"]:
             rows = -(-len(p) // ranks.world)  # the last ranks may own padding: zeros, whose update is zero
             full = p.new_zeros(ranks.world * rows, *p.shape[1:], dtype=compute_dtype(p.device))
             self.shards[p] = Shard(full, torch.zeros_like(full[:rows]))
             self.state[p]["momentum"] = torch.zeros_like(full[:rows], dtype=torch.float32)
-            p.register_post_accumulate_grad_hook(lambda p: self.send(p) if self.whole else None)
 
     @torch.no_grad()
     def send(self, p: Tensor) -> None:
-        """Phase 1 of a bank. Backward does it when `whole` says that it adds the last to a gradient."""
+        """Phase 1 of a bank whose gradient is whole; does nothing if that has been sent."""
         shard = self.shards[p]
-        shard.full[: len(p)] = p.grad
+        if shard.sent:
+            return
+        shard.sent, shard.full[: len(p)] = True, p.grad
         if self.ranks.world > 1:
             shard.pending = dist.reduce_scatter_tensor(shard.mine, shard.full, async_op=True)
         else:
@@ -1753,10 +1763,8 @@ class Optimizers:
         """Update from this rank's share of the gradients, then forget them."""
         for p in (*self.muon.shards, *self.replicated):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of what this depth does not use
-        if not self.muon.whole:
-            for bank in self.muon.shards:
-                self.muon.send(bank)
-        self.muon.whole = False
+        for bank in self.muon.shards:
+            self.muon.send(bank)
         grads = [p.grad.view(-1) for p in self.replicated]
         if self.ranks.world > 1:  # the small ones travel as one
             packed = self.ranks.sum_(torch.cat(grads))
@@ -1778,15 +1786,11 @@ class Optimizers:
         return (limit / (total + 1e-6)).clamp(max=1.0)
 
     def zero_grad(self) -> None:
+        """Forget all gradients, also those that are on their way."""
         self.muon.zero_grad()
         self.adamw.zero_grad()
-
-    def state_dict(self) -> dict:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
+        for shard in self.muon.shards.values():
+            shard.wait()
 
 class Ema:
     """Exponential moving average of all weights, which is what gets exported.
@@ -1837,11 +1841,12 @@ def split_step(cfg: Config, world: int) -> tuple[int, int]:
 @contextlib.contextmanager
 def preserved(model: GPT, optimizers: Optimizers) -> Iterator[None]:
     """Put weights, optimizer state and random state back, bitwise, at the end of the block."""
-    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizers.state_dict())
+    parts = model, optimizers.muon, optimizers.adamw
+    states = [copy.deepcopy(part.state_dict()) for part in parts]
     with torch.random.fork_rng([torch.cuda.current_device()] if optimizers.ranks.on_gpu else []):
         yield
-    model.load_state_dict(weights)
-    optimizers.load_state_dict(state)
+    for part, state in zip(parts, states):
+        part.load_state_dict(state)
     optimizers.zero_grad()
 
 class Trainer:
@@ -1863,8 +1868,10 @@ class Trainer:
             nll = self.model(batch, plan, self.ops)
             count = (batch.targets != IGNORE).sum().clamp(min=1)
             share = nll.sum() / count / (self.local_buffers * self.ranks.world)
-            self.optimizers.muon.whole = left == 0
-            share.backward()  # shares add up to the mean over all buffers of all ranks
+            with contextlib.ExitStack() as hooks:
+                for bank in self.optimizers.muon.shards if left == 0 else ():  # leaves as soon as it is whole
+                    hooks.enter_context(bank.register_post_accumulate_grad_hook(self.optimizers.muon.send))
+                share.backward()  # shares add up to the mean over all buffers of all ranks
             loss += share.detach()
         self.optimizers.step(scale, momentum)
         return loss
@@ -2332,6 +2339,8 @@ def read_saved(path: Path) -> dict[str, Any]:
     with reading(f"EVAL_ONLY_PATH={path}"):
         if data.startswith(ARTIFACT_MAGIC):
             return dict(settings=unpack_artifact(data, path)[0]["settings"], artifact=data)
+        if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
+            raise UserError(f"EVAL_ONLY_PATH={path} is damaged: the checksum of its {damaged} is wrong")
         saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return dict(settings=dict(saved["settings"]), weights=saved["weights"], steps=int(saved["steps"]))
 
@@ -2398,7 +2407,7 @@ def pack_script() -> bytes:
 
 # ---- Scores ------------------------------------------------------------------------------------------------
 
-UNSCORED = -1.0  # among nll, which are never negative
+UNSCORED = -1.0  # among nll, which are negative by rounding at most
 
 class Score(NamedTuple):
     """The one place where losses become a score."""
@@ -2438,7 +2447,9 @@ def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int, max_
     which = np.append(which, np.full(total - len(which), -1))
     tokens = np.where(which < 0, 0, val.tokens[which])
     targets = np.where(which < 0, IGNORE, val.tokens[which + 1])
-    return make_batch(tokens, targets, bounds, max_spans + -(-multiple // max_len), max_len), which
+    if len(bounds) - 1 > (room := max_spans + -(-multiple // max_len)):
+        raise ValueError(f"{len(bounds) - 1} spans where {room} have room: some would not be scored")
+    return make_batch(tokens, targets, bounds, room, max_len), which
 
 class Tally:
     """The nll of every target of the validation stream, on this rank, and how often each was scored."""
@@ -2700,6 +2711,7 @@ def produce(run: Run, model: GPT, steps: int, files: DataFiles, bos: int, result
     cfg, ranks, log, _ = run
     local_buffers, buffer_tokens = split_step(cfg, ranks.world)
     loader = PackedLoader(files.train, bos, cfg, buffer_tokens)
+    result["train_sha256"] = loader.digest()
     result["steps"] = steps or train(run, model, loader, validate)
     with log.phase("calibrate", "training"):
         found = calibrate(run, model, loader, result["steps"] * local_buffers * ranks.world)
@@ -2803,7 +2815,8 @@ def compete(run: Run, saved: dict[str, Any]) -> None:
     validate = lambda plan: Score.of(evaluate(run, model, validation(), plan), validation())
     if not blob:
         blob = produce(run, model, steps, files, tokenizer.bos, result, validate)
-    result.update(model_bytes=len(blob), total_bytes=result["code_bytes"] + len(blob), cap_bytes=CAP_BYTES)
+    result.update(model_sha256=hashlib.sha256(blob).hexdigest(), model_bytes=len(blob),
+                  total_bytes=result["code_bytes"] + len(blob), cap_bytes=CAP_BYTES)
     log("bytes: code:{code_bytes} model:{model_bytes} total:{total_bytes} cap:{cap_bytes}".format(**result)
         + " EXCEEDED" * (result["total_bytes"] > CAP_BYTES))
     with log.phase("open validation"):

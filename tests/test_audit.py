@@ -21,7 +21,7 @@ SOURCE = Path(tg.__file__).read_text()
 @pytest.fixture(scope="module")
 def finished(tiny_data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    env = {**SMALL, "DATA_DIR": tiny_data, "ARTIFACT_DIR": folder}
+    env = {**SMALL, "DATA_DIR": tiny_data, "ARTIFACT_DIR": folder, "SAVE_SCORES": folder.parent / "scores.npz"}
     assert tg.main({name: str(value) for name, value in env.items()}) == 0
     return folder
 
@@ -38,13 +38,13 @@ def audit_copy(run: Path, data: Path, script: Path, *options: str) -> tuple[int,
 def test_an_honest_run_passes(finished, tiny_data, capfd, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tiny_data))
     monkeypatch.setenv("VAL_BATCH_TOKENS", "65536")
-    assert audit.main([str(finished)]) == 0
+    assert audit.main([str(finished), "--scores", str(finished.parent / "scores.npz")]) == 0
     out = capfd.readouterr().out
     assert ": the script that made the run" in out and "FAIL" not in out
     for rule in ("causal", "score before update", "full distribution", "one pass", "documents independent",
-                 "slots do not matter", "size"):
+                 "slots do not matter", "size", "headline", "no drift"):
         assert f"\npass  {rule}" in out
-    for check in ("others altered", "before a cut", "continued", "860 once, 0 more often, 0 never"):
+    for check in ("others altered", "before a cut", "continued", "860 once, 0 more often, 0 never", "saved scores, and these: 8"):
         assert check in out
     assert "3 slots" in out and "1 slots" in out, "slots are used again"
     assert "settings other than those of its run" in out and "val_batch_tokens:512" in out
@@ -67,6 +67,15 @@ CHEATS = {
         self.begun = True
 """, "documents independent"),
     "a discount": ("final = nll.detach().clone()", "final = 0.999 * nll.detach()", "full distribution"),
+    "a discount later on": ("final = nll.detach().clone()",
+                            "final = nll.detach() * (1 - 1e-3 * (this.batch.seqs.positions > 12))", "full distribution"),
+    "the better of two passes": ("final = nll.detach().clone()", """\
+early = nll.detach()
+    final = early.minimum(model(this.batch, plan, ops).detach()).where(this.batch.seqs.positions > 12, early)""",
+                                 "full distribution"),
+    "a free end of every document": ("    rows, positions = np.cumsum(sizes)", """\
+    batch.targets[np.isin(which, val.starts + val.lengths - 1)] = IGNORE
+    rows, positions = np.cumsum(sizes)""", "causal"),
     "peeking at the next token": ("is_causal=True)", "is_causal=False)", "causal"),
 }
 
@@ -80,6 +89,23 @@ def test_a_cheat_is_caught(finished, tiny_data, tmp_path, name):
     status, lines = audit_copy(finished, tiny_data, copy, "--documents", "3")
     assert status == 1 and any(line.startswith(f"FAIL  {rule}") for line in lines), lines
     assert lines[-1].startswith("FAIL: ") and rule in lines[-1] and any(line.startswith("pass  size") for line in lines)
+
+
+def test_a_headline_that_does_not_follow_is_caught(finished, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(tiny_data))
+    result = json.loads((finished / "result.json").read_text())
+    scorer = audit.Scorer(tg, finished / "final_model.int6.ptz")
+    for change in ({}, {"val_bpb": result["val_bpb"] - 0.01}, {"bytes": result["bytes"] + 9}, {"tokens": result["tokens"] - 1},
+                   {"documents": 4}, {"val_loss": result["val_loss"] - 0.01}):
+        (tmp_path / "result.json").write_text(json.dumps({**result, **change}))
+        (verdict,) = audit.headline(tmp_path, scorer)
+        assert verdict.passed == (not change), verdict
+    scores = np.load(finished.parent / "scores.npz")
+    trial = audit.Audit(scorer, scorer.documents(5), seed=0)
+    assert trial.saved(finished.parent / "scores.npz").passed
+    for change in ({"nll": scores["nll"] - 0.001}, {"document_starts": scores["document_starts"] + np.arange(5)}):
+        np.savez(tmp_path / "s.npz", **{**scores, **change})
+        assert not trial.saved(tmp_path / "s.npz").passed
 
 
 def keep_adapters(self, slots):

@@ -4,6 +4,7 @@
     DATA_DIR=... python tools/audit.py runs/x                                      # with the train_gpt.py above tools/
     DATA_DIR=... python tools/audit.py runs/x --script runs/x/train_gpt_packed.py  # with what was shipped, or any copy
     DATA_DIR=... python tools/audit.py runs/x --documents 200 --seed 7             # more documents, other alterations
+    DATA_DIR=... python tools/audit.py runs/x --scores s.npz                       # and what SAVE_SCORES=s.npz left
 
 The script is loaded, so its code runs here, and its own functions score. The artifact brings its settings; the
 environment overrides them, as it does for train_gpt.py. Exit status: 0 if every check passes, 1 if one fails, 2 after
@@ -12,13 +13,15 @@ an error.
 Scores that must be equal differ by rounding: on a CPU by less than EXACT, root mean square, which also bounds what
 the mean can gain. On a GPU other neighbours in a batch are another rounding, and learning amplifies it: there the
 noise is measured, by documents in the reverse order; it may not pass COARSE, and elsewhere scores may spread 4 times
-as much, but not drift. If noise leaves doubts, CUDA_VISIBLE_DEVICES= in front audits on the CPU.
+as much, but not drift, and all together by COMMON at most. A few documents on a GPU are a quick look; for evidence take
+many, or audit on the CPU: CUDA_VISIBLE_DEVICES= in front.
 """
 import argparse
 import dataclasses
 import hashlib
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -33,7 +36,7 @@ import numpy as np
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 CAP_BYTES = 16_000_000
 EXACT, FAR = 1e-5, 1e-3  # nats between equal scores on a CPU: root mean square, largest
-COARSE, DRIFT = 0.02, 1e-4  # on a GPU: root mean square, mean
+COARSE, DRIFT, COMMON = 0.02, 1e-4, 1e-3  # on a GPU: root mean square; mean; mean over all checks
 
 
 class Case(NamedTuple):
@@ -187,15 +190,19 @@ def with_other_tails(scorer: Scorer, documents: list[np.ndarray], rng: np.random
 
 
 def with_other_lengths(scorer: Scorer, documents: list[np.ndarray], rng: np.random.Generator) -> list[Case]:
-    """Of three documents one is cut, one goes on with random tokens, one is as it was."""
+    """Of three documents one is cut, one goes on with random tokens, after a BOS or at once, one is as it was.
+
+    A BOS is what the last target of a document is: before one, that target, too, has to keep its score.
+    """
     cases, chunk = [], scorer.cfg.ttt_chunk_size
     for i, tokens in enumerate(documents):
         at = place(rng, len(tokens), scorer.ends) if i % 3 == 0 else 0
         if at:
             cases.append(Case(i, tokens[:at], at - 1))
         elif i % 3 == 1:
-            more = scorer.foreign(rng, int(rng.integers(1, 3 * chunk)))
-            cases.append(Case(i, np.append(tokens, more), len(tokens) - 1))
+            more, after_bos = scorer.foreign(rng, int(rng.integers(1, 3 * chunk))), i % 2 == 1
+            more = np.append(scorer.tokenizer.bos, more) if after_bos else more
+            cases.append(Case(i, np.append(tokens, more), len(tokens) - (not after_bos)))
         else:
             cases.append(Case(i, tokens, len(tokens)))
     return cases
@@ -215,7 +222,7 @@ class Audit:
     """Scores of unaltered documents, and how others compare with them."""
 
     def __init__(self, scorer: Scorer, documents: list[np.ndarray], seed: int):
-        self.scorer, self.documents, self.noise = scorer, documents, None
+        self.scorer, self.documents, self.noise, self.pairs = scorer, documents, None, []
         self.rng = np.random.default_rng(seed)
         self.slots = scorer.cfg.ttt_batch_size
         self.few = max(1, min(self.slots, len(documents)) // 3)  # so that slots are used again
@@ -236,12 +243,13 @@ class Audit:
         for case, after in scored:
             kept = slice(max(end for end in ends if end <= case.kept) if in_chunk else 0, case.kept)
             pairs.append((self.base[case.number][kept], after[kept]))
+        self.pairs += [] if in_chunk else pairs
         moved = Moved.of(pairs)
         return Verdict(rule, moved.little(self.noise), f"{what}: {moved}", moved)
 
     def verdicts(self) -> Iterator[Verdict]:
         """Of all checks, as they come."""
-        for check in (self.order, self.tails, self.lengths, self.others, self.once, self.normalised):
+        for check in (self.order, self.tails, self.lengths, self.others, self.together, self.once, self.normalised):
             yield from check()
 
     def order(self) -> list[Verdict]:
@@ -281,10 +289,26 @@ class Audit:
                 self.verdict("slots do not matter", f"{self.few} instead of {self.slots}",
                              self.score("in few slots", self.whole, self.few))]
 
+    def together(self) -> list[Verdict]:
+        """A small advantage may hide in the noise of one check, less so in that of all."""
+        moved = Moved.of(self.pairs)
+        limit = COMMON if self.scorer.ranks.on_gpu else EXACT
+        return [Verdict("no drift", abs(moved.mean) <= limit, f"all of these together: {moved}", moved)]
+
+    def saved(self, file: Path) -> Verdict:
+        """Whether the scores that the run saved are those of these documents now: of the same weights, the same way."""
+        with np.load(file) as scores:
+            nll, starts = scores["nll"].astype(np.float64), scores["document_starts"]
+        pairs = list(zip(np.split(nll, starts[1:]), self.base))
+        if any(len(after) - len(before) not in (0, 1) for before, after in pairs):  # the very last BOS is no target there
+            return Verdict("headline", False, f"{file} has other documents")
+        moved = Moved.of([(before, after[: len(before)]) for before, after in pairs])
+        return Verdict("headline", moved.little(self.noise), f"saved scores, and these: {moved}", moved)
+
     def once(self) -> list[Verdict]:
         """Every target has one score."""
         scores, tg = np.concatenate(self.base), self.scorer.tg
-        good, all_ = int((np.isfinite(scores) & (scores >= 0)).sum()), sum(map(len, self.documents))
+        good, all_ = int((np.isfinite(scores) & (scores > -EXACT)).sum()), sum(map(len, self.documents))
         verdicts = [Verdict("one pass", good == len(scores) == all_, f"{good} of {all_} targets have a score")]
         if self.scorer.cfg.ttt_enabled:
             count = np.zeros(all_, dtype=np.int64)
@@ -297,20 +321,53 @@ class Audit:
         return verdicts
 
     def normalised(self) -> list[Verdict]:
-        """Probabilities of all tokens that could be a document's last sum to one, adapted and plain."""
+        """Probabilities of all tokens that could be a document's last sum to one, adapted and plain.
+
+        After a chunk, learned from, and a little more; and somewhere later in another document.
+        """
         scorer, verdicts = self.scorer, []
         chunk, vocab = scorer.cfg.ttt_chunk_size, scorer.cfg.vocab_size
-        tokens = next((d for d in self.documents if len(d) > chunk + 2), max(self.documents, key=len))
-        before = tokens[: chunk + 2][: len(tokens) - 1]  # a chunk, learned from, and a little more
-        variants = [np.append(before, token) for token in range(vocab)]
         slots = self.slots if scorer.ranks.on_gpu else max(self.slots, 64)
-        for adapted in (True, False) if scorer.cfg.ttt_enabled else (False,):
-            nll = np.array([scores[len(before) - 1] for scores in scorer.score(variants, slots, adapted)])
-            p, what = np.exp(-nll), "adapted" if adapted else "plain"
-            limit = 1e-4 if self.noise is None else 1e-3 + self.noise * math.sqrt((p**2).sum())  # each p has its own
-            verdicts.append(Verdict("full distribution", abs(p.sum() - 1) <= limit, f"all {vocab} tokens after "
-                                    f"{len(before)}, {what}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}"))
+        for number, place in enumerate((chunk + 2, int(self.rng.integers(2 * chunk + 2, 4 * chunk)))):
+            long = [tokens for tokens in self.documents if len(tokens) > place] or [max(self.documents, key=len)]
+            before = long[number % len(long)]
+            before = before[: min(place, len(before) - 1)]
+            variants = [np.append(before, token) for token in range(vocab)]
+            for adapted in (True, False) if scorer.cfg.ttt_enabled else (False,):
+                nll = np.array([scores[len(before) - 1] for scores in scorer.score(variants, slots, adapted)])
+                p, what = np.exp(-nll), "adapted" if adapted else "plain"
+                limit = 1e-4 if self.noise is None else 1e-3 + self.noise * math.sqrt((p**2).sum())  # each p has its own
+                verdicts.append(Verdict("full distribution", abs(p.sum() - 1) <= limit, f"all {vocab} tokens after "
+                                        f"{len(before)}, {what}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}"))
         return verdicts
+
+
+def text_bytes(tokenizer: Path, tokens: np.ndarray) -> int:
+    """Bytes of text that all tokens but the first stand for, counted without the audited script."""
+    import sentencepiece
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(len(sp))])
+    pieces = ["" if special[i] else sp.id_to_piece(i) for i in range(len(sp))]
+    spaced = np.array([piece.startswith("\u2581") for piece in pieces])
+    size = np.array([1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").encode()) for i, piece in enumerate(pieces)])
+    return int((size[tokens[1:]] * ~special[tokens[1:]]).sum() + (spaced[tokens[1:]] & ~special[tokens[:-1]]).sum())
+
+
+def headline(run: Path, scorer: Scorer) -> list[Verdict]:
+    """Whether the score in result.json, if there is one, follows from its loss and from these validation documents."""
+    file = run / "result.json"
+    said, val = json.loads(file.read_text()) if file.is_file() else {}, scorer.val
+    if not said:
+        return []
+    if said["val_sha256"] != val.sha256 or said["settings"].get("val_doc_fraction", 1.0) != scorer.cfg.val_doc_fraction:
+        return [Verdict("headline", True, "not checked: DATA_DIR holds other validation documents than the run's")]
+    files = scorer.tg.find_data(scorer.cfg, train=False)
+    counts = dict(documents=len(val.starts), tokens=len(val.tokens) - 1, bytes=text_bytes(files.tokenizer, val.tokens))
+    wrong = [name for name, value in counts.items() if said[name] != value]
+    bpb = said["val_loss"] * counts["tokens"] / (math.log(2) * counts["bytes"])
+    wrong += [] if math.isclose(bpb, said["val_bpb"], rel_tol=1e-9) else ["val_bpb"]
+    figures = f"{counts['tokens']} targets, {counts['bytes']} bytes: val_loss {said['val_loss']:.6f} is val_bpb {bpb:.6f}"
+    return [Verdict("headline", not wrong, figures + (f"; result.json differs in {' '.join(wrong)}" if wrong else ""))]
 
 
 def size(run: Path, tg: types.ModuleType) -> Verdict:
@@ -342,6 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--script", type=Path, default=SCRIPT, help="the train_gpt.py, or copy of it, to score with")
     parser.add_argument("--documents", type=int, default=64, help="how many of the first validation documents (64)")
     parser.add_argument("--seed", type=int, default=0, help="of places and tokens of alterations (0)")
+    parser.add_argument("--scores", type=Path, help="the run's SAVE_SCORES file, to compare with")
     args = parser.parse_args(argv)
     tg = load_script(args.script)
     try:
@@ -353,12 +411,13 @@ def main(argv: list[str] | None = None) -> int:
             raise tg.UserError("an audit is one process: start it without torchrun")
         print(origin(args.run, args.script))
         print(f"on {tg.device_name(scorer.ranks.device)}, attention {scorer.ops.attend.__name__}", flush=True)
-        verdicts = [size(args.run, tg)]
-        print(verdicts[0], flush=True)
-        for verdict in Audit(scorer, documents, args.seed).verdicts():
+        verdicts = [size(args.run, tg), *headline(args.run, scorer)]
+        print(*verdicts, sep="\n", flush=True)
+        trial = Audit(scorer, documents, args.seed)
+        for verdict in itertools.chain(trial.verdicts(), (trial.saved(file) for file in [args.scores] if file)):
             print(verdict, flush=True)
             verdicts.append(verdict)
-    except (tg.UserError, RuntimeError, ValueError, OSError) as error:
+    except (tg.UserError, RuntimeError, ValueError, KeyError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     failed = sorted({verdict.rule for verdict in verdicts if not verdict.passed})
