@@ -202,6 +202,26 @@ def test_prefetching_changes_nothing(tiny_data):
         assert torch.equal(batch.tokens, load.buffer(n).tokens)
 
 
+def test_the_digest_tells_training_data_apart(tiny_data, tmp_path):
+    load = loader(tiny_data)
+    assert load.digest() == loader(tiny_data, tiny_config(seed=5), 256).digest(), "of the data alone"
+    fewer = tg.PackedLoader(load.paths[:1], BOS, tiny_config(), 128)
+    tokens = np.array(load.shards[0])
+    write_shard(tmp_path / load.paths[0].name, np.append(tokens[:-1], tokens[-1] ^ 1))
+    other = tg.PackedLoader([tmp_path / load.paths[0].name, *load.paths[1:]], BOS, tiny_config(), 128)
+    assert len({load.digest(), fewer.digest(), other.digest()}) == 3
+
+
+def test_scoring_never_loses_a_span(tiny_data):
+    files = sorted((tiny_data / "datasets/fineweb10B_sp1024").glob("*val*"))
+    val = tg.load_validation(files, tg.load_tokenizer(TOKENIZER, 1024), tiny_config())
+    spans = [(lo, lo + 2) for lo in range(0, 300, 2)]
+    batch, which = tg.pack_spans(val, spans, 64, len(spans))
+    assert int((batch.targets != tg.IGNORE).sum()) == int((which >= 0).sum()) == 300
+    with pytest.raises(ValueError, match="some would not be scored"):
+        tg.pack_spans(val, spans, 64, 40)
+
+
 def test_crowded_buffers_lose_targets_not_the_run(tmp_path):
     """Documents of one token, in buffers that the loader's sample misses: more than it makes room for."""
     long, short = np.full(64 * 303, 5), np.full(200, BOS)

@@ -36,7 +36,7 @@ def result_of_seed(seed: int) -> dict:
         seed=seed, run_id=f"s{seed}", settings={**SETTINGS, "seed": seed, "run_id": f"s{seed}"}, mode="train",
         versions=versions, hardware="8 x NVIDIA H100 80GB HBM3", steps=5000 + seed, seconds=1300.5, caveats=[],
         code_sha256=sha256(SOURCE.encode()), packed_sha256=sha256(PACKED), code_bytes=len(PACKED),
-        tokenizer_sha256="a" * 64, val_sha256="b" * 64, model_bytes=model_bytes, cap_bytes=16_000_000,
+        tokenizer_sha256="a" * 64, val_sha256="b" * 64, train_sha256="e" * 64, model_sha256=sha256(b"f" * 9), model_bytes=model_bytes, cap_bytes=16_000_000,
         total_bytes=model_bytes + len(PACKED), documents=50_000, tokens=TOKENS, bytes=BYTES, unadapted_tokens=0,
         clocks={"training": {"seconds": 599.1, "budget": 600.0}, "scoring": {"seconds": 412.0, "budget": 600.0}})
 
@@ -45,10 +45,19 @@ def write_run(folder, r: dict, source: str = SOURCE):
     """The files of a run with this result, in the form in which train_gpt.py writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     bar, stream = "=" * 100, "documents:{documents} tokens:{tokens} bytes:{bytes}".format(**r)
+    listed = lambda values: " ".join(f"{name}:{value}" for name, value in values.items())
+    score = lambda name, stage: f"{name} val_loss:{r[f'val_loss{stage}']:.8f} val_bpb:{r[f'val_bpb{stage}']:.8f}"
+    gpus, device = r["hardware"].split(" x ")
     (folder / "log.txt").write_text("\n".join((
-        f"run_id:{r['run_id']} code_sha256:{r['code_sha256']}", bar, source, bar, "step:1/2 train_loss:9.0",
-        f"validation: {stream} documents_a_byte_short:0 (a space first)",
-        f"final val_loss:{r['val_loss']:.8f} val_bpb:{r['val_bpb']:.8f}", "RESULT " + json.dumps(r), "")))
+        f"run_id:{r['run_id']} code_sha256:{r['code_sha256']}", f"versions: {listed(r['versions'])}",
+        f"settings other than the record's: {listed(r['settings'])}", f"all settings: preset: seed:{r['seed']} run_id:x",
+        f"device:{device} world_size:{gpus} attention:flash3_attention kernels:Triton", bar, source, bar,
+        "step:1/2 train_loss:9.0", f"train: steps:{r['steps']} tokens:9 epochs:1.0",
+        "bytes: code:{code_bytes} model:{model_bytes} total:{total_bytes} cap:16000000".format(**r),
+        f"validation: {stream} documents_a_byte_short:0 (a space first)", score("unquantized", "_unquantized"),
+        score("quantized", "_quantized"), score("final", ""),
+        *(f"clock {name:20}{clock['seconds']:9.1f} s" for name, clock in r["clocks"].items()),
+        f"caveats: {'; '.join(r['caveats']) or 'none'}", "RESULT " + json.dumps(r), "")))
     (folder / "result.json").write_text(json.dumps(r, indent=1) + "\n")
     rows = {"kind": "settings"}, {"kind": "step", "step": 1}, {"kind": "result", **r}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -192,6 +201,7 @@ def test_a_run_that_does_not_add_up_is_refused(fault, tmp_path, refused):
 DIFFERENCES = {  # a second run that is flawless by itself, and words of the refusal
     "machine": (dict(hardware="8 x NVIDIA H200"), "hardware is 8 x NVIDIA H200, but 8 x NVIDIA H100 80GB HBM3 in"),
     "validation": (dict(val_sha256="c" * 64), "val_sha256"),
+    "training data": (dict(train_sha256="c" * 64), "train_sha256"),
     "tokenizer": (dict(tokenizer_sha256="c" * 64), "tokenizer_sha256"),
     "documents": (dict(documents=49_999), "documents is 49999, but 50000"),
     "versions": (dict(versions={"python": "3.12.3", "torch": "2.13.0"}), "versions"),
@@ -211,6 +221,53 @@ def test_runs_that_do_not_belong_together_are_refused(difference, tmp_path, refu
     assert words in (said := refused(kit.main, first, second)) and str(second / "log.txt") in said
 
 
+@pytest.mark.parametrize("content", [b"", b"g" * 9, b"f" * 8])
+def test_an_artifact_beside_the_log_is_the_runs(content, tmp_path, refused):
+    r = result_of_seed(0) | dict(model_bytes=9, total_bytes=9 + len(PACKED))
+    folder = write_run(tmp_path / "run", r)
+    (folder / "final_model.int6.ptz").write_bytes(b"f" * 9)
+    assert kit.load([folder])
+    (folder / "final_model.int6.ptz").write_bytes(content)
+    assert "final_model.int6.ptz beside it" in refused(kit.main, folder)
+
+
+@pytest.mark.parametrize("change", [dict(tokens=0), dict(tokens="x"), dict(steps="many"), dict(seed=None), dict(seed=[1]),
+                                    dict(clocks=[]), dict(clocks={"training": {}, "scoring": {}}), dict(caveats=None),
+                                    dict(caveats="none"), dict(hardware=8), dict(settings=None), dict(total_bytes="16"),
+                                    dict(val_bpb_quantized="2.6"), dict(versions=3)])
+def test_values_of_another_kind_are_refused(change, tmp_path, refused):
+    folder, r = write_run(tmp_path / "run", result_of_seed(0)), result_of_seed(0)
+    text = (folder / "log.txt").read_text()
+    (folder / "log.txt").write_text(text.replace(json.dumps(r), json.dumps(r | change)))
+    assert str(folder / "log.txt") in refused(kit.main, folder / "log.txt")
+
+
+def test_who_signs_is_said(runs, tmp_path, capsys):
+    out = tmp_path / "submission.json"
+    assert kit.main([*runs, "--write", str(out), "--author", "A", "--github-id", "a", "--title", "T"]) == 0
+    assert "kept from" not in capsys.readouterr().out
+    assert kit.main([*runs, "--write", str(out), "--title", "U"]) == 0
+    assert "kept from an older submission.json: author 'A', github_id 'a'" in capsys.readouterr().out
+    assert make_record.main(["X", *runs, "--out", str(tmp_path / "records")]) == 0
+    assert "kept from an older submission.json: author " in capsys.readouterr().out
+
+
+def test_mistakes_on_the_command_line(runs, tmp_path, refused):
+    assert "is a folder" in refused(kit.main, *runs, "--write", tmp_path)
+    assert str(tmp_path / "no/s.json") in refused(kit.main, *runs, "--write", tmp_path / "no/s.json")
+    for option in ("--baseline=nan,1", "--date=tomorrow"):
+        with pytest.raises(SystemExit):
+            kit.main([*runs, option])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0", "seed1", "seed2"]
+
+
+def test_requirements_name_what_attention_ran_on():
+    versions = {"python": "3.12.3", "cuda": "13.0", "torch": "2.11.0"}
+    assert "flash-attn-3" in make_record.requirements(versions, "attention:flash3_attention")
+    assert "flash-attn-3==3.0" in make_record.requirements({**versions, "flash_attn_3": "3.0"}, "attention:flash3_attention")
+    assert "flash" not in make_record.requirements(versions, "attention:varlen_attention")
+
+
 def test_mixed_scripts_are_refused(tmp_path, refused):
     other = SOURCE + "# changed\n"
     r = result_of_seed(1) | dict(code_sha256=sha256(other.encode()))
@@ -222,6 +279,16 @@ def test_mixed_scripts_are_refused(tmp_path, refused):
     ("log.txt", '"one"', '"two"', "code_sha256"),
     ("log.txt", "final val_loss:2", "final val_loss:1", "no line `final val_loss:2"),
     ("log.txt", "documents:50000", "documents:40000", "no line `validation: documents:50000"),
+    ("log.txt", "total:15999013", "total:16999013", "no line `bytes: code:13 model:15999000"),
+    ("log.txt", "clock training               ", "clock training              9", "no line `clock training"),
+    ("log.txt", "caveats: none", "caveats: preset smoke", "no line `caveats: none"),
+    ("log.txt", "train: steps:5000", "train: steps:500", "no line `train: steps:5000"),
+    ("log.txt", "\nquantized val_loss:", "\nquantized val_loss:1", "no line `quantized val_loss:"),
+    ("log.txt", "unquantized val_loss:", "unquantized val_loss:1", "no line `unquantized val_loss:"),
+    ("log.txt", "world_size:8", "world_size:1", "no line `device:NVIDIA H100 80GB HBM3 world_size:8"),
+    ("log.txt", "torch:2.11", "torch:2.12", "no line `versions: python"),
+    ("log.txt", "matrix_lr:0.03", "matrix_lr:0.04", "no line `settings other than the record's"),
+    ("log.txt", "all settings: preset: seed:0", "all settings: preset: seed:1", "seed 0 is not its own"),
     ("log.txt", '"steps": 5000', '"steps": 5001', "steps not as in the RESULT line"),
     ("log.txt", "RESULT {", "RESULT x{", "not the result of a run"),
     ("log.txt", "RESULT ", "", "not the log of a finished run"),
@@ -230,6 +297,7 @@ def test_mixed_scripts_are_refused(tmp_path, refused):
     ("result.json", "}", "", "not the result of a run"),
     ("metrics.jsonl", '"val_bpb": 1.0581', '"val_bpb": 1.0481', "val_bpb not as in the RESULT line"),
     ("train_gpt_packed.py", "one", "two", "packed_sha256"),
+    ("train_gpt_packed.py", "print('one')\n", "", "packed_sha256"),
 ])
 def test_files_that_were_changed_are_refused(file, old, new, words, tmp_path, refused):
     path = write_run(tmp_path / "run", result_of_seed(0)) / file
@@ -251,9 +319,9 @@ def test_files_that_are_missing_or_of_another_run_are_refused(tmp_path, refused)
     assert kit.load([folder]), "a run's log and result suffice"
     (folder / "result.json").unlink()
     assert "cannot read" in refused(kit.main, folder)
-    r = result_of_seed(0)
-    del r["steps"]
-    assert "RESULT lacks steps" in refused(kit.main, write_run(tmp_path / "older", r))
+    log = write_run(tmp_path / "older", result_of_seed(0)) / "log.txt"
+    log.write_text(log.read_text().replace('"steps": 5000, ', ""))
+    assert "RESULT lacks steps" in refused(kit.main, log)
 
 
 # The t-tests

@@ -1,6 +1,8 @@
 """Muon, AdamW, clipping, averaging, and what warm-up leaves behind (nothing)."""
 import copy
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -251,3 +253,30 @@ def test_banks_leave_during_backward_and_only_when_they_are_whole(buffers, tmp_p
         assert len(found) == 2 * len(tg.Optimizers.MUON), "each once a step"
         assert all(whole for _, whole in found), "with the last buffer's gradient in it"
         assert all(before for before, _ in found), "while the gradient of the embedding is still to come"
+
+
+def test_nothing_keeps_an_optimizer_alive():
+    t = trainer()
+    t.step([batch(0)] * 8, t.plans[0], 1.0, 0.9)
+    watched = weakref.ref(t.optimizers.muon)
+    model = t.model
+    del t
+    gc.collect()
+    assert watched() is None and model is not None
+
+
+def test_a_gradient_is_applied_once():
+    """Neither a step without a backward pass nor one after a pass that broke off sees an older gradient."""
+    t = trainer()
+    t.step([batch(0)] * 8, t.plans[0], 1.0, 0.9)
+    gradient = lambda: sum(shard.mine.square().sum().item() for shard in t.optimizers.muon.shards.values())
+    assert gradient() > 0
+    t.optimizers.step(1.0, 0.9)
+    assert gradient() == 0
+    handle = t.model.embed.register_post_accumulate_grad_hook(lambda p: 1 / 0)  # when banks have been sent
+    with pytest.raises(ZeroDivisionError):
+        t.step([batch(1)] * 8, t.plans[0], 1.0, 0.9)
+    handle.remove()
+    t.optimizers.zero_grad()
+    t.optimizers.step(1.0, 0.9)
+    assert gradient() == 0

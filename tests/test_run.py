@@ -1,13 +1,15 @@
 """The whole script: what it leaves behind, re-scoring, determinism, order of events, mistakes of users."""
-import builtins
 import hashlib
 import importlib.util
+import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +219,24 @@ def test_clocks_hold_what_the_rules_put_on_them(finished):
         "adapt": "scoring"}
 
 
+def told(result, seconds):
+    """Whether phases hold all of a run's seconds but for what lies between them."""
+    return 0.75 * seconds <= sum(result["phases"].values()) - result["phases"]["imports"] <= seconds
+
+
+@pytest.mark.parametrize("phase", ["train", "adapt"])
+def test_clocks_do_not_lose_time(run, monkeypatch, tmp_path, phase):
+    began = time.perf_counter()
+    assert told(run().result, time.perf_counter() - began)
+    elapsed = tg.Phase.elapsed  # and one that goes at a fifth of its speed is noticed
+    monkeypatch.setattr(tg.Phase, "elapsed", lambda self: elapsed(self) / (5 if self.name == phase else 1))
+    slow = tg.Optimizers.step if phase == "train" else tg.adapt
+    owner, name = (tg.Optimizers, "step") if phase == "train" else (tg, "adapt")
+    monkeypatch.setattr(owner, name, lambda *args: (time.sleep(0.2), slow(*args))[1])
+    began = time.perf_counter()
+    assert not told(run(ARTIFACT_DIR=tmp_path / "again").result, time.perf_counter() - began)
+
+
 def test_steps_are_taken_in_training_and_warm_up_only(run, monkeypatch):
     logs, taken = [], []
     opened, step = tg.RunLog.__init__, tg.Optimizers.step
@@ -288,36 +308,43 @@ def test_a_result_names_its_data(finished, tiny_data):
     assert finished[2]["val_sha256"] == hashlib.sha256(tokens).hexdigest()
     model = (tiny_data / "tokenizers/fineweb_1024_bpe.model").read_bytes()
     assert finished[2]["tokenizer_sha256"] == hashlib.sha256(model).hexdigest()
+    artifact = (finished[0] / "final_model.int6.ptz").read_bytes()
+    assert finished[2]["model_sha256"] == hashlib.sha256(artifact).hexdigest()
+    assert re.fullmatch("[0-9a-f]{64}", finished[2]["train_sha256"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Order of events
 
 
+LISTENERS = []  # lists of paths
+sys.addaudithook(lambda event, args: [heard.append(str(args[0])) for heard in LISTENERS] if event == "open" else None)
+
+
 @pytest.fixture
-def reads(monkeypatch):
-    """Every file that is opened for reading, by any of the ways the script has, as (path, artifact exists)."""
-    seen = []
-
-    def watch(owner, name):
-        original = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            seen.append(str(args[0]))
-            return original(*args, **kwargs)
-        monkeypatch.setattr(owner, name, call)
-
-    for owner, name in ((builtins, "open"), (np, "fromfile"), (np, "memmap"), (Path, "read_bytes"), (Path, "open"),
-                        (tg, "open_shard"), (os, "replace")):
-        watch(owner, name)
-    return seen
+def opened():
+    """Path of every file that is opened from now on, however: the interpreter itself tells."""
+    LISTENERS.append(paths := [])
+    yield paths
+    LISTENERS.remove(paths)
 
 
-def test_validation_is_opened_after_the_artifact_is_written(run, reads):
-    assert run().status == 0
-    opened = [i for i, path in enumerate(reads) if "fineweb_val" in path]
-    written = max(i for i, path in enumerate(reads) if path.endswith("final_model.int6.ptz.part"))
-    assert opened and min(opened) > written
+def validation_comes_last(paths):
+    validation = [i for i, path in enumerate(paths) if "fineweb_val" in path]
+    written = max(i for i, path in enumerate(paths) if path.endswith("final_model.int6.ptz.part"))
+    return validation and min(validation) > written
+
+
+def test_validation_is_opened_after_the_artifact_is_written(run, opened):
+    assert run().status == 0 and validation_comes_last(opened)
+
+
+@pytest.mark.parametrize("read", [io.open, os.open, np.fromfile, np.memmap, Path.read_bytes])
+def test_any_way_to_open_validation_before_is_caught(run, opened, monkeypatch, tiny_data, read):
+    honest, (shard, *_) = tg.train, sorted(tiny_data.glob("**/fineweb_val_*.bin"))
+    more = (os.O_RDONLY,) if read is os.open else (np.uint8, "r") if read is np.memmap else ()
+    monkeypatch.setattr(tg, "train", lambda *args: (read(shard, *more), honest(*args))[1])
+    assert run().status == 0 and not validation_comes_last(opened)
 
 
 def unreadable(monkeypatch):
@@ -568,7 +595,8 @@ def test_wrong_or_damaged_tokenizer(run, tmp_path, change, says):
 
 def test_damaged_artifact_and_checkpoint(run, finished, tmp_path):
     for name, change in (("final_model.int6.ptz", lambda b: b[:-7]), ("final_model.int6.ptz", lambda b: b[:99] + b"x" + b[100:]),
-                         ("final_model.pt", lambda b: b[:-999]), ("final_model.pt", lambda b: b"hello")):
+                         ("final_model.pt", lambda b: b[:-999]), ("final_model.pt", lambda b: b"hello"),
+                         ("final_model.pt", lambda b: b[: len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1 :])):
         path = tmp_path / name
         path.write_bytes(change((finished[0] / name).read_bytes()))
         assert str(path) in run(EVAL_ONLY_PATH=path).error

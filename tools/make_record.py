@@ -9,6 +9,7 @@ folder appears whole or not at all, and none is written over.
 """
 import argparse
 import hashlib
+import json
 import shlex
 import shutil
 import sys
@@ -16,8 +17,8 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from submission import (OWN_SETTINGS, Refused, Run, about, add_options, as_json, load, read, significance, submission,
-                        table, verdicts)
+from submission import (OWN_SETTINGS, Refused, Run, about, add_options, as_json, load, read, said, signed,
+                        significance, submission, table, verdicts)
 
 ROOT = Path(__file__).resolve().parents[1]
 README = """\
@@ -88,13 +89,15 @@ def scripts(runs: list[Run]) -> tuple[bytes, str]:
     return packed, source
 
 
-def requirements(versions: dict[str, str]) -> str:
+def requirements(versions: dict[str, str], log: str) -> str:
     """The versions that ran, for pip; builds for the same CUDA come from PyTorch's index."""
     cuda = "cpu" if versions["cuda"] == "None" else "cu" + versions["cuda"].replace(".", "")
     lines = [f"# What the logged runs had, with Python {versions['python']} and CUDA {versions['cuda']}.",
              f"--extra-index-url https://download.pytorch.org/whl/{cuda}"]
     lines += [f"{name.replace('_', '-')}=={version.partition('+')[0]}" for name, version in versions.items()
               if name not in ("python", "cuda")]
+    if "attention:flash3_attention" in log and "flash_attn_3" not in versions:
+        lines.append("flash-attn-3  # ran from a copy that does not tell its version")
     return "\n".join(lines) + "\n"
 
 
@@ -122,7 +125,7 @@ def readme(name: str, made: dict, result: dict) -> str:
 
 def make(name: str, runs: list[Run], out: Path, args: argparse.Namespace) -> Path:
     """Write out/name, aside and then renamed; returns it."""
-    if Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith("."):
         raise Refused(f"{name!r} is no name for a folder")
     target = out / name
     if target.exists():
@@ -132,7 +135,7 @@ def make(name: str, runs: list[Run], out: Path, args: argparse.Namespace) -> Pat
     facts = {**about(args, ROOT / "submission.json", runs[0].result["val_sha256"]), "name": args.title or name}
     made = submission(runs, list(logs), facts, significance(runs, args.baseline, args.baseline_loss))
     files = {"train_gpt.py": packed, "train_gpt_readable.py": source, "README.md": readme(name, made, runs[0].result),
-             "requirements.txt": requirements(made["versions"]), "submission.json": as_json(made), **logs}
+             "requirements.txt": requirements(made["versions"], runs[0].text), "submission.json": as_json(made), **logs}
     out.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=out))
     try:
@@ -155,10 +158,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         target = make(args.name, load(args.log), args.out, args)
     except (Refused, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said(error)}", file=sys.stderr)
         return 2
     for file in sorted(target.iterdir()):
         print(f"{file.stat().st_size:>10,} {file}")
+    for line in signed(args, json.loads((target / "submission.json").read_text())):
+        print(line)
     return 0
 
 

@@ -75,7 +75,10 @@ def draw(runs: list[dict], out: pathlib.Path) -> None:
         margin = 0.4 * (max(scores) - min(scores)) + 0.002
         bpb.set_ylim(min(scores) - margin, max(scores) + margin)
     bpb.set(title="validation", ylabel="bits per byte (axis does not begin at 0)")
-    figure.savefig(out, dpi=110)
+    try:
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: cannot write {out}: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

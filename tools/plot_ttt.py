@@ -117,7 +117,10 @@ def draw(results: dict[str, list[Row]], gain: bool, out: Path) -> None:
         axis.tick_params(axis="x", rotation=45)
     axes[0].set_ylabel("gain, bits per byte (up is better)" if gain else "bits per byte (down is better)")
     axes[0].legend()
-    figure.savefig(out, dpi=110)
+    try:
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: cannot write {out}: {error}") from None
     plt.close(figure)
 
 

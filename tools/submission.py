@@ -5,10 +5,12 @@
     python tools/submission.py runs/seed* --baseline 1.0728,1.0726,1.0747 --baseline-loss 2.7710,2.7705,2.7759
 
 A run is a folder that train_gpt.py left (its ARTIFACT_DIR), or its log alone. One line names the first thing that does
-not add up: another script, settings, machine or validation set than the other runs', a seed twice, a source that is not
-what the log says it is, a clock or the cap exceeded, documents left out, a result that differs from the log.
+not add up: another script, settings, machine, training or validation set than the other runs', a seed twice, a source
+that is not what the log says it is, a clock or the cap exceeded, documents left out, a result that differs from the log
+or from the files beside it. It finds mistakes; a log that was forged as a whole only a run can tell.
 
-author, github_id and name are kept from the file that is written over, corpus too if the validation set is the same.
+author, github_id and name are kept from the file that is written over, which is said, and corpus if the validation set
+is the same.
 """
 import argparse
 import datetime
@@ -16,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -27,10 +30,10 @@ FINEWEB_DOCUMENTS, FINEWEB_BYTES = 50_000, 151_078_222  # of its validation, as 
 BY_MARGIN = f"p_improves_by_{MARGIN_NATS}_nats"
 BAR = "=" * 100 + "\n"
 OWN_SETTINGS = "seed run_id artifact_dir data_dir save_scores train_log_every".split()  # each run may have its own
-SHARED = """code_sha256 packed_sha256 code_bytes hardware versions tokenizer_sha256 val_sha256 documents tokens
-    bytes""".split()
+SHARED = """code_sha256 packed_sha256 code_bytes hardware versions tokenizer_sha256 train_sha256 val_sha256 documents
+    tokens bytes""".split()
 STAGES = "", "_quantized", "_unquantized"
-NEEDED = SHARED + """seed settings mode steps model_bytes total_bytes unadapted_tokens clocks seconds caveats""".split()
+NEEDED = [name for name in SHARED if name != "train_sha256"] + """seed settings mode steps model_bytes total_bytes unadapted_tokens clocks seconds caveats""".split()  # older runs have no train_sha256
 NEEDED += [f"val_{unit}{stage}" for unit in ("loss", "bpb") for stage in STAGES]
 
 
@@ -43,7 +46,7 @@ class Run(NamedTuple):
     text: str  # of the log
     source: str  # of the script, from the log
     result: dict
-    packed: bytes  # the packed script if it is beside the log
+    packed: bytes | None  # the packed script if it is beside the log
 
 
 def read(path: Path) -> bytes:
@@ -79,27 +82,48 @@ def read_run(path: Path) -> Run:
                 raise Refused(f"{file}: {', '.join(other)} not as in the RESULT line of {log}")
     if lacking := [key for key in NEEDED if key not in result]:
         raise Refused(f"{log}: its RESULT lacks {', '.join(lacking)}: not a run that trained, or one of another script")
-    beside = {name: read(path / name) if path.is_dir() and (path / name).exists() else b""
-              for name in ("train_gpt_packed.py", "final_model.int6.ptz")}
-    run = Run(log, text, source, result, beside["train_gpt_packed.py"])
-    check(run, len(beside["final_model.int6.ptz"]))
+    packed, model = (read(path / name) if path.is_dir() and (path / name).exists() else None
+                     for name in ("train_gpt_packed.py", "final_model.int6.ptz"))
+    run = Run(log, text, source, result, packed)
+    try:
+        check(run, model)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise Refused(f"{log}: its RESULT holds values of another kind than a run's ({error!r:.120})") from error
     return run
 
 
-def check(run: Run, model_bytes: int) -> None:
+def lines_of(r: dict) -> tuple[list[str], list[str]]:
+    """What the log has to hold, before its source and after it, if its RESULT is true."""
+    gpus, device = r["hardware"].split(" x ", 1)
+    listed = lambda values: " ".join(f"{name}:{value}" for name, value in values.items()) or "none"
+    before = [f"versions: {listed(r['versions'])}\n", f"settings other than the record's: {listed(r['settings'])}\n",
+              f"device:{device} world_size:{int(gpus)} "]
+    after = [f"train: steps:{r['steps']:d} tokens:",
+             f"bytes: code:{r['code_bytes']:d} model:{r['model_bytes']:d} total:{r['total_bytes']:d} cap:",
+             f"validation: documents:{r['documents']:d} tokens:{r['tokens']:d} bytes:{r['bytes']:d} ",
+             f"caveats: {'; '.join(list(r['caveats'])) or 'none'}\n"]
+    after += [f"{name} val_loss:{r[f'val_loss{stage}']:.8f} val_bpb:{r[f'val_bpb{stage}']:.8f}\n"
+              for name, stage in (("final", ""), ("quantized", "_quantized"), ("unquantized", "_unquantized"))]
+    return before, after + [f"clock {name:20}{clock['seconds']:9.1f} s" for name, clock in r["clocks"].items()]
+
+
+def check(run: Run, model: bytes | None) -> None:
     """Refuse a run whose numbers do not follow from each other, or that the challenge's limits exclude."""
     log, r, sha256 = run.log, run.result, lambda data: hashlib.sha256(data).hexdigest()
     nats = r["bytes"] * math.log(2) / r["tokens"]  # of a token, per bit of a byte
-    lines = (f"validation: documents:{r['documents']} tokens:{r['tokens']} bytes:{r['bytes']} ",
-             f"final val_loss:{r['val_loss']:.8f} val_bpb:{r['val_bpb']:.8f}\n")
+    head, *_, tail = run.text.split(BAR)
+    parts = zip((f"\n{head}", f"\n{tail}"), lines_of(r))
     for wrong, why in (
         (sha256(run.source.encode()) != r["code_sha256"], "the source in it has not the code_sha256 of its RESULT"),
-        (run.packed and sha256(run.packed) != r["packed_sha256"],
+        (run.packed is not None and sha256(run.packed) != r["packed_sha256"],
          "train_gpt_packed.py beside it has not the packed_sha256 of its RESULT"),
-        (model_bytes not in (0, r["model_bytes"]), f"final_model.int6.ptz beside it has {model_bytes} bytes, "
-                                                   f"its RESULT says {r['model_bytes']}"),
-        *((f"\n{line}" not in run.text.split(BAR)[-1], f"it has no line `{line.strip()}`, as its RESULT has it")
-          for line in lines),
+        (model is not None and len(model) != r["model_bytes"], f"final_model.int6.ptz beside it has {len(model or b'')} "
+                                                               f"bytes, its RESULT says {r['model_bytes']}"),
+        (model is not None and "model_sha256" in r and sha256(model) != r["model_sha256"],
+         "final_model.int6.ptz beside it has not the model_sha256 of its RESULT"),
+        *((f"\n{line}" not in part, f"it has no line `{line.strip()}`, as its RESULT has it")
+          for part, lines in parts for line in lines),
+        (not re.search(rf"^all settings: .*\bseed:{r['seed']:d} ", head, flags=re.M), f"seed {r['seed']} is not its own"),
         (not all(math.isclose(r[f"val_loss{s}"], r[f"val_bpb{s}"] * nats, rel_tol=1e-9) for s in STAGES),
          "val_loss, val_bpb, tokens and bytes of its RESULT contradict each other"),
         (r["mode"] != "train", f"mode {r['mode']}: its model was not trained by it"),
@@ -119,7 +143,7 @@ def load(paths: list[Path]) -> list[Run]:
     """The runs by seed; Refused if one does not add up, or not with the others."""
     first, *others = runs = [read_run(path) for path in paths]
     shared = lambda run: {**{f"setting {name}": value for name, value in run.result["settings"].items()
-                             if name not in OWN_SETTINGS}, **{name: run.result[name] for name in SHARED}}
+                             if name not in OWN_SETTINGS}, **{name: run.result.get(name) for name in SHARED}}
     for run in others:
         ours, theirs = shared(run), shared(first)
         for name in {**theirs, **ours}:
@@ -272,7 +296,10 @@ def verdicts(made: dict) -> list[str]:
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 def numbers(text: str) -> list[float]:
-    return [float(value) for value in text.split(",")]
+    values = [float(value) for value in text.split(",")]
+    if not all(map(math.isfinite, values)):
+        raise ValueError
+    return values
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -283,7 +310,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="their val_loss; default: from --baseline by these runs' bytes per token")
     for name, what in (("author", "who submits"), ("github-id", "and as whom"), ("title", "name of the submission"),
                        ("corpus", "what it was trained and scored on, if not FineWeb"), ("date", "default: today")):
-        parser.add_argument(f"--{name}", help=what)
+        parser.add_argument(f"--{name}", help=what, type=day if name == "date" else str)
+
+
+def day(text: str) -> str:
+    return datetime.date.fromisoformat(text).isoformat()
 
 
 def about(args: argparse.Namespace, old: Path, val_sha256: str) -> dict:
@@ -293,6 +324,25 @@ def about(args: argparse.Namespace, old: Path, val_sha256: str) -> dict:
         {"corpus": kept["corpus"]} if kept.get("val_sha256") == val_sha256 and "corpus" in kept else {})
     given = dict(author=args.author, github_id=args.github_id, name=args.title, corpus=args.corpus, date=args.date)
     return {"date": datetime.date.today().isoformat(), **kept, **{k: v for k, v in given.items() if v is not None}}
+
+
+def signed(args: argparse.Namespace, made: dict) -> list[str]:
+    """A line about the names that the command did not give."""
+    kept = [f"{name} {made[name]!r}" for name in ("author", "github_id") if made[name] and getattr(args, name) is None]
+    return [f"kept from an older submission.json: {', '.join(kept)}"] if kept else []
+
+
+def write(path: Path, text: str) -> None:
+    """All of a file or nothing."""
+    if path.is_dir():
+        raise Refused(f"cannot write {path}: it is a folder")
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def said(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def as_json(made: dict) -> str:
@@ -311,17 +361,15 @@ def main(argv: list[str] | None = None) -> int:
         made = submission(runs, logs, about(args, out, runs[0].result["val_sha256"]),
                           significance(runs, args.baseline, args.baseline_loss))
         if args.write:
-            part = out.with_name(out.name + ".part")
-            part.write_text(as_json(made), encoding="utf-8")
-            os.replace(part, out)
+            write(out, as_json(made))
     except (Refused, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said(error)}", file=sys.stderr)
         return 2
     spread = "" if made["val_bpb_std"] is None else f" +- {made['val_bpb_std']:.5f}"
     print(table(made) if args.table else
           f"no contradiction, seeds {made['seeds']}: val_bpb {made['val_bpb']:.5f}{spread}, "
           f"{made['artifact_bytes']:,} bytes, track {made['track']}")
-    for line in verdicts(made) + [f"caveat: {why}" for why in made["caveats"]]:
+    for line in verdicts(made) + [f"caveat: {why}" for why in made["caveats"]] + signed(args, made):
         print(line)
     if args.write:
         print(out)
