@@ -1,4 +1,4 @@
-# make run      the whole pipeline on the bundled text, on a CPU (or one GPU): about three minutes after the install
+# make run      the whole pipeline on the bundled text, on a CPU (or one GPU): about four minutes after the install
 # make test     all tests
 # make record   a record run on 8 Hopper GPUs, by the torch that PYTHON has; needs the challenge's data and FlashAttention-3
 # make clean    remove what these leave behind

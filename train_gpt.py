@@ -83,7 +83,7 @@ def tool(name: str, remedy: str = "pip install -r requirements.txt") -> Any:
 
 PRESETS = {  # defaults to start from; any variable overrides them
     "": {},
-    "smoke": dict(  # the whole pipeline on the bundled Wikipedia text, three minutes on two CPU cores
+    "smoke": dict(  # the whole pipeline on the bundled Wikipedia text, four minutes on two CPU cores
         DATA_DIR="data/smoke", VOCAB_SIZE=1024, NUM_LAYERS=7, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2,
         ROPE_DIMS=8, LOOP_START=2, LOOP_END=3, PARALLEL_START_LAYER=5, TRAIN_BATCH_TOKENS=2048,
         TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400,
@@ -653,7 +653,7 @@ class PackedLoader:
         return tokens[come_from], targets[come_from], np.unique(inside)
 
     def digest(self) -> str:
-        """SHA-256 of all shards' names, lengths, first and last tokens; reading them whole would take long."""
+        """SHA-256 of all shards' names, lengths, first and last tokens; to read them whole takes too long."""
         parts = [(path.name, len(shard), shard[:4096].tobytes(), shard[-4096:].tobytes())
                  for path, shard in zip(self.paths, self.shards)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()

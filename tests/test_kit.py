@@ -129,7 +129,9 @@ def test_one_run_is_a_submission_without_spread(tmp_path, capsys):
     assert no == {"eight_gpus", "h100", "fineweb", "three_seeds"} and made["track"] == "non-record-16mb"
     assert made["caveats"] == made["seed_results"]["5"]["caveats"] == ["not on 8 GPUs"]
     assert "caveat: not on 8 GPUs" in capsys.readouterr().out
-    assert kit.main([str(log), "--write", str(out)]) == 0 and json.loads(out.read_text()) == made, "written again"
+    out.write_text(json.dumps(made | dict(date="2001-02-03")))
+    again = made | dict(date="2001-02-03")
+    assert kit.main([str(log), "--write", str(out)]) == 0 and json.loads(out.read_text()) == again, "made again, not anew"
 
 
 @pytest.mark.parametrize("changes, rules", [

@@ -130,6 +130,8 @@ class Bench:
             elif abs(off) < 3e-4 * total:
                 return self.row("ancestor's, at equal bytes", held + self.code) - self.whole
             widen *= 2 ** (8 * off / codes)
+            if not 0.1 < widen < 10:  # far from the cap
+                break
         return None
 
 
