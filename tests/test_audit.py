@@ -66,7 +66,6 @@ CHEATS = {
             return
         self.begun = True
 """, "documents independent"),
-    "a discount": ("final = nll.detach().clone()", "final = 0.999 * nll.detach()", "full distribution"),
     "a discount later on": ("final = nll.detach().clone()",
                             "final = nll.detach() * (1 - 1e-3 * (this.batch.seqs.positions > 12))", "full distribution"),
     "the better of two passes": ("final = nll.detach().clone()", """\

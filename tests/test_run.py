@@ -232,7 +232,7 @@ def test_clocks_do_not_lose_time(run, monkeypatch, tmp_path, phase):
     monkeypatch.setattr(tg.Phase, "elapsed", lambda self: elapsed(self) / (5 if self.name == phase else 1))
     slow = tg.Optimizers.step if phase == "train" else tg.adapt
     owner, name = (tg.Optimizers, "step") if phase == "train" else (tg, "adapt")
-    monkeypatch.setattr(owner, name, lambda *args: (time.sleep(0.2), slow(*args))[1])
+    monkeypatch.setattr(owner, name, lambda *args: (time.sleep(0.1), slow(*args))[1])
     began = time.perf_counter()
     assert not told(run(ARTIFACT_DIR=tmp_path / "again").result, time.perf_counter() - began)
 
