@@ -599,7 +599,8 @@ class PackedLoader:
         self.paths, self.bos, self.cfg, self.buffer_tokens = paths, bos, cfg, buffer_tokens
         self.shards = [open_shard(path) for path in paths]
         self.epoch_tokens = sum(map(len, self.shards))
-        self.per_step, self.latest = cfg.train_batch_tokens // buffer_tokens, (-1, ())
+        self.per_step = cfg.train_batch_tokens // buffer_tokens
+        self.step = functools.lru_cache(1)(self.step)  # all buffers of a step are cut from it
         for path, shard in zip(paths, self.shards):
             if not (shard[:1_000_000] == bos).any():
                 raise UserError(f"{path} has no BOS (id {bos}) in its first million tokens: wrong tokenizer")
@@ -644,10 +645,8 @@ class PackedLoader:
 
     def layout(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, targets and span boundaries of buffer n."""
-        (step, place), (held, parts), size = divmod(n, self.per_step), self.latest, self.buffer_tokens
-        if held != step:
-            self.latest = step, (parts := self.step(step))
-        tokens, targets, bounds, back = parts
+        (step, place), size = divmod(n, self.per_step), self.buffer_tokens
+        tokens, targets, bounds, back = self.step(step)
         inside = np.clip(bounds - place * size, 0, size)
         come_from = np.arange(place * size, (place + 1) * size) + np.repeat(back, np.diff(inside))
         return tokens[come_from], targets[come_from], np.unique(inside)
@@ -1663,11 +1662,9 @@ class Shard:
     """Communication buffers of one bank, in the dtype that travels."""
     full: Tensor  # (world * rows, ...) the gradient on its way out, the update on its way back
     mine: Tensor  # (rows, ...) this rank's share of the reduced gradient
-    sent: bool = False  # the gradient of this step is on its way
     pending: Any = None  # the collective under way
 
     def wait(self) -> None:
-        self.sent = False
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
@@ -1694,11 +1691,11 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def send(self, p: Tensor) -> None:
-        """Phase 1 of a bank whose gradient is whole; does nothing if that has been sent."""
+        """Phase 1 of a bank whose gradient is whole; does nothing while that is on its way."""
         shard = self.shards[p]
-        if shard.sent:
+        if shard.pending is not None:
             return
-        shard.sent, shard.full[: len(p)] = True, p.grad
+        shard.full[: len(p)] = p.grad
         if self.ranks.world > 1:
             shard.pending = dist.reduce_scatter_tensor(shard.mine, shard.full, async_op=True)
         else:
@@ -1868,8 +1865,9 @@ class Trainer:
             nll = self.model(batch, plan, self.ops)
             count = (batch.targets != IGNORE).sum().clamp(min=1)
             share = nll.sum() / count / (self.local_buffers * self.ranks.world)
+            last = left == 0 and self.ranks.world > 1
             with contextlib.ExitStack() as hooks:
-                for bank in self.optimizers.muon.shards if left == 0 else ():  # leaves as soon as it is whole
+                for bank in self.optimizers.muon.shards if last else ():  # leaves as soon as it is whole
                     hooks.enter_context(bank.register_post_accumulate_grad_hook(self.optimizers.muon.send))
                 share.backward()  # shares add up to the mean over all buffers of all ranks
             loss += share.detach()

@@ -36,7 +36,8 @@ def result_of_seed(seed: int) -> dict:
         seed=seed, run_id=f"s{seed}", settings={**SETTINGS, "seed": seed, "run_id": f"s{seed}"}, mode="train",
         versions=versions, hardware="8 x NVIDIA H100 80GB HBM3", steps=5000 + seed, seconds=1300.5, caveats=[],
         code_sha256=sha256(SOURCE.encode()), packed_sha256=sha256(PACKED), code_bytes=len(PACKED),
-        tokenizer_sha256="a" * 64, val_sha256="b" * 64, train_sha256="e" * 64, model_sha256=sha256(b"f" * 9), model_bytes=model_bytes, cap_bytes=16_000_000,
+        tokenizer_sha256="a" * 64, val_sha256="b" * 64, train_sha256="e" * 64, model_sha256=sha256(b"f" * 9),
+        model_bytes=model_bytes, cap_bytes=16_000_000,
         total_bytes=model_bytes + len(PACKED), documents=50_000, tokens=TOKENS, bytes=BYTES, unadapted_tokens=0,
         clocks={"training": {"seconds": 599.1, "budget": 600.0}, "scoring": {"seconds": 412.0, "budget": 600.0}})
 

@@ -265,6 +265,21 @@ def test_nothing_keeps_an_optimizer_alive():
     assert watched() is None and model is not None
 
 
+def optimizer_outlives_its_trainer():
+    """The same where hooks send banks."""
+    ranks = tg.Ranks.join()
+    t = tg.Trainer(tg.Run(CFG, ranks, lambda *a, **k: None, tg.Ops()), tiny_model(CFG), Stub())
+    t.step([batch(0)] * t.local_buffers, t.plans[0], 1.0, 0.9)
+    watched, model = weakref.ref(t.optimizers.muon), t.model
+    del t
+    gc.collect()
+    return watched() is not None and model is not None
+
+
+def test_nothing_keeps_an_optimizer_of_ranks_alive(tmp_path):
+    assert launch(2, optimizer_outlives_its_trainer, folder=tmp_path) == [False, False]
+
+
 def test_a_gradient_is_applied_once():
     """Neither a step without a backward pass nor one after a pass that broke off sees an older gradient."""
     t = trainer()

@@ -21,7 +21,6 @@ import dataclasses
 import hashlib
 import importlib.machinery
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -247,10 +246,12 @@ class Audit:
         moved = Moved.of(pairs)
         return Verdict(rule, moved.little(self.noise), f"{what}: {moved}", moved)
 
-    def verdicts(self) -> Iterator[Verdict]:
-        """Of all checks, as they come."""
+    def verdicts(self, scores: Path | None = None) -> Iterator[Verdict]:
+        """Of all checks, as they come; also of the scores that the run saved, if they are given."""
         for check in (self.order, self.tails, self.lengths, self.others, self.together, self.once, self.normalised):
             yield from check()
+        if scores:
+            yield self.saved(scores)
 
     def order(self) -> list[Verdict]:
         """Documents in the reverse order; on a GPU this is the noise that later verdicts go by."""
@@ -353,10 +354,15 @@ def text_bytes(tokenizer: Path, tokens: np.ndarray) -> int:
     return int((size[tokens[1:]] * ~special[tokens[1:]]).sum() + (spaced[tokens[1:]] & ~special[tokens[:-1]]).sum())
 
 
+def result_of(run: Path) -> dict:
+    """What result.json says; nothing if there is none."""
+    file = run / "result.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def headline(run: Path, scorer: Scorer) -> list[Verdict]:
     """Whether the score in result.json, if there is one, follows from its loss and from these validation documents."""
-    file = run / "result.json"
-    said, val = json.loads(file.read_text()) if file.is_file() else {}, scorer.val
+    said, val = result_of(run), scorer.val
     if not said:
         return []
     if said["val_sha256"] != val.sha256 or said["settings"].get("val_doc_fraction", 1.0) != scorer.cfg.val_doc_fraction:
@@ -372,9 +378,8 @@ def headline(run: Path, scorer: Scorer) -> list[Verdict]:
 
 def size(run: Path, tg: types.ModuleType) -> Verdict:
     """Bytes of code and model, and whether result.json, if there is one, says the same."""
-    packed, result = run / "train_gpt_packed.py", run / "result.json"
+    packed, said = run / "train_gpt_packed.py", result_of(run)
     model = (run / "final_model.int6.ptz").stat().st_size
-    said = json.loads(result.read_text()) if result.is_file() else {}
     code = packed.stat().st_size if packed.is_file() else said.get("code_bytes") or len(tg.pack_script())
     wrong = [name for name, value in (("code", code), ("model", model), ("total", code + model))
              if said.get(f"{name}_bytes", value) != value]
@@ -385,10 +390,9 @@ def size(run: Path, tg: types.ModuleType) -> Verdict:
 
 def origin(run: Path, script: Path) -> str:
     """Whether the script is the one that made the run, by what result.json says."""
-    result, digest = run / "result.json", hashlib.sha256(script.read_bytes()).hexdigest()
-    if not result.is_file():
+    said, digest = result_of(run), hashlib.sha256(script.read_bytes()).hexdigest()
+    if not said:
         return "no result.json: unknown which script made the run"
-    said = json.loads(result.read_text())
     same = digest in (said.get("code_sha256"), said.get("packed_sha256"))
     return f"{script}: {'the' if same else 'NOT the'} script that made the run, by its sha256"
 
@@ -413,8 +417,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"on {tg.device_name(scorer.ranks.device)}, attention {scorer.ops.attend.__name__}", flush=True)
         verdicts = [size(args.run, tg), *headline(args.run, scorer)]
         print(*verdicts, sep="\n", flush=True)
-        trial = Audit(scorer, documents, args.seed)
-        for verdict in itertools.chain(trial.verdicts(), (trial.saved(file) for file in [args.scores] if file)):
+        for verdict in Audit(scorer, documents, args.seed).verdicts(args.scores):
             print(verdict, flush=True)
             verdicts.append(verdict)
     except (tg.UserError, RuntimeError, ValueError, KeyError, OSError) as error:

@@ -131,17 +131,16 @@ def kernel_times(call, times: int, ready=lambda: None) -> tuple[collections.Coun
             call()
         torch.cuda.synchronize()
     spent, count = collections.Counter(), collections.Counter()
-    for event in prof.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent[event.name] += event.device_time / times / 1e3
-            count[event.name] += 1 / times
-    return spent, count, alone(prof.events()) / times / 1e3
+    kernels = [event for event in prof.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    for event in kernels:
+        spent[event.name] += event.device_time / times / 1e3
+        count[event.name] += 1 / times
+    return spent, count, exposed(kernels) / times / 1e3
 
 
-def alone(events) -> float:
-    """Microseconds in which a collective runs and no other kernel."""
-    import torch
-    marks = sorted((at, step, "nccl" in event.name) for event in events if event.device_type == torch.autograd.DeviceType.CUDA
+def exposed(kernels) -> float:
+    """Microseconds in which a collective runs and nothing else does, copies included."""
+    marks = sorted((at, step, "nccl" in event.name) for event in kernels
                    for at, step in ((event.time_range.start, 1), (event.time_range.end, -1)))
     running, since, total = [0, 0], 0.0, 0.0
     for at, step, collective in marks:
@@ -153,10 +152,10 @@ def alone(events) -> float:
 
 def profile(call, top: int, ranks) -> list[str]:
     """Lines "ms, launches, name" of the kernels that a call spends most of its time in."""
-    spent, count, exposed = kernel_times(call, 3, lambda: ranks.max(0.0))
+    spent, count, unhidden = kernel_times(call, 3, lambda: ranks.max(0.0))
     lines = [f"{sum(spent.values()):9.3f} ms in {sum(count.values()):.0f} kernels"]
     if sent := sum(ms for name, ms in spent.items() if "nccl" in name):
-        lines.append(f"{sent:9.3f} ms of them in collectives, and {exposed:.3f} with nothing else running")
+        lines.append(f"{sent:9.3f} ms of them in collectives, and {unhidden:.3f} with nothing else running")
     return lines + [f"{ms:9.3f} ms {count[name]:6.1f} x  {name[:110]}" for name, ms in spent.most_common(top)]
 
 

@@ -9,7 +9,6 @@ folder appears whole or not at all, and none is written over.
 """
 import argparse
 import hashlib
-import json
 import shlex
 import shutil
 import sys
@@ -123,8 +122,8 @@ def readme(name: str, made: dict, result: dict) -> str:
     return README.format(**{**made, **texts})
 
 
-def make(name: str, runs: list[Run], out: Path, args: argparse.Namespace) -> Path:
-    """Write out/name, aside and then renamed; returns it."""
+def make(name: str, runs: list[Run], out: Path, args: argparse.Namespace) -> tuple[Path, dict]:
+    """Write out/name, aside and then renamed; returns it and its submission.json."""
     if not name or Path(name).name != name or name.startswith("."):
         raise Refused(f"{name!r} is no name for a folder")
     target = out / name
@@ -146,7 +145,7 @@ def make(name: str, runs: list[Run], out: Path, args: argparse.Namespace) -> Pat
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return target
+    return target, made
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,13 +155,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("records"), help="folder to put it in (records)")
     args = parser.parse_args(argv)
     try:
-        target = make(args.name, load(args.log), args.out, args)
+        target, made = make(args.name, load(args.log), args.out, args)
     except (Refused, OSError) as error:
         print(f"error: {said(error)}", file=sys.stderr)
         return 2
     for file in sorted(target.iterdir()):
         print(f"{file.stat().st_size:>10,} {file}")
-    for line in signed(args, json.loads((target / "submission.json").read_text())):
+    for line in signed(args, made):
         print(line)
     return 0
 

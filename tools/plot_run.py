@@ -75,6 +75,11 @@ def draw(runs: list[dict], out: pathlib.Path) -> None:
         margin = 0.4 * (max(scores) - min(scores)) + 0.002
         bpb.set_ylim(min(scores) - margin, max(scores) + margin)
     bpb.set(title="validation", ylabel="bits per byte (axis does not begin at 0)")
+    save(figure, out)
+
+
+def save(figure, out: pathlib.Path) -> None:
+    """Write a picture; what cannot be written ends in one line."""
     try:
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from plot_run import save
 
 FEW = 5  # documents: a bin of fewer is in the table, but not in the picture
 FIRST = 48  # the first bin ends here, each further one at twice the end of the one before
@@ -117,10 +118,7 @@ def draw(results: dict[str, list[Row]], gain: bool, out: Path) -> None:
         axis.tick_params(axis="x", rotation=45)
     axes[0].set_ylabel("gain, bits per byte (up is better)" if gain else "bits per byte (down is better)")
     axes[0].legend()
-    try:
-        figure.savefig(out, dpi=110)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: cannot write {out}: {error}") from None
+    save(figure, out)
     plt.close(figure)
 
 

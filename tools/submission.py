@@ -30,10 +30,10 @@ FINEWEB_DOCUMENTS, FINEWEB_BYTES = 50_000, 151_078_222  # of its validation, as 
 BY_MARGIN = f"p_improves_by_{MARGIN_NATS}_nats"
 BAR = "=" * 100 + "\n"
 OWN_SETTINGS = "seed run_id artifact_dir data_dir save_scores train_log_every".split()  # each run may have its own
-SHARED = """code_sha256 packed_sha256 code_bytes hardware versions tokenizer_sha256 train_sha256 val_sha256 documents
-    tokens bytes""".split()
+SHARED = """code_sha256 packed_sha256 code_bytes hardware versions tokenizer_sha256 val_sha256 documents tokens
+    bytes""".split()
 STAGES = "", "_quantized", "_unquantized"
-NEEDED = [name for name in SHARED if name != "train_sha256"] + """seed settings mode steps model_bytes total_bytes unadapted_tokens clocks seconds caveats""".split()  # older runs have no train_sha256
+NEEDED = SHARED + """seed settings mode steps model_bytes total_bytes unadapted_tokens clocks seconds caveats""".split()
 NEEDED += [f"val_{unit}{stage}" for unit in ("loss", "bpb") for stage in STAGES]
 
 
@@ -143,7 +143,7 @@ def load(paths: list[Path]) -> list[Run]:
     """The runs by seed; Refused if one does not add up, or not with the others."""
     first, *others = runs = [read_run(path) for path in paths]
     shared = lambda run: {**{f"setting {name}": value for name, value in run.result["settings"].items()
-                             if name not in OWN_SETTINGS}, **{name: run.result.get(name) for name in SHARED}}
+                             if name not in OWN_SETTINGS}, **{name: run.result.get(name) for name in (*SHARED, "train_sha256")}}  # older runs lack the last
     for run in others:
         ours, theirs = shared(run), shared(first)
         for name in {**theirs, **ours}:
