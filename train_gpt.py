@@ -373,6 +373,10 @@ def read_file(path: Path) -> bytes:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+
 @dataclasses.dataclass
 class Phase:
     """A part of the run and the clock it counts against: "training", "scoring" or none."""
@@ -380,6 +384,7 @@ class Phase:
     clock: str
     began: float = dataclasses.field(default_factory=time.perf_counter)
     seconds: float = 0.0  # when finished
+    graphs: int = 0  # compiled in it, when finished
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -425,11 +430,12 @@ class RunLog:
     def phase(self, name: str, clock: str = "") -> Iterator[Phase]:
         if clock:  # counts from when all ranks are here to when all are done
             self.ranks.max(0.0)
-        phase = Phase(name, clock)
+        phase = Phase(name, clock, graphs=-compiled_graphs())
         self.phases.append(phase)
         yield phase
         self.ranks.synchronize()
         phase.seconds = self.ranks.max(phase.elapsed()) if clock else phase.elapsed()
+        phase.graphs += compiled_graphs()
 
     def spent(self, clock: str) -> float:
         """Seconds of all finished phases of a clock."""
@@ -1661,7 +1667,7 @@ def orthogonalize(G: Tensor, steps: int) -> Tensor:
 class Shard:
     """Communication buffers of one bank, in the dtype that travels."""
     full: Tensor  # (world * rows, ...) the gradient on its way out, the update on its way back
-    mine: Tensor  # (rows, ...) this rank's share of the reduced gradient
+    mine: Tensor  # (rows, ...) this rank's share of the reduced gradient; a lone rank's is all of `full`
     pending: Any = None  # the collective under way
 
     def wait(self) -> None:
@@ -1686,7 +1692,7 @@ class Muon(torch.optim.Optimizer):
         for p in self.param_groups[0]["params"]:
             rows = -(-len(p) // ranks.world)  # the last ranks may own padding: zeros, whose update is zero
             full = p.new_zeros(ranks.world * rows, *p.shape[1:], dtype=compute_dtype(p.device))
-            self.shards[p] = Shard(full, torch.zeros_like(full[:rows]))
+            self.shards[p] = Shard(full, torch.zeros_like(full[:rows]) if ranks.world > 1 else full)
             self.state[p]["momentum"] = torch.zeros_like(full[:rows], dtype=torch.float32)
 
     @torch.no_grad()
@@ -1698,8 +1704,6 @@ class Muon(torch.optim.Optimizer):
         shard.full[: len(p)] = p.grad
         if self.ranks.world > 1:
             shard.pending = dist.reduce_scatter_tensor(shard.mine, shard.full, async_op=True)
-        else:
-            shard.mine.copy_(shard.full)
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
@@ -2649,10 +2653,6 @@ def rehearse(run: Run, model: GPT, adapters: Adapters, ops: Ops) -> None:
 
 # ---- The run -----------------------------------------------------------------------------------------------
 
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made so far in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
-
 def versions() -> dict[str, str]:
     """Of everything a score may depend on, from package metadata: nothing is imported for it."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
@@ -2694,13 +2694,11 @@ def train(run: Run, model: GPT, loader: PackedLoader, validate: Callable[[Plan],
     trainer = Trainer(run, model, loader)
     with run.log.phase("warm-up"):
         trainer.warm_up()
-    graphs = compiled_graphs()
     run.log(f"buffers: {trainer.local_buffers} a step on a rank, {loader.buffer_tokens} tokens and at most "
             f"{loader.max_spans} spans each; first step after {time.perf_counter() - START:.1f} s")
     trainer.train(validate)
     tokens = trainer.steps * run.cfg.train_batch_tokens
-    run.log(f"train: steps:{trainer.steps} tokens:{tokens} epochs:{tokens / loader.epoch_tokens:.2f} "
-            f"recompilations:{compiled_graphs() - graphs}")
+    run.log(f"train: steps:{trainer.steps} tokens:{tokens} epochs:{tokens / loader.epoch_tokens:.2f}")
     return trainer.steps
 
 def produce(run: Run, model: GPT, steps: int, files: DataFiles, bos: int, result: dict,
@@ -2733,11 +2731,9 @@ def score(run: Run, model: GPT, val: Validation, result: dict) -> Tensor:
             ops = ops.compiled(any_length=True)
             if ops.compilable:
                 rehearse(run, model, adapters, ops)
-        graphs = compiled_graphs()
         with log.phase("adapt", "scoring"):
             left = 0.99 * cfg.eval_max_seconds - log.spent("scoring") if cfg.eval_max_seconds else math.inf
             adapted = score_documents(run, model, val, adapters, ops, time.perf_counter() + left)
-        log(f"adapt: recompilations:{compiled_graphs() - graphs}")
         missed = int((adapted == UNSCORED).sum())
         nll = torch.where(adapted == UNSCORED, nll, adapted)
         if missed:
@@ -2754,7 +2750,7 @@ def caveats(run: Run, result: dict[str, Any]) -> list[str]:
     """What speaks against taking this result for a record's, measured by the challenge's limits."""
     cfg, ranks, log, _ = run
     training, scoring = log.spent("training"), log.spent("scoring")
-    total, plain = result["total_bytes"], result["unadapted_tokens"]
+    total, plain, graphs = (result[name] for name in ("total_bytes", "unadapted_tokens", "recompilations"))
     return [why for why, holds in (
         (f"preset {cfg.preset}", cfg.preset),
         (f"not trained by this run, which read {cfg.eval_only_path}", result["mode"] != "train"),
@@ -2762,6 +2758,7 @@ def caveats(run: Run, result: dict[str, Any]) -> list[str]:
         (f"scoring took {scoring:.1f} s of {CLOCK_SECONDS}", scoring > CLOCK_SECONDS),
         (f"{total} bytes of {CAP_BYTES}", total > CAP_BYTES),
         (f"{plain} targets have their plain score", plain),
+        (f"recompilations on the clocks: {graphs}", graphs),
         (f"VAL_DOC_FRACTION={cfg.val_doc_fraction}: not all documents", cfg.val_doc_fraction < 1),
         (f"VAL_LOSS_EVERY={cfg.val_loss_every}: validation was read during training", cfg.val_loss_every),
         ("not on 8 GPUs", not (ranks.on_gpu and ranks.world == 8))) if holds]
@@ -2779,6 +2776,9 @@ def summarize(run: Run, result: dict[str, Any]) -> None:
         over = " EXCEEDED" if 0 < budget < seconds else ""
         log(f"clock {clock:20}{seconds:9.1f} s" + (f"  of {budget:g} s{over}" if budget else ""))
         result["clocks"][clock] = {"seconds": round(seconds, 3), "budget": budget}
+    graphs = int(ranks.max(sum(phase.graphs for phase in log.phases if phase.clock)))
+    result["recompilations"] = graphs
+    log(f"recompilations on the clocks:{graphs}")
     result["seconds"] = round(time.perf_counter() - START, 3)
     result["caveats"] = caveats(run, result)
     log("caveats: " + ("; ".join(result["caveats"]) or "none"))

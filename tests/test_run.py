@@ -203,9 +203,25 @@ def test_clocks_are_judged_by_the_challenge_and_not_by_the_settings(run, monkeyp
     why = "; ".join(outcome.result["caveats"])
     assert "training took" in why and "scoring took" in why and "EXCEEDED" in outcome.out
     monkeypatch.setattr(tg, "CAP_BYTES", 100_000)
-    small = dict(artifact := {"val_loss": 0}, total_bytes=100_001, unadapted_tokens=0, mode="train")
+    small = dict(artifact := {"val_loss": 0}, total_bytes=100_001, unadapted_tokens=0, mode="train", recompilations=3)
     log = type("Log", (), {"spent": lambda self, clock: 0.0})()
-    assert "100001 bytes of 100000" in "; ".join(tg.caveats(tg.Run(tg.Config(), tg.Ranks(), log, tg.Ops()), small))
+    why = "; ".join(tg.caveats(tg.Run(tg.Config(), tg.Ranks(), log, tg.Ops()), small))
+    assert "100001 bytes of 100000" in why and "recompilations on the clocks: 3" in why
+
+
+def test_what_is_compiled_on_a_clock_is_counted(run, finished, monkeypatch):
+    assert finished[2]["recompilations"] == 0
+    calibrate = tg.calibrate
+
+    def compiling(*args):
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        return calibrate(*args)
+
+    monkeypatch.setattr(tg, "calibrate", compiling)
+    outcome = run()
+    assert outcome.result["recompilations"] == 1 and "\nrecompilations on the clocks:1\n" in outcome.out
+    assert "recompilations on the clocks: 1" in outcome.result["caveats"]
+    assert outcome.result["val_bpb"] == finished[2]["val_bpb"]
 
 
 def test_clocks_hold_what_the_rules_put_on_them(finished):
