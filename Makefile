@@ -1,35 +1,71 @@
-# make run      the whole pipeline on the bundled text, on a CPU (or one GPU): about four minutes after the install
-# make test     all tests
-# make record   a record run on 8 Hopper GPUs, by the torch that PYTHON has; needs the challenge's data and FlashAttention-3
-# make clean    remove what these leave behind
+# make run      train, quantize, read back and score a tiny model on the bundled text, on a CPU (or one GPU)
+# make test     all tests; GPU tests are skipped without a GPU
+# make check    the quick tests and ruff: under a minute on two cores
+# make record   a record run on 8 Hopper GPUs, from nothing: environment, data, run; what is done is skipped
+# make bench    time a training step on this machine's GPUs
+# make docs     write what is generated in docs/
+# make clean    remove environments and caches; runs/ stays
 
 PYTHON ?= python3
 SEED ?= 1337
+GPUS ?= 8
 VENV := .venv
 RUN := $(VENV)/bin/python
+GPU_VENV := .venv-gpu
+GPU_RUN := $(GPU_VENV)/bin/python
+DATA := $(if $(DATA_DIR),,data/.fineweb10B_sp8192)  # with a DATA_DIR of your own nothing is fetched
+RECORD := runs/$(GPUS)gpus-seed$(SEED)
+PIP := -m pip install -q --disable-pip-version-check
 
-.PHONY: run test record clean
+.PHONY: run test check record bench docs clean
+
 run: $(VENV)/installed
 	OMP_NUM_THREADS=1 PRESET=smoke SEED=$(SEED) $(RUN) train_gpt.py  # more threads only wait for each other here
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest tests -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -n 2
 
-record:
-	SEED=$(SEED) $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py
+check: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -q -n 2 -m check
+
+record: $(RECORD)/result.json
+
+$(RECORD)/result.json: | $(GPU_VENV)/installed $(DATA)
+	@echo "== 3 of 3: the run, into $(RECORD)"
+	SEED=$(SEED) ARTIFACT_DIR=$(RECORD) \
+	  $(GPU_RUN) -m torch.distributed.run --standalone --nproc_per_node=$(GPUS) train_gpt.py
+
+bench: $(GPU_VENV)/installed
+	$(GPU_RUN) tools/bench_step.py
+
+docs: $(VENV)/installed-dev
+	$(RUN) tools/maintenance/docs.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: $(VENV)/bin/python requirements.txt requirements-tools.txt
-	$(RUN) -m pip install -q --disable-pip-version-check -r requirements.txt
+$(VENV)/installed: $(VENV)/bin/python requirements.txt
+	$(RUN) $(PIP) -r requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) $(PIP) -r requirements-dev.txt
+	touch $@
+
+$(GPU_VENV)/installed: requirements-gpu.txt
+	@echo "== 1 of 3: the environment of a record, in $(GPU_VENV)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_RUN) $(PIP) -r requirements-gpu.txt
+	touch $@
+
+data/.fineweb10B_sp8192: | $(GPU_VENV)/installed
+	@echo "== 2 of 3: the challenge's data, 16 GB, into data/"
+	$(GPU_RUN) data/download.py
 	touch $@

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Fetch the challenge's published token shards and tokenizer from the Hugging Face hub.
 
-    python data/download.py                                    # vocabulary 8192, 80 training shards: 16 GB into data/
-    python data/download.py --train-shards 2                   # enough to try things out: .5 GB
+    python data/download.py                      # vocabulary 8192, 80 training shards: 16 GB into data/
+    python data/download.py --train-shards 2     # enough to try things out: .5 GB
     python data/download.py --repo willdepueoai/parameter-golf --variant sp1024
-    python data/download.py --check                            # look at what is there, fetch nothing
+    python data/download.py --check              # look at what is there, fetch nothing
 
-Files arrive under OUT/datasets/fineweb10B_VARIANT and OUT/tokenizers, where train_gpt.py looks for them (DATA_DIR=OUT).
-An interrupted download goes on where it stopped. Every file is checked (size, checksum where the hub has one, header, token
-count) before it gets its name, and a file that is there already is checked and kept. The default repository is that of the
-variable MATCHED_FINEWEB_REPO_ID, else the one that holds the 8192-piece variant.
+Files arrive under OUT/datasets/fineweb10B_VARIANT and OUT/tokenizers, where train_gpt.py looks for them
+(DATA_DIR=OUT). An interrupted download goes on where it stopped. Every file is checked (size, checksum where
+the hub has one, header, token count) before it gets its name, and a file that is there already is checked and
+kept. The default repository is that of the variable MATCHED_FINEWEB_REPO_ID, else the one that holds the
+8192-piece variant.
 """
 import argparse
 import hashlib
@@ -22,7 +23,9 @@ from typing import NamedTuple
 import numpy as np
 
 DEFAULT_REPO = os.environ.get("MATCHED_FINEWEB_REPO_ID", "kevclark/parameter-golf")
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MAGIC, VERSION = 20240520, 1  # what a shard begins with
+HEADER_BYTES = 1024
+BOS = 1  # of all published variants
 CHALLENGE_DOCUMENTS = 50_000  # of the validation split, whatever the tokenizer
 
 
@@ -31,6 +34,7 @@ class DownloadError(Exception):
 
 
 class Remote(NamedTuple):
+    """A file of the repository."""
     path: str  # in the repository
     size: int
     sha256: str | None  # known for files that the hub keeps in large file storage
@@ -41,8 +45,15 @@ class Remote(NamedTuple):
 
 
 class Wanted(NamedTuple):
+    """A file to fetch, and the place where it belongs."""
     remote: Remote
     local: pathlib.Path
+
+
+def first_line(error: Exception) -> str:
+    """What an error of the network or of the hub's client says first."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
 
 
 def list_repository(repo: str, revision: str) -> list[Remote]:
@@ -51,29 +62,40 @@ def list_repository(repo: str, revision: str) -> list[Remote]:
 
     try:
         tree = HfApi().list_repo_tree(repo, repo_type="dataset", revision=revision, recursive=True)
-        return [Remote(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None) for entry in tree
-                if hasattr(entry, "size")]
+        files = [entry for entry in tree if hasattr(entry, "size")]  # the others are folders
+        return [Remote(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
     except Exception as error:  # whatever the network or the client raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DownloadError(f"cannot list {repo} (revision {revision}): {reason}; check --repo and the network") from error
+        raise DownloadError(f"cannot list {repo} (revision {revision}): {first_line(error)}; "
+                            "check --repo and the network") from error
 
 
-def choose(files: list[Remote], variant: str, train_shards: int, out: pathlib.Path, repo: str) -> list[Wanted]:
-    """Tokenizer, all validation shards and the first training shards of a variant, with the places they go to."""
+def choose(files: list[Remote], variant: str, train_shards: int, out: pathlib.Path,
+           repo: str) -> list[Wanted]:
+    """Tokenizer, all validation shards and first training shards of a variant, with their places in `out`."""
     vocabulary = variant.removeprefix("sp")
     if not (variant.startswith("sp") and vocabulary.isdigit()):
         raise DownloadError(f"--variant {variant}: wanted is sp and the size of the vocabulary, as in sp8192")
+
+    def files_at(place: str) -> list[Remote]:
+        """Shards and tokenizers whose path in the repository holds this, in order."""
+        return sorted(file for file in files
+                      if f"/{place}" in f"/{file.path}" and file.name.endswith((".bin", ".model")))
+
     folder = f"datasets/fineweb10B_{variant}"
-    tokenizer = f"tokenizers/fineweb_{vocabulary}_bpe.model"
-    within = lambda start: sorted((f for f in files if f"/{start}" in f"/{f.path}" and f.name.endswith((".bin", ".model"))))
-    val, train = within(f"{folder}/fineweb_val_"), within(f"{folder}/fineweb_train_")
-    if not (val and train and within(tokenizer)):
-        variants = {f.path.split("fineweb10B_")[1].split("/")[0] for f in files if "fineweb10B_" in f.path}
-        raise DownloadError(f"{repo} has no complete --variant {variant}; it has {', '.join(sorted(variants)) or 'none'}")
+    tokenizer_place = f"tokenizers/fineweb_{vocabulary}_bpe.model"
+    tokenizers = files_at(tokenizer_place)
+    val = files_at(f"{folder}/fineweb_val_")
+    train = files_at(f"{folder}/fineweb_train_")
+    if not (val and train and tokenizers):
+        variants = {file.path.split("fineweb10B_")[1].split("/")[0] for file in files
+                    if "fineweb10B_" in file.path}
+        known = ", ".join(sorted(variants)) or "none"
+        raise DownloadError(f"{repo} has no complete --variant {variant}; it has {known}")
     if train_shards > len(train):
         raise DownloadError(f"--train-shards {train_shards}: {repo} has {len(train)} of {variant}")
-    chosen = [Wanted(f, out / folder / f.name) for f in val + train[:train_shards]]
-    return [Wanted(within(tokenizer)[0], out / tokenizer)] + chosen
+    shards = val + train[:train_shards]
+    return [Wanted(tokenizers[0], out / tokenizer_place),
+            *(Wanted(file, out / folder / file.name) for file in shards)]
 
 
 def count_tokens(path: pathlib.Path) -> int:
@@ -87,17 +109,21 @@ def count_tokens(path: pathlib.Path) -> int:
     return int(header[2])
 
 
+def sha256_of(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def problem(path: pathlib.Path, remote: Remote) -> str | None:
-    """What is wrong with a local copy, or nothing."""
-    if path.stat().st_size != remote.size:
-        return f"{path} has {path.stat().st_size} bytes, the hub's has {remote.size}"
-    if remote.sha256:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 22):
-                digest.update(block)
-        if digest.hexdigest() != remote.sha256:
-            return f"{path} has another checksum than the hub's"
+    """What is wrong with a local copy; None if nothing is."""
+    size = path.stat().st_size
+    if size != remote.size:
+        return f"{path} has {size} bytes, the hub's has {remote.size}"
+    if remote.sha256 and sha256_of(path) != remote.sha256:
+        return f"{path} has another checksum than the hub's"
     if remote.name.endswith(".bin"):
         try:
             count_tokens(path)
@@ -111,12 +137,14 @@ def fetch(wanted: Wanted, repo: str, revision: str, staging: pathlib.Path) -> No
     from huggingface_hub import hf_hub_download
 
     try:
-        part = pathlib.Path(hf_hub_download(repo, wanted.remote.path, repo_type="dataset", revision=revision,
-                                            local_dir=staging))
+        fetched = hf_hub_download(repo, wanted.remote.path, repo_type="dataset", revision=revision,
+                                  local_dir=staging)
     except Exception as error:  # whatever the network or the client raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DownloadError(f"{wanted.remote.path}: {reason}; run the same command again to go on") from error
-    if wrong := problem(part, wanted.remote):
+        raise DownloadError(f"{wanted.remote.path}: {first_line(error)}; "
+                            "run the same command again to go on") from error
+    part = pathlib.Path(fetched)
+    wrong = problem(part, wanted.remote)
+    if wrong:
         part.unlink()
         raise DownloadError(f"{wrong}; run the same command again to fetch it anew")
     wanted.local.parent.mkdir(parents=True, exist_ok=True)
@@ -125,39 +153,55 @@ def fetch(wanted: Wanted, repo: str, revision: str, staging: pathlib.Path) -> No
 
 def summarize(out: pathlib.Path, variant: str) -> str:
     """Shards, tokens and validation documents of what is there; DownloadError if any shard is not whole."""
-    folder, lines = out / f"datasets/fineweb10B_{variant}", []
+    folder = out / f"datasets/fineweb10B_{variant}"
+    lines = []
     for split in ("train", "val"):
         shards = sorted(folder.glob(f"fineweb_{split}_*.bin"))
         lines.append(f"{split}: {len(shards)} shards, {sum(map(count_tokens, shards)):,} tokens")
-    bos = 1  # of all published variants
-    documents = sum(int((np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES) == bos).sum())
-                    for path in folder.glob("fineweb_val_*.bin"))
-    note = "" if documents == CHALLENGE_DOCUMENTS else f" (the challenge's validation has {CHALLENGE_DOCUMENTS:,})"
+    documents = 0
+    for path in folder.glob("fineweb_val_*.bin"):
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+        documents += int((tokens == BOS).sum())
+    note = ""
+    if documents != CHALLENGE_DOCUMENTS:
+        note = f" (the challenge's validation has {CHALLENGE_DOCUMENTS:,})"
     lines.append(f"validation documents: {documents:,}{note}")
     return "\n".join(lines)
 
 
 def download(args: argparse.Namespace) -> None:
-    wanted = choose(list_repository(args.repo, args.revision), args.variant, args.train_shards, args.out, args.repo)
-    missing = [w for w in wanted if not w.local.exists() or problem(w.local, w.remote)]
-    need, total = sum(w.remote.size for w in missing), sum(w.remote.size for w in wanted)
-    print(f"{args.repo}, {args.variant}: {len(wanted)} files, {total / 1e9:.2f} GB; {len(missing)} files, {need / 1e9:.2f} GB to fetch")
+    """Fetch all files that are wanted and are not there, whole."""
+    # 1) What is wanted, and what of it is missing.
+    files = list_repository(args.repo, args.revision)
+    wanted = choose(files, args.variant, args.train_shards, args.out, args.repo)
+    missing = [file for file in wanted if not file.local.exists() or problem(file.local, file.remote)]
+    total = sum(file.remote.size for file in wanted)
+    need = sum(file.remote.size for file in missing)
+    print(f"{args.repo}, {args.variant}: {len(wanted)} files, {total / 1e9:.2f} GB; {len(missing)} files, "
+          f"{need / 1e9:.2f} GB to fetch")
+    # 2) Is there room for it?
     args.out.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(args.out).free) < need + (1 << 28):
-        raise DownloadError(f"--out {args.out}: {free / 1e9:.2f} GB are free, {need / 1e9:.2f} GB are to come: make room")
+    free = shutil.disk_usage(args.out).free
+    if free < need + (1 << 28):
+        raise DownloadError(f"--out {args.out}: {free / 1e9:.2f} GB are free, {need / 1e9:.2f} GB are to "
+                            "come: make room")
+    # 3) Fetch it.
     staging = args.out / ".download"
-    for number, w in enumerate(missing, 1):
-        print(f"[{number}/{len(missing)}] {w.local}", flush=True)
-        fetch(w, args.repo, args.revision, staging)
+    for number, file in enumerate(missing, 1):
+        print(f"[{number}/{len(missing)}] {file.local}", flush=True)
+        fetch(file, args.repo, args.revision, staging)
     shutil.rmtree(staging, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo", default=DEFAULT_REPO, help=f"dataset repository on the hub (default {DEFAULT_REPO})")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repo", default=DEFAULT_REPO,
+                        help=f"dataset repository on the hub (default {DEFAULT_REPO})")
     parser.add_argument("--revision", default="main", help="branch, tag or commit of it (default main)")
     parser.add_argument("--variant", default="sp8192", help="sp and the vocabulary's size (default sp8192)")
-    parser.add_argument("--train-shards", type=int, default=80, help="first N training shards, 200 MB each (default 80)")
+    parser.add_argument("--train-shards", type=int, default=80,
+                        help="first N training shards, 200 MB each (default 80)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent,
                         help="the DATA_DIR to fill (default: this script's folder)")
     parser.add_argument("--check", action="store_true", help="only look at the files that are there")

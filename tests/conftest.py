@@ -1,11 +1,11 @@
-"""Shared by all tests: the script as module `tg`, a tiny model, a tiny DATA_DIR, in-process runs and launches of ranks."""
+"""What all tests share: the script as `tg`, a tiny model and data, runs in this process and in ranks."""
 import contextlib
 import json
 import os
 import socket
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,19 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "data" / "smoke"
 sys.path.insert(0, str(ROOT))
 
-import train_gpt as tg  # noqa: E402
+import train_gpt as tg
 
 torch.set_num_threads(1)  # tests run side by side, and one order of summation makes runs comparable
 
-TINY = dict(  # environment of a model small enough to train, quantize and score in a second or two
-    VOCAB_SIZE=1024, NUM_LAYERS=5, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4, LOOP_START=1, LOOP_END=2,
-    PARALLEL_START_LAYER=3, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=64, EVAL_SEQ_LEN=64, VAL_BATCH_TOKENS=512, ITERATIONS=6,
-    MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=3, TTT_SITES="qkv,attn,mlp,head",
-    TTT_LORA_RANK=4, TTT_LORA_LR=0.01, TTT_CHUNK_SIZE=16, TTT_CHUNK_GROWTH=0.3, TTT_EVAL_SEQ_LEN=48, TTT_BATCH_SIZE=3)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped without one")
+TINY = dict(  # settings of a model small enough to be trained, quantized and scored in a second or two
+    VOCAB_SIZE=1024, NUM_LAYERS=5, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4, LOOP_START=1,
+    LOOP_END=2, PARALLEL_START_LAYER=3, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=64, EVAL_SEQ_LEN=64,
+    VAL_BATCH_TOKENS=512, ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, QUANT_STATES=8,
+    GPTQ_CALIBRATION_BATCHES=3, TTT_SITES="qkv,attn,mlp,head", TTT_LORA_RANK=4, TTT_LORA_LR=0.01,
+    TTT_CHUNK_SIZE=16, TTT_CHUNK_GROWTH=0.3, TTT_EVAL_SEQ_LEN=48, TTT_BATCH_SIZE=3)
+SHALLOW = dict(NUM_LAYERS=2, PARALLEL_START_LAYER=1, NUM_LOOPS=0)  # on top of TINY, where few visits will do
 
 
 def pytest_collection_modifyitems(items):
@@ -38,14 +36,24 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+def as_environment(settings: dict[str, Any]) -> dict[str, str]:
+    """Settings as a process gets them. Those that are None are left out."""
+    return {name: str(value) for name, value in settings.items() if value is not None}
+
+
+def silent(*args, **options):
+    """A log of a run that says nothing."""
+
+
 def tiny_config(**settings) -> tg.Config:
-    """A Config of the tiny model; settings by field or variable name."""
-    return tg.Config.from_env({k: str(v) for k, v in {**TINY, **{k.upper(): v for k, v in settings.items()}}.items()})
+    """A Config of the tiny model, with other settings by the name of their field or variable."""
+    changed = {name.upper(): value for name, value in settings.items()}
+    return tg.Config.from_env(as_environment({**TINY, **changed}))
 
 
-def tiny_model(cfg: tg.Config, noise: float = 0.05, **kwargs) -> tg.GPT:
+def tiny_model(cfg: tg.Config, noise: float = 0.05) -> tg.GPT:
     """A model moved off its initial values, where zero projections would hide mistakes."""
-    model = tg.GPT(cfg, **kwargs)
+    model = tg.GPT(cfg)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
@@ -53,15 +61,34 @@ def tiny_model(cfg: tg.Config, noise: float = 0.05, **kwargs) -> tg.GPT:
     return model
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> None:
+def peeking_attention(q, k, v, spans: tg.Spans):
+    """A cheat: attention within each span that is not causal."""
+    outputs = []
+    for lo, hi in zip(spans.cu_seqlens[:-1], spans.cu_seqlens[1:]):
+        if hi > lo:
+            heads = [t[lo:hi].transpose(0, 1) for t in (q, k, v)]
+            outputs.append(torch.nn.functional.scaled_dot_product_attention(*heads).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def shard_bytes(tokens) -> bytes:
+    """A token shard, as a file holds it."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(tokens)
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    path.write_bytes(shard_bytes(tokens))
+
+
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """The shards of a split, "train" or "val", in a DATA_DIR."""
+    return sorted((folder / "datasets/fineweb10B_sp1024").glob(f"fineweb_{split}_*.bin"))
 
 
 def smoke_tokens(split: str) -> np.ndarray:
-    paths = sorted((SMOKE / "datasets/fineweb10B_sp1024").glob(f"fineweb_{split}_*.bin"))
-    return np.concatenate([np.array(tg.open_shard(path)) for path in paths])
+    return np.concatenate([np.array(tg.open_shard(path)) for path in shards_of(SMOKE, split)])
 
 
 def make_data(folder: Path, train: list[np.ndarray], val: list[np.ndarray]) -> Path:
@@ -79,14 +106,21 @@ def make_data(folder: Path, train: list[np.ndarray], val: list[np.ndarray]) -> P
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """A DATA_DIR of real text: two training shards; beginnings of five documents in two validation shards, cut inside one."""
-    train, val = smoke_tokens("train"), smoke_tokens("val")
-    starts = np.flatnonzero(val == 1)
-    val = np.concatenate([val[start : start + n] for start, n in zip(starts, (300, 40, 170, 90, 260))])
-    return make_data(tmp_path_factory.mktemp("data"), [train[:9000], train[9000:15000]], [val[:400], val[400:]])
+    """A DATA_DIR of real text: two training shards, and the beginnings of five documents for validation.
+
+    These are in two shards as well, which part inside the third document.
+    """
+    train = smoke_tokens("train")
+    stream = smoke_tokens("val")
+    lengths = (300, 40, 170, 90, 260)
+    starts = np.flatnonzero(stream == 1)
+    val = np.concatenate([stream[start : start + length] for start, length in zip(starts, lengths)])
+    folder = tmp_path_factory.mktemp("data")
+    return make_data(folder, [train[:9000], train[9000:15000]], [val[:400], val[400:]])
 
 
 class Outcome(NamedTuple):
+    """What a run of the script said and returned."""
     status: int
     out: str
     err: str
@@ -94,9 +128,10 @@ class Outcome(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The one line that a user's mistake ends with; asserts that it is one line, and all there is."""
+        """The line that a user's mistake ends with. Asserts that it is one line, and all there is."""
         assert self.status == 2 and self.result is None, (self.status, self.out)
-        assert self.err.startswith("error: ") and self.err.count("\n") == 1 and "Traceback" not in self.err, self.err
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
+        assert "Traceback" not in self.err, self.err
         return self.err.strip()
 
 
@@ -105,12 +140,14 @@ def run(capfd, tiny_data, tmp_path):
     """run(**settings): the whole script in this process, on the tiny model and data."""
 
     def call(**settings) -> Outcome:
-        env = {**TINY, "DATA_DIR": tiny_data, "ARTIFACT_DIR": tmp_path / "run", **settings}
-        env = {name: str(value) for name, value in env.items() if value is not None}
-        status = tg.main(env)
+        defaults = {**TINY, "DATA_DIR": tiny_data, "ARTIFACT_DIR": tmp_path / "run"}
+        status = tg.main(as_environment({**defaults, **settings}))
         out, err = capfd.readouterr()
-        last = out.strip().rsplit("\n", 1)[-1]
-        return Outcome(status, out, err, json.loads(last[7:]) if last.startswith("RESULT ") else None)
+        last_line = out.strip().rsplit("\n", 1)[-1]
+        result = None
+        if last_line.startswith("RESULT "):
+            result = json.loads(last_line.removeprefix("RESULT "))
+        return Outcome(status, out, err, result)
 
     return call
 
@@ -121,17 +158,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _rank(rank: int, world: int, port: int, target, args, folder: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+def run_rank(rank: int, world_size: int, port: int, target: Callable, args: tuple, folder: str) -> None:
+    """What a process of `launch` does: take its place, call the target, save what that returns."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.save(target(*args), Path(folder) / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def launch(world: int, target, *args, folder: Path) -> list:
-    """target(*args) in `world` processes that torchrun might have started; returns what each returned."""
+def launch(world_size: int, target: Callable, *args, folder: Path) -> list:
+    """target(*args) in processes that torchrun might have started; returns what each of them returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_rank, (world, free_port(), target, args, str(folder)), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    mp.spawn(run_rank, (world_size, free_port(), target, args, str(folder)), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]

@@ -1,64 +1,85 @@
-"""The submission kit, tools/pack.py, submission.py and make_record.py, on fabricated runs and on those in logs/."""
+"""The submission kit, tools/submission.py and tools/pack.py.
+
+Most runs here are fabricated; those in logs/ and one of the script as it is are read, too.
+"""
 import hashlib
 import json
 import math
+import re
 import statistics
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, tg
+
+import train_gpt as tg
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-import make_record  # noqa: E402
-import pack  # noqa: E402
-import submission as kit  # noqa: E402
-
-SOURCE = '"""A script."""\n\n\nprint("one", "=" * 100)\n'
-PACKED = b"print('one')\n"
-TOKENS, BYTES = 47_800_000, 151_080_000  # FineWeb's, about
-BPB = {0: 1.0581, 1: 1.0575, 2: 1.0584}
-SETTINGS = {"seed": 0, "run_id": "s0", "data_dir": "d", "matrix_lr": 0.03}
+import finished_runs
+import pack
+import submission
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+SOURCE = '"""A script."""\n\n\nprint("one", "=" * 100)\n'
+PACKED = b"print('one')\n"
+SHA256 = {"code": sha256(SOURCE.encode()), "packed": sha256(PACKED), "model": sha256(b"f" * 9)}
+TOKENS, BYTES = 47_800_000, 151_080_000  # FineWeb's, about
+NATS_A_BIT = math.log(2) * BYTES / TOKENS  # of a token, of a byte
+BPB = {0: 1.0581, 1: 1.0575, 2: 1.0584}  # by seed
+SETTINGS = {"seed": 0, "run_id": "s0", "data_dir": "d", "matrix_lr": 0.03}
+VERSIONS = {"python": "3.12.3", "cuda": "13.0", "torch": "2.11.0+cu130", "flash_attn_3": "3.0.0",
+            "numpy": "2.3.5"}
+CLOCKS = {"training": {"seconds": 599.1, "budget": 600.0}, "scoring": {"seconds": 412.0, "budget": 600.0}}
+
+
 def result_of_seed(seed: int) -> dict:
     """What a flawless record run would leave."""
-    r = {f"val_bpb{stage}": BPB.get(seed, 1.06) + more
-         for stage, more in (("", 0), ("_quantized", 0.011), ("_unquantized", 0.002))}
-    r |= {name.replace("bpb", "loss"): value * math.log(2) * BYTES / TOKENS for name, value in r.items()}
-    versions = {"python": "3.12.3", "cuda": "13.0", "torch": "2.11.0+cu130", "flash_attn_3": "3.0.0", "numpy": "2.3.5"}
+    bpb = BPB.get(seed, 1.06)
+    scores = {"val_bpb": bpb, "val_bpb_quantized": bpb + 0.011, "val_bpb_unquantized": bpb + 0.002}
+    losses = {name.replace("bpb", "loss"): value * NATS_A_BIT for name, value in scores.items()}
     model_bytes = 15_999_000 + seed
-    return r | dict(
-        seed=seed, run_id=f"s{seed}", settings={**SETTINGS, "seed": seed, "run_id": f"s{seed}"}, mode="train",
-        versions=versions, hardware="8 x NVIDIA H100 80GB HBM3", steps=5000 + seed, seconds=1300.5, caveats=[],
-        code_sha256=sha256(SOURCE.encode()), packed_sha256=sha256(PACKED), code_bytes=len(PACKED),
-        tokenizer_sha256="a" * 64, val_sha256="b" * 64, train_sha256="e" * 64, model_sha256=sha256(b"f" * 9),
-        model_bytes=model_bytes, cap_bytes=16_000_000,
-        total_bytes=model_bytes + len(PACKED), documents=50_000, tokens=TOKENS, bytes=BYTES, unadapted_tokens=0,
-        clocks={"training": {"seconds": 599.1, "budget": 600.0}, "scoring": {"seconds": 412.0, "budget": 600.0}})
+    return scores | losses | dict(
+        caveats=[], unadapted_tokens=0,
+        documents=50_000, tokens=TOKENS, bytes=BYTES,
+        total_bytes=model_bytes + len(PACKED), code_bytes=len(PACKED), model_bytes=model_bytes,
+        cap_bytes=16_000_000, clocks=CLOCKS,
+        mode="train", seed=seed, steps=5000 + seed, run_id=f"s{seed}",
+        settings={**SETTINGS, "seed": seed, "run_id": f"s{seed}"},
+        hardware="8 x NVIDIA H100 80GB HBM3", versions=VERSIONS, seconds=1300.5,
+        code_sha256=SHA256["code"], packed_sha256=SHA256["packed"], model_sha256=SHA256["model"],
+        tokenizer_sha256="a" * 64, train_sha256="e" * 64, val_sha256="b" * 64)
 
 
 def write_run(folder, r: dict, source: str = SOURCE):
-    """The files of a run with this result, in the form in which train_gpt.py writes them."""
+    """Write the files of a run with this result, in train_gpt.py's form; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    bar, stream = "=" * 100, "documents:{documents} tokens:{tokens} bytes:{bytes}".format(**r)
-    listed = lambda values: " ".join(f"{name}:{value}" for name, value in values.items())
-    score = lambda name, stage: f"{name} val_loss:{r[f'val_loss{stage}']:.8f} val_bpb:{r[f'val_bpb{stage}']:.8f}"
+    # 1) The log.
+    versions = " ".join(f"{name}:{value}" for name, value in r["versions"].items())
+    settings = " ".join(f"{name}:{value}" for name, value in r["settings"].items())
     gpus, device = r["hardware"].split(" x ")
-    (folder / "log.txt").write_text("\n".join((
-        f"run_id:{r['run_id']} code_sha256:{r['code_sha256']}", f"versions: {listed(r['versions'])}",
-        f"settings other than the record's: {listed(r['settings'])}", f"all settings: preset: seed:{r['seed']} run_id:x",
-        f"device:{device} world_size:{gpus} attention:flash3_attention kernels:Triton", bar, source, bar,
-        "step:1/2 train_loss:9.0", f"train: steps:{r['steps']} tokens:9 epochs:1.0",
-        "bytes: code:{code_bytes} model:{model_bytes} total:{total_bytes} cap:16000000".format(**r),
-        f"validation: {stream} documents_a_byte_short:0 (a space first)", score("unquantized", "_unquantized"),
-        score("quantized", "_quantized"), score("final", ""),
-        *(f"clock {name:20}{clock['seconds']:9.1f} s" for name, clock in r["clocks"].items()),
-        f"caveats: {'; '.join(r['caveats']) or 'none'}", "RESULT " + json.dumps(r), "")))
+    lines = [f"run_id:{r['run_id']} code_sha256:{r['code_sha256']}",
+             f"versions: {versions}",
+             f"settings other than the record's: {settings}",
+             f"all settings: preset: seed:{r['seed']} run_id:x",
+             f"device:{device} world_size:{gpus} attention:flash3_attention kernels:Triton",
+             "=" * 100, source, "=" * 100,
+             "step:1/2 train_loss:9.0",
+             f"train: steps:{r['steps']} tokens:9 epochs:1.0",
+             f"bytes: code:{r['code_bytes']} model:{r['model_bytes']} total:{r['total_bytes']} cap:16000000",
+             f"validation: documents:{r['documents']} tokens:{r['tokens']} bytes:{r['bytes']} "
+             "documents_a_byte_short:0 (a space first)"]
+    for name, stage in (("unquantized", "_unquantized"), ("quantized", "_quantized"), ("final", "")):
+        lines.append(f"{name} val_loss:{r[f'val_loss{stage}']:.8f} val_bpb:{r[f'val_bpb{stage}']:.8f}")
+    lines += [f"clock {name:20}{clock['seconds']:9.1f} s" for name, clock in r["clocks"].items()]
+    lines += [f"caveats: {'; '.join(r['caveats']) or 'none'}", "RESULT " + json.dumps(r), ""]
+    (folder / "log.txt").write_text("\n".join(lines))
+
+    # 2) What lies beside it.
     (folder / "result.json").write_text(json.dumps(r, indent=1) + "\n")
     rows = {"kind": "settings"}, {"kind": "step", "step": 1}, {"kind": "result", **r}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -68,6 +89,7 @@ def write_run(folder, r: dict, source: str = SOURCE):
 
 @pytest.fixture
 def runs(tmp_path):
+    """Folders of three flawless runs that belong together, in no order."""
     return [str(write_run(tmp_path / f"seed{seed}", result_of_seed(seed))) for seed in (2, 0, 1)]
 
 
@@ -75,9 +97,10 @@ def runs(tmp_path):
 def refused(capsys):
     """refused(main, *arguments): the one line that a mistake ends with."""
     def call(main, *arguments) -> str:
-        assert main([str(a) for a in arguments]) == 2
+        assert main([str(argument) for argument in arguments]) == 2
         out, err = capsys.readouterr()
-        assert not out and err.startswith("error: ") and err.count("\n") == 1, err
+        assert not out
+        assert err.startswith("error: ") and err.count("\n") == 1, err
         return err
     return call
 
@@ -85,54 +108,98 @@ def refused(capsys):
 # Runs that add up
 
 def test_three_runs_make_a_submission(runs, tmp_path, capsys):
-    out = tmp_path / "submission.json"
+    file = tmp_path / "submission.json"
     baseline = "--baseline=1.0728,1.0726,1.0732"
-    assert kit.main([*runs, "--write", str(out), "--table", "--author", "A", "--date", "2026-01-02", baseline]) == 0
-    made, results = json.loads(out.read_text()), [result_of_seed(seed) for seed in (0, 1, 2)]
-    theirs = json.loads((ROOT / "submission.json").read_text())
-    assert set(theirs) <= set(made) and set(theirs["compliance"]) <= set(made["compliance"])
-    assert set(next(iter(theirs["seed_results"].values()))) <= set(made["seed_results"]["0"])
+    arguments = ["check", *runs, "--write", str(file), "--author", "A", "--date", "2026-01-02", baseline]
+    assert submission.main(arguments) == 0
+    made = json.loads(file.read_text())
     assert made["author"] == "A" and made["date"] == "2026-01-02" and made["seeds"] == [0, 1, 2]
+    results = [result_of_seed(seed) for seed in (0, 1, 2)]
     for name in ("val_loss", "val_bpb"):
-        assert made[name] == pytest.approx(statistics.fmean(r[name] for r in results), rel=1e-15)
-        assert made[f"{name}_std"] == pytest.approx(np.std([r[name] for r in results], ddof=1))
+        values = [r[name] for r in results]
+        assert made[name] == pytest.approx(statistics.fmean(values), rel=1e-15)
+        assert made[f"{name}_std"] == pytest.approx(np.std(values, ddof=1))
     row = made["seed_results"]["2"]
-    assert row["artifact_bytes"] == made["artifact_bytes"] == 15_999_002 + len(PACKED) and row["steps"] == 5002
-    assert row["training_seconds"] == 599.1 and (tmp_path / row["log"]).samefile(tmp_path / "seed2/log.txt")
+    assert row["artifact_bytes"] == made["artifact_bytes"] == 15_999_002 + len(PACKED)
+    assert row["steps"] == 5002 and row["training_seconds"] == 599.1
+    assert (tmp_path / row["log"]).samefile(tmp_path / "seed2/log.txt")
     assert made["model_bytes"] + made["code_bytes"] == made["artifact_bytes"]
     assert all(made["compliance"].values()) and made["caveats"] == [] and made["corpus"] == "FineWeb"
     assert made["track"] == "10min_16mb" and made["record"] is True
+    first, *others, last = capsys.readouterr().out.splitlines()
+    assert first == ("no contradiction, seeds [0, 1, 2]: val_bpb 1.05800 +- 0.00046, 15,999,015 bytes, "
+                     "track 10min_16mb")
+    assert any("lower at all: p = " in line for line in others)
+    assert any(", below the 0.01 that" in line for line in others)
+    assert last == str(file)
+
+
+def test_a_submission_has_all_fields_of_the_one_in_the_repository(runs, tmp_path):
+    file = tmp_path / "submission.json"
+    assert submission.main(["check", *runs, "--write", str(file)]) == 0
+    made = json.loads(file.read_text())
+    theirs = json.loads((ROOT / "submission.json").read_text())
+    assert set(theirs) <= set(made)
+    assert set(theirs["compliance"]) <= set(made["compliance"])
+    row, *_ = theirs["seed_results"].values()
+    assert set(row) <= set(made["seed_results"]["0"])
+
+
+def test_the_table_has_every_seed_their_mean_and_their_deviation(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert submission.main(["table", *runs, "--baseline=1.0728,1.0726,1.0732"]) == 0
     printed = capsys.readouterr().out
-    assert "| 0 | 1.05810 | " in printed and "| **mean** | **1.05800** | " in printed
+    assert "| 0 | 1.05810 | " in printed
+    assert "| **mean** | **1.05800** | " in printed
     assert "| std | 0.00046 | " in printed
+    assert "| [log](seed2/log.txt) |" in printed
     assert "lower at all: p = " in printed and ", below the 0.01 that" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0", "seed1", "seed2"], "none is written"
+
+
+def test_a_check_writes_nothing_unless_told(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert submission.main(["check", *runs]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0", "seed1", "seed2"]
 
 
 def test_a_record_has_to_be_better_by_the_margin(runs, tmp_path):
-    """Better than its baseline without doubt, but by .0009 bits per byte, which is less than .005 nats a token."""
-    out = tmp_path / "submission.json"
-    assert kit.main([*runs, "--write", str(out), "--baseline", "1.0590,1.0589,1.0588"]) == 0
-    made = json.loads(out.read_text())
-    assert made["significance"]["p_improves"] < 0.05 < 0.9 < made["significance"]["p_improves_by_0.005_nats"]
+    """This one is better without doubt, but by 0.0009 bits a byte, which is less than 0.005 nats a token."""
+    file = tmp_path / "submission.json"
+    arguments = ["check", *runs, "--write", str(file), "--baseline", "1.0590,1.0589,1.0588"]
+    assert submission.main(arguments) == 0
+    made = json.loads(file.read_text())
+    assert made["significance"]["p_improves"] < 0.05
+    assert made["significance"]["p_improves_by_0.005_nats"] > 0.9
     assert made["track"] == "10min_16mb" and made["record"] is False
 
 
 def test_one_run_is_a_submission_without_spread(tmp_path, capsys):
-    out, r = tmp_path / "submission.json", result_of_seed(5)
-    r |= dict(hardware="4 x NVIDIA H200", documents=1800, caveats=["not on 8 GPUs"])
+    r = result_of_seed(5) | dict(hardware="4 x NVIDIA H200", documents=1800, caveats=["not on 8 GPUs"])
     log = write_run(tmp_path / "run", r) / "log.txt"  # a log alone is read, too
-    out.write_text(json.dumps(dict(author="Kept", corpus="prose", val_sha256=r["val_sha256"], date="1999-01-01")))
-    assert kit.main([str(log), "--write", str(out)]) == 0
-    made = json.loads(out.read_text())
+    file = tmp_path / "submission.json"
+    older = dict(author="Kept", corpus="prose", val_sha256=r["val_sha256"], date="1999-01-01")
+    file.write_text(json.dumps(older))
+    assert submission.main(["check", str(log), "--write", str(file)]) == 0
+    made = json.loads(file.read_text())
     assert made["val_bpb_std"] is None and made["val_bpb"] == r["val_bpb"] and made["record"] is False
     assert made["author"] == "Kept" and made["corpus"] == "prose; not FineWeb" and made["date"] > "2000"
     no = {rule for rule, holds in made["compliance"].items() if not holds}
-    assert no == {"eight_gpus", "h100", "fineweb", "three_seeds"} and made["track"] == "non-record-16mb"
+    assert no == {"eight_gpus", "h100", "fineweb", "three_seeds"}
+    assert made["track"] == "non-record-16mb"
     assert made["caveats"] == made["seed_results"]["5"]["caveats"] == ["not on 8 GPUs"]
     assert "caveat: not on 8 GPUs" in capsys.readouterr().out
-    out.write_text(json.dumps(made | dict(date="2001-02-03")))
-    again = made | dict(date="2001-02-03")
-    assert kit.main([str(log), "--write", str(out)]) == 0 and json.loads(out.read_text()) == again, "made again, not anew"
+
+
+def test_the_same_submission_made_again_keeps_its_date(runs, tmp_path):
+    file = tmp_path / "submission.json"
+    assert submission.main(["check", *runs, "--write", str(file), "--date", "2001-02-03"]) == 0
+    made = json.loads(file.read_text())
+    assert made["date"] == "2001-02-03"
+    assert submission.main(["check", *runs, "--write", str(file)]) == 0
+    assert json.loads(file.read_text()) == made
+    assert submission.main(["check", runs[0], "--write", str(file)]) == 0
+    assert json.loads(file.read_text())["date"] > made["date"], "of other runs it is another"
 
 
 @pytest.mark.parametrize("changes, rules", [
@@ -142,52 +209,80 @@ def test_one_run_is_a_submission_without_spread(tmp_path, capsys):
     (dict(hardware="8 x NVIDIA H200"), {"h100"}),
 ])
 def test_what_speaks_against_runs_keeps_them_from_being_a_record(changes, rules, tmp_path):
-    runs = kit.load([write_run(tmp_path / f"{seed}", result_of_seed(seed) | changes) for seed in range(3)])
-    made = kit.submission(runs, ["a", "b", "c"], {"date": ""}, {kit.BY_MARGIN: 0.0})
+    folders = [write_run(tmp_path / f"{seed}", result_of_seed(seed) | changes) for seed in range(3)]
+    loaded = finished_runs.load(folders)
+    made = submission.make_submission(loaded, ["a", "b", "c"], {"date": ""}, {submission.BY_MARGIN: 0.0})
     assert {rule for rule, holds in made["compliance"].items() if not holds} == rules
     assert made["track"] == "non-record-16mb" and made["record"] is False
 
 
-def test_what_may_differ_between_runs(tmp_path):
+def test_runs_may_differ_in_where_they_read_and_write(tmp_path):
     r = result_of_seed(1)
-    r["settings"] |= dict(artifact_dir="x", data_dir="/elsewhere", save_scores="s.npz", train_log_every=7)
-    assert len(kit.load([write_run(tmp_path / "a", result_of_seed(0)), write_run(tmp_path / "b", r)])) == 2
+    own = dict(artifact_dir="x", data_dir="/elsewhere", save_scores="s.npz", train_log_every=7)
+    r["settings"] = r["settings"] | own
+    folders = [write_run(tmp_path / "a", result_of_seed(0)), write_run(tmp_path / "b", r)]
+    assert len(finished_runs.load(folders)) == 2
+
+
+def test_results_of_older_scripts_are_read(tmp_path):
+    """They have their values in another order and lack the newer ones."""
+    r = result_of_seed(0) | dict(model_bytes=9, total_bytes=9 + len(PACKED))
+    for newer in ("train_sha256", "model_sha256"):
+        del r[newer]
+    older = dict(reversed(r.items()))
+    folder = write_run(tmp_path / "run", older)
+    (folder / "final_model.int6.ptz").write_bytes(b"f" * 9)
+    (folder / "result.json").write_text(json.dumps(r))
+    (loaded,) = finished_runs.load([folder])
+    assert loaded.result == r and list(loaded.result) == list(older)
 
 
 def test_the_runs_in_logs_add_up():
-    assert len(kit.load(sorted((ROOT / "logs").glob("smoke-seed*")))) == 3
-    assert kit.load([ROOT / "logs/proxy-4xH200"]) and kit.load([ROOT / "logs/proxy-2xH200"])
+    logs = ROOT / "logs"
+    assert len(finished_runs.load(sorted(logs.glob("*_cpu_smoke-seed*")))) == 3
+    assert finished_runs.load([logs / "2026-11-21_4xH200_full"])
+    assert finished_runs.load([logs / "2026-11-22_2xH200_full"])
+
+
+def test_a_run_of_the_script_as_it_is_adds_up(run, tmp_path):
+    outcome = run()
+    assert outcome.status == 0, outcome.err
+    (loaded,) = finished_runs.load([tmp_path / "run"])
+    assert loaded.result == outcome.result
 
 
 def test_submission_json_is_what_the_kit_makes_of_its_logs():
     theirs = json.loads((ROOT / "submission.json").read_text())
     logs = [row["log"] for row in theirs["seed_results"].values()]
-    runs = kit.load([(ROOT / log).parent for log in logs])
-    made = kit.submission(runs, logs, theirs, theirs.get("significance", {}))
-    pairs = [(values, made["seed_results"][seed]) for seed, values in theirs.pop("seed_results").items()]
-    for values, ours in (*pairs, (theirs.pop("compliance"), made["compliance"]), (theirs, made)):
-        assert {name: ours[name] for name in values} == values
+    loaded = finished_runs.load([(ROOT / log).parent for log in logs])
+    made = submission.make_submission(loaded, logs, theirs, theirs.get("significance", {}))
+    for seed, row in theirs.pop("seed_results").items():
+        assert {name: made["seed_results"][seed][name] for name in row} == row
+    rules = theirs.pop("compliance")
+    assert {name: made["compliance"][name] for name in rules} == rules
+    assert {name: made[name] for name in theirs} == theirs
 
 
 # Runs that do not
 
-def clocks(**changes) -> dict:
-    return dict(clocks={**result_of_seed(0)["clocks"], **changes})
-
-
 FAULTS = {  # changes of one run's result, and words of the refusal
-    "too large": (dict(model_bytes=16_000_000, total_bytes=16_000_000 + len(PACKED)), "16000013 bytes of 16000000"),
+    "too large": (
+        dict(model_bytes=16_000_000, total_bytes=16_000_000 + len(PACKED)), "16000013 bytes of 16000000"),
     "wrong sum": (dict(total_bytes=15_000_000), "total_bytes are not code_bytes + model_bytes"),
-    "trained too long": (clocks(training={"seconds": 600.1, "budget": 700.0}), "training took 600.1 s of 600"),
-    "over its own budget": (clocks(training={"seconds": 91.0, "budget": 90.0}), "took 91.0 s of 90"),
-    "scored too long": (clocks(scoring={"seconds": 601, "budget": 0.0}), "scoring took 601 s of 600"),
+    "trained too long": (
+        dict(clocks={**CLOCKS, "training": {"seconds": 600.1, "budget": 700.0}}),
+        "training took 600.1 s of 600"),
+    "over its own budget": (
+        dict(clocks={**CLOCKS, "training": {"seconds": 91.0, "budget": 90.0}}), "took 91.0 s of 90"),
+    "scored too long": (
+        dict(clocks={**CLOCKS, "scoring": {"seconds": 601, "budget": 0.0}}), "scoring took 601 s of 600"),
     "no clock": (dict(clocks={"training": {"seconds": 1.0, "budget": 0.0}}), "lacks a clock"),
     "not all adapted": (dict(unadapted_tokens=12), "12 targets were not adapted"),
     "not all documents": (dict(settings={**SETTINGS, "val_doc_fraction": 0.5}), "VAL_DOC_FRACTION"),
     "not trained": (dict(mode="checkpoint"), "mode checkpoint"),
     "score of other tokens": (dict(tokens=TOKENS - 1), "contradict each other"),
     "not a number": (dict(val_loss=math.nan, val_bpb=math.nan), "not as in the RESULT line of"),
-    "another source": (dict(code_sha256="c" * 64), "the source in it has not the code_sha256"),
+    "another source": (dict(code_sha256="c" * 64), "the source in it does not have the code_sha256"),
     "another packed script": (dict(packed_sha256="c" * 64), "train_gpt_packed.py"),
 }
 
@@ -196,13 +291,22 @@ FAULTS = {  # changes of one run's result, and words of the refusal
 def test_a_run_that_does_not_add_up_is_refused(fault, tmp_path, refused):
     changes, words = FAULTS[fault]
     folder = write_run(tmp_path / "run", result_of_seed(0) | changes)
-    said = refused(kit.main, folder, "--write", tmp_path / "s.json")
+    said = refused(submission.main, "check", folder, "--write", tmp_path / "s.json")
     assert words in said and str(folder / "log.txt") in said
     assert not (tmp_path / "s.json").exists()
 
 
+@pytest.mark.parametrize("command", [["check"], ["table"], ["record", "X"]])
+def test_every_command_refuses_what_does_not_add_up(command, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "run", result_of_seed(0) | dict(total_bytes=15_000_000))
+    assert "total_bytes are not code_bytes" in refused(submission.main, *command, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 DIFFERENCES = {  # a second run that is flawless by itself, and words of the refusal
-    "machine": (dict(hardware="8 x NVIDIA H200"), "hardware is 8 x NVIDIA H200, but 8 x NVIDIA H100 80GB HBM3 in"),
+    "machine": (
+        dict(hardware="8 x NVIDIA H200"), "hardware is 8 x NVIDIA H200, but 8 x NVIDIA H100 80GB HBM3 in"),
     "validation": (dict(val_sha256="c" * 64), "val_sha256"),
     "training data": (dict(train_sha256="c" * 64), "train_sha256"),
     "tokenizer": (dict(tokenizer_sha256="c" * 64), "tokenizer_sha256"),
@@ -218,64 +322,42 @@ DIFFERENCES = {  # a second run that is flawless by itself, and words of the ref
 @pytest.mark.parametrize("difference", DIFFERENCES)
 def test_runs_that_do_not_belong_together_are_refused(difference, tmp_path, refused):
     changes, words = DIFFERENCES[difference]
-    results = result_of_seed(0), result_of_seed(1) | changes
-    first, second = (write_run(tmp_path / f"run{i}", r) for i, r in enumerate(results))
-    assert kit.load([first]) and kit.load([second]), "each is fine alone"
-    assert words in (said := refused(kit.main, first, second)) and str(second / "log.txt") in said
+    first = write_run(tmp_path / "run0", result_of_seed(0))
+    second = write_run(tmp_path / "run1", result_of_seed(1) | changes)
+    assert finished_runs.load([first]) and finished_runs.load([second]), "each is fine alone"
+    said = refused(submission.main, "check", first, second)
+    assert words in said and str(second / "log.txt") in said
 
 
 @pytest.mark.parametrize("content", [b"", b"g" * 9, b"f" * 8])
 def test_an_artifact_beside_the_log_is_the_runs(content, tmp_path, refused):
     r = result_of_seed(0) | dict(model_bytes=9, total_bytes=9 + len(PACKED))
     folder = write_run(tmp_path / "run", r)
-    (folder / "final_model.int6.ptz").write_bytes(b"f" * 9)
-    assert kit.load([folder])
-    (folder / "final_model.int6.ptz").write_bytes(content)
-    assert "final_model.int6.ptz beside it" in refused(kit.main, folder)
+    artifact = folder / "final_model.int6.ptz"
+    artifact.write_bytes(b"f" * 9)
+    assert finished_runs.load([folder])
+    artifact.write_bytes(content)
+    assert "final_model.int6.ptz beside it" in refused(submission.main, "check", folder)
 
 
-@pytest.mark.parametrize("change", [dict(tokens=0), dict(tokens="x"), dict(steps="many"), dict(seed=None), dict(seed=[1]),
-                                    dict(clocks=[]), dict(clocks={"training": {}, "scoring": {}}), dict(caveats=None),
-                                    dict(caveats="none"), dict(hardware=8), dict(settings=None), dict(total_bytes="16"),
-                                    dict(val_bpb_quantized="2.6"), dict(versions=3)])
+@pytest.mark.parametrize("change", [
+    dict(tokens=0), dict(tokens="x"), dict(steps="many"), dict(seed=None), dict(seed=[1]), dict(clocks=[]),
+    dict(clocks={"training": {}, "scoring": {}}), dict(caveats=None), dict(caveats="none"), dict(hardware=8),
+    dict(settings=None), dict(total_bytes="16"), dict(val_bpb_quantized="2.6"), dict(versions=3)])
 def test_values_of_another_kind_are_refused(change, tmp_path, refused):
-    folder, r = write_run(tmp_path / "run", result_of_seed(0)), result_of_seed(0)
-    text = (folder / "log.txt").read_text()
-    (folder / "log.txt").write_text(text.replace(json.dumps(r), json.dumps(r | change)))
-    assert str(folder / "log.txt") in refused(kit.main, folder / "log.txt")
-
-
-def test_who_signs_is_said(runs, tmp_path, capsys):
-    out = tmp_path / "submission.json"
-    assert kit.main([*runs, "--write", str(out), "--author", "A", "--github-id", "a", "--title", "T"]) == 0
-    assert "kept from" not in capsys.readouterr().out
-    assert kit.main([*runs, "--write", str(out), "--title", "U"]) == 0
-    assert "kept from an older submission.json: author 'A', github_id 'a'" in capsys.readouterr().out
-    assert make_record.main(["X", *runs, "--out", str(tmp_path / "records")]) == 0
-    assert "kept from an older submission.json: author " in capsys.readouterr().out
-
-
-def test_mistakes_on_the_command_line(runs, tmp_path, refused):
-    assert "is a folder" in refused(kit.main, *runs, "--write", tmp_path)
-    assert str(tmp_path / "no/s.json") in refused(kit.main, *runs, "--write", tmp_path / "no/s.json")
-    for option in ("--baseline=nan,1", "--date=tomorrow"):
-        with pytest.raises(SystemExit):
-            kit.main([*runs, option])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0", "seed1", "seed2"]
-
-
-def test_requirements_name_what_attention_ran_on():
-    versions = {"python": "3.12.3", "cuda": "13.0", "torch": "2.11.0"}
-    assert "flash-attn-3" in make_record.requirements(versions, "attention:flash3_attention")
-    assert "flash-attn-3==3.0" in make_record.requirements({**versions, "flash_attn_3": "3.0"}, "attention:flash3_attention")
-    assert "flash" not in make_record.requirements(versions, "attention:varlen_attention")
+    r = result_of_seed(0)
+    log = write_run(tmp_path / "run", r) / "log.txt"
+    log.write_text(log.read_text().replace(json.dumps(r), json.dumps(r | change)))
+    assert str(log) in refused(submission.main, "check", log)
 
 
 def test_mixed_scripts_are_refused(tmp_path, refused):
     other = SOURCE + "# changed\n"
     r = result_of_seed(1) | dict(code_sha256=sha256(other.encode()))
-    folders = write_run(tmp_path / "a", result_of_seed(0)), write_run(tmp_path / "b", r, other)
-    assert kit.load(folders[1:]) and "code_sha256" in refused(kit.main, *folders)
+    first = write_run(tmp_path / "a", result_of_seed(0))
+    second = write_run(tmp_path / "b", r, other)
+    assert finished_runs.load([second])
+    assert "code_sha256" in refused(submission.main, "check", first, second)
 
 
 @pytest.mark.parametrize("file, old, new, words", [
@@ -291,7 +373,7 @@ def test_mixed_scripts_are_refused(tmp_path, refused):
     ("log.txt", "world_size:8", "world_size:1", "no line `device:NVIDIA H100 80GB HBM3 world_size:8"),
     ("log.txt", "torch:2.11", "torch:2.12", "no line `versions: python"),
     ("log.txt", "matrix_lr:0.03", "matrix_lr:0.04", "no line `settings other than the record's"),
-    ("log.txt", "all settings: preset: seed:0", "all settings: preset: seed:1", "seed 0 is not its own"),
+    ("log.txt", "all settings: preset: seed:0", "all settings: preset: seed:1", "seed 0 of its RESULT is"),
     ("log.txt", '"steps": 5000', '"steps": 5001', "steps not as in the RESULT line"),
     ("log.txt", "RESULT {", "RESULT x{", "not the result of a run"),
     ("log.txt", "RESULT ", "", "not the log of a finished run"),
@@ -303,53 +385,117 @@ def test_mixed_scripts_are_refused(tmp_path, refused):
     ("train_gpt_packed.py", "print('one')\n", "", "packed_sha256"),
 ])
 def test_files_that_were_changed_are_refused(file, old, new, words, tmp_path, refused):
-    path = write_run(tmp_path / "run", result_of_seed(0)) / file
-    text = path.read_text()
+    folder = write_run(tmp_path / "run", result_of_seed(0))
+    text = (folder / file).read_text()
     assert old in text
-    path.write_text(text.replace(old, new))
-    assert words in (said := refused(kit.main, path.parent)) and str(path.parent) in said
+    (folder / file).write_text(text.replace(old, new))
+    said = refused(submission.main, "check", folder)
+    assert words in said and str(folder) in said
 
 
-def test_files_that_are_missing_or_of_another_run_are_refused(tmp_path, refused):
-    assert "cannot read" in refused(kit.main, tmp_path / "nowhere")
+def test_files_that_are_missing_are_refused(tmp_path, refused):
+    assert "cannot read" in refused(submission.main, "check", tmp_path / "nowhere")
+    folder = write_run(tmp_path / "run", result_of_seed(0))
+    (folder / "metrics.jsonl").unlink()
+    assert finished_runs.load([folder]), "a run's log and result suffice"
+    (folder / "result.json").unlink()
+    assert "cannot read" in refused(submission.main, "check", folder)
+
+
+def test_files_of_another_run_are_refused(tmp_path, refused):
     folder = write_run(tmp_path / "run", result_of_seed(0))
     (folder / "final_model.int6.ptz").write_bytes(b"four")
-    assert "final_model.int6.ptz beside it has 4 bytes" in refused(kit.main, folder)
+    assert "final_model.int6.ptz beside it has 4 bytes" in refused(submission.main, "check", folder)
     (folder / "final_model.int6.ptz").unlink()
     (folder / "metrics.jsonl").write_text("")
-    assert "metrics.jsonl: not the result" in refused(kit.main, folder)
-    (folder / "metrics.jsonl").unlink()
-    assert kit.load([folder]), "a run's log and result suffice"
-    (folder / "result.json").unlink()
-    assert "cannot read" in refused(kit.main, folder)
+    assert "metrics.jsonl: not the result" in refused(submission.main, "check", folder)
+
+
+def test_a_result_that_lacks_what_is_needed_is_refused(tmp_path, refused):
     log = write_run(tmp_path / "older", result_of_seed(0)) / "log.txt"
     log.write_text(log.read_text().replace('"steps": 5000, ', ""))
-    assert "RESULT lacks steps" in refused(kit.main, log)
+    assert "RESULT lacks steps" in refused(submission.main, "check", log)
+
+
+# The command line
+
+def test_names_that_are_kept_are_said(runs, tmp_path, capsys):
+    check = ["check", *runs, "--write", str(tmp_path / "submission.json")]
+    assert submission.main([*check, "--author", "A", "--github-id", "a", "--title", "T"]) == 0
+    assert "kept from" not in capsys.readouterr().out
+    assert submission.main([*check, "--title", "U"]) == 0
+    assert "kept from an older submission.json: author 'A', github_id 'a'" in capsys.readouterr().out
+    assert submission.main(["record", "X", *runs, "--out", str(tmp_path / "records")]) == 0
+    assert "kept from an older submission.json: author " in capsys.readouterr().out
+
+
+def test_mistakes_on_the_command_line_leave_nothing(runs, tmp_path, refused):
+    assert "is a folder" in refused(submission.main, "check", *runs, "--write", tmp_path)
+    nowhere = tmp_path / "no/s.json"
+    assert str(nowhere) in refused(submission.main, "check", *runs, "--write", nowhere)
+    for option in ("--baseline=nan,1", "--date=tomorrow"):
+        with pytest.raises(SystemExit) as ended:
+            submission.main(["check", *runs, option])
+        assert ended.value.code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0", "seed1", "seed2"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["x"], ["check"], ["table"], ["record"], ["record", "X"]])
+def test_an_incomplete_command_ends_with_usage_and_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        submission.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: ")
+
+
+BASELINE = {"--help", "--baseline", "--baseline-loss"}
+DESCRIPTION = {"--author", "--github-id", "--title", "--corpus", "--date"}
+OPTIONS = {
+    "check": BASELINE | DESCRIPTION | {"--write"},
+    "table": BASELINE,
+    "record": BASELINE | DESCRIPTION | {"--out"},
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_lists_the_options(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        submission.main([command, "--help"])
+    assert ended.value.code == 0
+    listed = re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, flags=re.M)
+    assert set(listed) == OPTIONS[command]
 
 
 # The t-tests
 
-def test_tail_of_the_t_distribution():
-    for t, df, p in ((6.3138, 1, 0.05), (31.8205, 1, 0.01), (2.92, 2, 0.05), (6.9646, 2, 0.01), (2.1318, 4, 0.05),
-                     (2.7764, 4, 0.025), (3.7469, 4, 0.01), (7.1732, 4, 0.001), (1.8125, 10, 0.05), (2.4573, 30, 0.01)):
-        assert kit.t_tail(t, df) == pytest.approx(p, rel=1e-4), "the printed tables"
-    for t in (-30.0, -1.0, -1e-3, 0.0, 1e-3, 0.7, 3.0, 40.0):
-        u = t * t / 4  # closed forms exist of 4, 1 and 2 degrees of freedom; of many it is the normal distribution
-        four = 0.5 - 0.375 * t / math.sqrt(1 + u) * (1 - u / (1 + u) / 3)
-        assert kit.t_tail(t, 4) == pytest.approx(four, abs=1e-12)
-        assert kit.t_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, abs=1e-12)
-        assert kit.t_tail(t, 2) == pytest.approx(0.5 - t / math.sqrt(2 + t * t) / 2, abs=1e-12)
-        assert kit.t_tail(t, 1e6) == pytest.approx(math.erfc(t / math.sqrt(2)) / 2, abs=1e-6)
+def test_tail_of_the_t_distribution_is_that_of_printed_tables():
+    for t, df, p in ((6.3138, 1, 0.05), (31.8205, 1, 0.01), (2.92, 2, 0.05), (6.9646, 2, 0.01),
+                     (2.1318, 4, 0.05), (2.7764, 4, 0.025), (3.7469, 4, 0.01), (7.1732, 4, 0.001),
+                     (1.8125, 10, 0.05), (2.4573, 30, 0.01)):
+        assert submission.t_tail(t, df) == pytest.approx(p, rel=1e-4)
+
+
+@pytest.mark.parametrize("t", [-30.0, -1.0, -1e-3, 0.0, 1e-3, 0.7, 3.0, 40.0])
+def test_tail_of_the_t_distribution_has_its_closed_forms(t):
+    """They exist of 1, 2 and 4 degrees of freedom; of many it is the normal distribution's tail."""
+    assert submission.t_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, abs=1e-12)
+    assert submission.t_tail(t, 2) == pytest.approx(0.5 - t / math.sqrt(2 + t * t) / 2, abs=1e-12)
+    u = t * t / 4
+    four = 0.5 - 0.375 * t / math.sqrt(1 + u) * (1 - u / (1 + u) / 3)
+    assert submission.t_tail(t, 4) == pytest.approx(four, abs=1e-12)
+    assert submission.t_tail(t, 1e6) == pytest.approx(math.erfc(t / math.sqrt(2)) / 2, abs=1e-6)
 
 
 def welch_by_integration(new, old, margin: float) -> float:
     """The p-value from the density, summed numerically over t = sqrt(df) tan(angle)."""
-    (a, m), (b, n) = ((np.var(x, ddof=1) / len(x), len(x)) for x in (new, old))
+    a = np.var(new, ddof=1) / len(new)
+    b = np.var(old, ddof=1) / len(old)
     t = (np.mean(old) - np.mean(new) - margin) / np.sqrt(a + b)
-    df = (a + b) ** 2 / (a**2 / (m - 1) + b**2 / (n - 1))
+    df = (a + b) ** 2 / (a**2 / (len(new) - 1) + b**2 / (len(old) - 1))
     angle = (np.arange(1_000_000) + 0.5) / 1_000_000 * np.pi - np.pi / 2
     density = np.cos(angle) ** (df - 1)
-    return float(density[angle > np.arctan(t / np.sqrt(df))].sum() / density.sum())
+    beyond = angle > np.arctan(t / np.sqrt(df))
+    return float(density[beyond].sum() / density.sum())
 
 
 @pytest.mark.parametrize("new, old, margin", [
@@ -358,110 +504,166 @@ def welch_by_integration(new, old, margin: float) -> float:
     ([1.06, 1.07], [1.064, 1.066, 1.071, 1.069], 0.0),
     ([1.1, 1.101, 1.1025], [1.0, 1.0, 1.0], 0.0),
 ])
-def test_welch_against_integration(new, old, margin):
-    assert kit.welch(new, old, margin)[2] == pytest.approx(welch_by_integration(new, old, margin), abs=2e-6)
+def test_welch_is_the_integral_of_the_density(new, old, margin):
+    p = submission.welch(new, old, margin)[2]
+    assert p == pytest.approx(welch_by_integration(new, old, margin), abs=2e-6)
 
 
 def test_welch_by_hand():
-    """Equal numbers and variances: 4 degrees of freedom, t = 2.5 sqrt(3 / 2), and the closed form of the tail."""
-    t, df, p = kit.welch([0.0, 1.0, 2.0], [2.5, 3.5, 4.5])
-    assert t == pytest.approx(2.5 * math.sqrt(1.5)) and df == pytest.approx(4)
+    """Equal numbers and variances give 4 degrees of freedom, t = 2.5 sqrt(3 / 2), a tail in closed form."""
+    low, high = [0.0, 1.0, 2.0], [2.5, 3.5, 4.5]
+    t, df, p = submission.welch(low, high)
+    assert t == pytest.approx(2.5 * math.sqrt(1.5))
+    assert df == pytest.approx(4)
     assert p == pytest.approx(0.0188, abs=5e-5)
-    assert kit.welch([0.0, 1.0, 2.0], [2.5, 3.5, 4.5], 2.5)[2] == pytest.approx(0.5)
-    assert kit.welch([2.5, 3.5, 4.5], [0.0, 1.0, 2.0])[2] == pytest.approx(1 - p)
+    assert submission.welch(low, high, 2.5)[2] == pytest.approx(0.5)
+    assert submission.welch(high, low)[2] == pytest.approx(1 - p)
 
 
 def test_t_tests_that_cannot_be_done_are_refused(runs, refused):
-    assert "two seeds or more on each side: 3 v 1" in refused(kit.main, *runs, "--baseline", "1.07")
-    assert "two seeds or more on each side: 1 v 3" in refused(kit.main, runs[0], "--baseline", "1.07,1.08,1.06")
+    said = refused(submission.main, "check", *runs, "--baseline", "1.07")
+    assert "two seeds or more on each side: 3 v 1" in said
+    said = refused(submission.main, "check", runs[0], "--baseline", "1.07,1.08,1.06")
+    assert "two seeds or more on each side: 1 v 3" in said
+
+
+def test_a_t_test_of_scores_that_do_not_vary_is_refused(tmp_path, refused):
+    folders = [write_run(tmp_path / f"seed{seed}", result_of_seed(seed)) for seed in (7, 8)]
+    said = refused(submission.main, "check", *folders, "--baseline", "1.07,1.07")
+    assert "a t-test needs scores that vary" in said
 
 
 def test_a_baseline_in_nats_is_one_in_bits(runs):
-    loaded, nats = kit.load([ROOT / run for run in runs]), BYTES * math.log(2) / TOKENS
-    bits = kit.significance(loaded, [1.07, 1.071, 1.0705], None)
-    loss = kit.significance(loaded, None, [value * nats for value in (1.07, 1.071, 1.0705)])
-    assert all(bits[name] == pytest.approx(loss[name]) for name in bits) and kit.significance(loaded, None, None) == {}
-    margin = kit.welch([r.result["val_bpb"] for r in loaded], [1.07, 1.071, 1.0705], 0.005 / nats)
+    loaded = finished_runs.load([ROOT / run for run in runs])
+    baseline = [1.07, 1.071, 1.0705]
+    bits = submission.significance(loaded, baseline, None)
+    nats = submission.significance(loaded, None, [value * NATS_A_BIT for value in baseline])
+    assert all(bits[name] == pytest.approx(nats[name]) for name in bits)
+    margin = submission.welch([run.result["val_bpb"] for run in loaded], baseline, 0.005 / NATS_A_BIT)
     assert bits["p_improves_by_0.005_nats"] == pytest.approx(margin[2])
+    assert submission.significance(loaded, None, None) == {}
 
 
 # The folder of a record
 
 def test_record_is_a_folder_to_submit(runs, tmp_path, capsys):
-    out = tmp_path / "records"
-    options = "--out", str(out), "--github-id", "me", "--baseline", "1.07,1.08"
-    assert make_record.main(["2026-01-02_It", *runs, *options]) == 0
-    folder = out / "2026-01-02_It"
-    assert [path.name for path in out.iterdir()] == [folder.name], "nothing aside is left"
+    records = tmp_path / "records"
+    name = "2026-01-02_It"
+    options = "--out", str(records), "--github-id", "me", "--baseline", "1.07,1.08"
+    assert submission.main(["record", name, *runs, *options]) == 0
+    # 1) The files are there, and nothing else.
+    assert [path.name for path in records.iterdir()] == [name], "nothing aside is left"
+    folder = records / name
     assert {path.name for path in folder.iterdir()} == {
         "train_gpt.py", "train_gpt_readable.py", "README.md", "requirements.txt", "submission.json",
         "train_seed0.log", "train_seed1.log", "train_seed2.log"}
-    out = capsys.readouterr().out
-    assert all(str(path) in out for path in folder.iterdir())
-    assert (folder / "train_gpt.py").read_bytes() == PACKED and (folder / "train_gpt_readable.py").read_text() == SOURCE
+    printed = capsys.readouterr().out
+    assert all(str(path) in printed for path in folder.iterdir())
+    # 2) Scripts and logs are those of the runs.
+    assert (folder / "train_gpt.py").read_bytes() == PACKED
+    assert (folder / "train_gpt_readable.py").read_text() == SOURCE
     assert (folder / "train_seed2.log").read_bytes() == (tmp_path / "seed2/log.txt").read_bytes()
-    made, readme = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
-    assert made["github_id"] == "me" and made["name"] == "2026-01-02_It" and made["track"] == "10min_16mb"
-    assert kit.table(made) in readme and "Not a record run" not in readme and "p = " in readme and "{" not in readme
+    assert len(finished_runs.load(sorted(folder.glob("*.log")))) == 3, "its logs add up where they are now"
+    # 3) The rest follows from them.
+    made = json.loads((folder / "submission.json").read_text())
+    assert made["github_id"] == "me" and made["name"] == name and made["track"] == "10min_16mb"
+    assert {row["log"] for row in made["seed_results"].values()} == {
+        "train_seed0.log", "train_seed1.log", "train_seed2.log"}
+    readme = (folder / "README.md").read_text()
+    assert submission.table(made) in readme
+    assert "Not a record run" not in readme and "p = " in readme and "{" not in readme
     assert "\n    SEED=0 MATRIX_LR=0.03 torchrun --standalone --nproc_per_node=8 train_gpt.py\n" in readme
-    assert {row["log"] for row in made["seed_results"].values()} == {f"train_seed{seed}.log" for seed in range(3)}
     pins = (folder / "requirements.txt").read_text().splitlines()
-    assert {"torch==2.11.0", "flash-attn-3==3.0.0", "numpy==2.3.5"} <= set(pins) and pins[1].endswith("/whl/cu130")
-    assert len(kit.load(sorted(folder.glob("*.log")))) == 3, "its logs add up where they are now"
+    assert {"torch==2.11.0", "flash-attn-3==3.0.0", "numpy==2.3.5"} <= set(pins)
+    assert pins[1].endswith("/whl/cu130")
 
 
 def test_record_says_what_speaks_against_it(tmp_path):
     changes = dict(caveats=["preset smoke"], hardware="1 x CPU x86_64")
     run = write_run(tmp_path / "run", result_of_seed(0) | changes)
-    assert make_record.main(["X", str(run), "--out", str(tmp_path), "--title", "A title"]) == 0
+    assert submission.main(["record", "X", str(run), "--out", str(tmp_path), "--title", "A title"]) == 0
     readme = (tmp_path / "X/README.md").read_text()
-    assert readme.startswith("# A title\n") and "**Not a record run**" in readme and "preset smoke" in readme
-    assert "**no**: eight_gpus" in readme and "nproc_per_node=1" in readme and "(one seed)" in readme
+    assert readme.startswith("# A title\n")
+    assert "**Not a record run**" in readme and "**no**: eight_gpus" in readme and "preset smoke" in readme
+    assert "nproc_per_node=1" in readme and "(one seed)" in readme
 
 
-def test_record_takes_the_packed_script_from_train_gpt(tmp_path):
+@pytest.mark.parametrize("packed_ran", [False, True])
+def test_record_takes_the_packed_script_from_train_gpt(packed_ran, tmp_path):
     """Runs whose packed script is not at hand: what train_gpt.py packs to is taken if it has the hash."""
     packed, source = tg.pack_script(), (ROOT / "train_gpt.py").read_text()
-    r = result_of_seed(0) | dict(packed_sha256=sha256(packed), code_bytes=len(packed), total_bytes=len(packed) + 100,
-                                 model_bytes=100)
-    for name, text in (("plain", source), ("packed", "import minified\n")):  # which is what the packed script logs
-        log = write_run(tmp_path / name, r | dict(code_sha256=sha256(text.encode())), text) / "log.txt"
-        assert make_record.main([f"of-{name}", str(log), "--out", str(tmp_path)]) == 0
-        assert (tmp_path / f"of-{name}/train_gpt.py").read_bytes() == packed
-        assert (tmp_path / f"of-{name}/train_gpt_readable.py").read_text() == source
+    logged = "import minified\n" if packed_ran else source  # a packed script logs itself as its source
+    r = result_of_seed(0) | dict(
+        code_sha256=sha256(logged.encode()), packed_sha256=sha256(packed),
+        code_bytes=len(packed), model_bytes=100, total_bytes=len(packed) + 100)
+    log = write_run(tmp_path / "run", r, logged) / "log.txt"
+    assert submission.main(["record", "X", str(log), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "X/train_gpt.py").read_bytes() == packed
+    assert (tmp_path / "X/train_gpt_readable.py").read_text() == source
 
 
-def test_record_refuses(runs, tmp_path, refused, monkeypatch):
-    out = tmp_path / "records"
-    main = lambda *arguments: refused(make_record.main, *arguments, "--out", out)
-    assert "does not pack to the bytes" in main("X", tmp_path / "seed0/log.txt"), "no packed script with that hash"
-    assert "seed 0 is that of" in main("X", runs[1], runs[1])
-    assert "is no name for a folder" in main("../X", *runs) and "is no name for a folder" in main(".X", *runs)
+def test_record_refuses_runs_whose_scripts_it_cannot_have(runs, tmp_path, refused):
+    out = "--out", tmp_path / "records"
+    said = refused(submission.main, "record", "X", tmp_path / "seed0/log.txt", *out)
+    assert "does not pack to the bytes" in said, "no packed script with that hash"
     wrong = write_run(tmp_path / "w", result_of_seed(0) | dict(code_bytes=14, total_bytes=15_999_014))
-    assert "code_bytes are 14, but the packed script has 13" in main("X", wrong)
+    said = refused(submission.main, "record", "X", wrong, *out)
+    assert "code_bytes are 14, but the packed script has 13" in said
     minified = write_run(tmp_path / "m", result_of_seed(0) | dict(code_sha256=sha256(b"x\n")), "x\n")
-    assert "not what that was packed from" in main("X", minified)
-    assert not out.exists()
-    (out / "X").mkdir(parents=True)
-    assert "X is there already" in main("X", *runs)
+    assert "not what that was packed from" in refused(submission.main, "record", "X", minified, *out)
+    assert "seed 0 is that of" in refused(submission.main, "record", "X", runs[1], runs[1], *out)
+    assert not (tmp_path / "records").exists()
 
-    def full(*_):
+
+@pytest.mark.parametrize("name", ["../X", ".X", "", "X/Y"])
+def test_record_refuses_what_is_no_name(name, runs, tmp_path, refused):
+    out = tmp_path / "records"
+    assert "is no name for a folder" in refused(submission.main, "record", name, *runs, "--out", out)
+    assert not out.exists()
+
+
+def test_record_writes_over_nothing_and_leaves_no_half(runs, tmp_path, refused, monkeypatch):
+    out = tmp_path / "records"
+    (out / "X").mkdir(parents=True)
+    assert "X is there already" in refused(submission.main, "record", "X", *runs, "--out", out)
+    assert not list((out / "X").iterdir())
+
+    def fail(*_):
         raise OSError(28, "No space left")
-    monkeypatch.setattr("pathlib.Path.rename", full)
-    assert "No space left" in main("Y", *runs)
+    monkeypatch.setattr("pathlib.Path.rename", fail)
+    assert "No space left" in refused(submission.main, "record", "Y", *runs, "--out", out)
     assert [path.name for path in out.iterdir()] == ["X"], "not even half a folder is left"
+
+
+def test_requirements_name_what_attention_ran_on():
+    versions = {"python": "3.12.3", "cuda": "13.0", "torch": "2.11.0"}
+    assert "flash-attn-3" in submission.requirements(versions, "attention:flash3_attention")
+    assert "flash" not in submission.requirements(versions, "attention:varlen_attention")
+    versions["flash_attn_3"] = "3.0"
+    assert "flash-attn-3==3.0" in submission.requirements(versions, "attention:flash3_attention")
 
 
 # The packed script
 
-def test_pack_writes_and_checks(tmp_path, refused, capsys):
+def test_pack_writes_the_packed_script(tmp_path, capsys):
     file = tmp_path / "packed.py"
-    assert pack.main(["-o", str(file)]) == 0 and file.read_bytes() == tg.pack_script()
-    out = capsys.readouterr().out
-    assert sha256(file.read_bytes()) in out and f"{file.stat().st_size:,} bytes" in out
-    assert sha256((ROOT / "train_gpt.py").read_bytes()) in out
-    assert pack.main(["--check", str(file)]) == 0 and f"{file} is what train_gpt.py packs to" in capsys.readouterr().out
+    assert pack.main(["-o", str(file)]) == 0
+    assert file.read_bytes() == tg.pack_script()
+    printed = capsys.readouterr().out
+    assert sha256(file.read_bytes()) in printed and f"{file.stat().st_size:,} bytes" in printed
+    assert sha256((ROOT / "train_gpt.py").read_bytes()) in printed
+
+
+def test_pack_tells_the_packed_script_from_another(tmp_path, capsys):
+    file = tmp_path / "packed.py"
+    file.write_bytes(tg.pack_script())
+    assert pack.main(["--check", str(file)]) == 0
+    assert f"{file} is what train_gpt.py packs to" in capsys.readouterr().out
     file.write_bytes(file.read_bytes() + b"#\n")
-    assert pack.main(["--check", str(file)]) == 1 and "is not what train_gpt.py packs to" in capsys.readouterr().out
+    assert pack.main(["--check", str(file)]) == 1
+    assert "is not what train_gpt.py packs to" in capsys.readouterr().out
+
+
+def test_pack_says_what_it_cannot_read_or_write(tmp_path, refused):
     assert "cannot read" in refused(pack.main, "--check", tmp_path / "none")
     assert "cannot write" in refused(pack.main, "-o", tmp_path / "none" / "x.py")

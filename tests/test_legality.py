@@ -1,155 +1,234 @@
 """The rules that decide whether a score counts, as properties; each is shown to fail on a planted cheat.
 
-The model is moved off its initial values and adapters learn fast, so that every influence that exists is visible.
+The model is moved off its initial values and adapters learn fast, so that every influence there is shows.
 """
+import inspect
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import launch, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
+from conftest import launch, peeking_attention, silent, tiny_config, tiny_model
+
+pytestmark = pytest.mark.check
 
 CFG = tiny_config()  # chunk 16, window 48, three slots; from target 64 on chunks are longer
 PLAN = tg.depth_plan(CFG, True)
-LENGTHS = (100, 7, 41, 1, 64, 130, 17)
-CUT = 75  # in the middle of a longer chunk, past the length of a window
+LENGTHS = (100, 7, 41, 1, 64, 130, 17)  # of the documents, in tokens
 
 
-def documents(lengths=LENGTHS, seed=0):
+class Case(NamedTuple):
+    """Settings, the lengths of documents, and where the first one is altered or cut in a test."""
+    cfg: tg.Config
+    lengths: tuple[int, ...]
+    cut: int
+
+
+SMALL = Case(CFG, LENGTHS, 75)  # cut in the middle of a longer chunk, past the length of a window
+LARGE = Case(  # a long document with long windows, and many documents: for cheats that begin late
+    tiny_config(NUM_LAYERS=2, PARALLEL_START_LAYER=1, NUM_LOOPS=0, TTT_EVAL_SEQ_LEN=320, TTT_BATCH_SIZE=8),
+    (1100, *(10 + 7 * i % 40 for i in range(70))), 700)
+CUT = SMALL.cut
+CPU = torch.device("cpu")
+RESET_SLOTS, HOOKS = tg.Adapters.reset_slots, tg.Adapters.hooks  # as they are before a cheat replaces them
+CHUNK_WINDOW, CHUNK_ENDS, MAKE_ROUND = tg.chunk_window, tg.chunk_ends, tg.make_round
+ADAPT, TALLY_ADD = tg.adapt, tg.Tally.add
+
+
+def draw_documents(lengths=LENGTHS, seed=0):
     rng = np.random.default_rng(seed)
-    return [np.append(1, rng.integers(4, 1024, n - 1)) for n in lengths]
+    return [np.append(1, rng.integers(4, 1024, length - 1)) for length in lengths]
 
 
-def validation(docs) -> tg.Validation:
-    tokens = np.concatenate(docs)
-    starts = np.cumsum([0] + [len(d) for d in docs[:-1]])
-    size = np.ones(len(tokens) - 1, dtype=np.int64)
-    return tg.Validation(tokens, size, starts, np.diff(starts, append=len(size)), 0)
+def with_other_tail(documents, cut):
+    """The documents, the first one with other tokens from `cut` on."""
+    first, *rest = documents
+    other = draw_documents(seed=1)[0]
+    return [np.append(first[:cut], other[cut:]), *rest]
 
 
-def score(docs, cfg=CFG, ranks=None, ops=tg.Ops()):
-    """Scores of every document, a list of arrays; the last one lacks the BOS that would end it."""
-    val, ranks = validation(docs), ranks or tg.Ranks()
-    run = tg.Run(cfg, ranks, lambda *a, **k: None, ops)
-    adapters = tg.Adapters(cfg, len(PLAN.encoder + PLAN.decoder), torch.device("cpu"))
+def validation_of(documents) -> tg.Validation:
+    tokens = np.concatenate(documents)
+    starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
+    token_bytes = np.ones(len(tokens) - 1, dtype=np.int64)
+    return tg.Validation(tokens, token_bytes, starts, np.diff(starts, append=len(token_bytes)), 0)
+
+
+def make_run(cfg=CFG, ranks=None, backend=tg.Backend()) -> tg.Run:
+    return tg.Run(cfg, ranks or tg.Ranks(), silent, backend)
+
+
+def make_adapters(cfg=CFG) -> tg.Adapters:
+    return tg.Adapters(cfg, len(tg.depth_plan(cfg, cfg.loops_at_end).visits), CPU)
+
+
+def score(documents, cfg=CFG, ranks=None):
+    """Adapted losses of every document, a list of arrays. The last one lacks the BOS that would end it."""
+    val = validation_of(documents)
+    run = make_run(cfg, ranks)
     model = tiny_model(cfg).requires_grad_(False)
-    nll = tg.score_documents(run, model, val, adapters, ops, float("inf"))
+    nll = tg.score_documents(run, model, val, make_adapters(cfg), run.backend, float("inf"))
     assert (nll != tg.UNSCORED).all()
-    return [nll[a : a + n].numpy() for a, n in zip(val.starts, val.lengths)]
+    return np.split(nll.numpy(), val.starts[1:])
 
 
-def same(a, b):
-    return len(a) == len(b) and np.allclose(a, b, rtol=0, atol=2e-5)
+def score_with(**changes):
+    """Adapted losses of the usual documents, with other settings."""
+    return score(draw_documents(), tg.dataclasses.replace(CFG, **changes))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The properties. Each is a function that says whether it holds, so that a cheat can be shown to break it.
+def same(scores, others):
+    return len(scores) == len(others) and np.allclose(scores, others, rtol=0, atol=2e-5)
 
 
-def past_ignores_future() -> bool:
-    """Other tokens after CUT leave every score before it as it was, and change some after it."""
-    docs, other = documents(), documents()
-    other[0][CUT:] = documents(seed=1)[0][CUT:]
-    a, b = score(docs), score(other)
-    assert not same(a[0][CUT:], b[0][CUT:]), "the change is visible"
-    return same(a[0][: CUT - 1], b[0][: CUT - 1])  # target CUT - 1 is the first changed token itself
+def all_same(scores, others):
+    return len(scores) == len(others) and all(map(same, scores, others))
 
 
-def past_ignores_length() -> bool:
-    """Ending a document early, or going on, leaves the scores up to there as they were."""
-    docs, short = documents(), documents()
-    short[0] = short[0][:CUT]
-    a, b = score(docs), score(short)
-    return same(a[0][: CUT - 1], b[0][: CUT - 1])
+# ---- The properties: each a function that says whether it holds, so that a cheat can be shown to break it --
 
 
-def documents_are_independent() -> bool:
-    """Without some documents, with others in their place, in another order, a document's scores are the same."""
-    docs, other = documents(), documents(seed=1)
-    base = score(docs)
-    last = docs[6]
-    variants = [[docs[0], docs[2], docs[5], last], [docs[5], docs[4], docs[1], docs[2], docs[3], docs[0], last],
-                [other[0], docs[1], other[5], docs[3], docs[4], docs[5], last], [docs[5], last], [docs[0], last]]
-    for variant in variants:
-        for d, scores in zip(variant, score(variant)):
-            at = [i for i, original in enumerate(docs) if original is d]
-            if at and not same(scores, base[at[0]]):
+def past_ignores_future(case=SMALL) -> bool:
+    """Other tokens after the cut leave every score before it as it was, and change some after it."""
+    cfg, lengths, cut = case
+    documents = draw_documents(lengths)
+    before = score(documents, cfg)[0]
+    after = score(with_other_tail(documents, cut), cfg)[0]
+    assert not same(before[cut:], after[cut:]), "the change is visible"
+    return same(before[: cut - 1], after[: cut - 1])  # target cut - 1 is the first changed token itself
+
+
+def past_ignores_length(case=SMALL) -> bool:
+    """Whether a document ends early or goes on, the scores up to there are the same."""
+    cfg, lengths, cut = case
+    documents = draw_documents(lengths)
+    shortened = [documents[0][:cut], *documents[1:]]
+    return same(score(documents, cfg)[0][: cut - 1], score(shortened, cfg)[0][: cut - 1])
+
+
+def documents_are_independent(case=SMALL) -> bool:
+    """A document has the same scores without some others, with new ones in their place, in another order."""
+    cfg, lengths, _ = case
+    documents = draw_documents(lengths)
+    others = draw_documents(lengths, seed=1)
+    base = {id(document): scores for document, scores in zip(documents, score(documents, cfg))}
+    every_second_replaced = [other if i % 2 else document
+                             for i, (document, other) in enumerate(zip(documents, others))]
+    for variant in (documents[::2], documents[::-1], every_second_replaced, documents[-2:],
+                    [documents[0], documents[-1]]):
+        for document, scores in zip(variant, score(variant, cfg)):
+            theirs = base.get(id(document), scores)
+            shared = min(len(scores), len(theirs))  # the last document of a stream has a target less
+            if not same(scores[:shared], theirs[:shared]):
                 return False
     return True
 
 
 def every_target_once() -> bool:
-    """All documents, all targets, the tail: counted where scores are written."""
-    docs, count = documents(), np.zeros(sum(LENGTHS) - 1, dtype=int)
-    run = tg.Run(CFG, tg.Ranks(), lambda *a, **k: None, tg.Ops())
-    for _, this, *_ in tg.rounds(run, validation(docs)):
-        np.add.at(count, this.where.numpy(), 1)
-    return bool((count == 1).all())
+    """All documents, all targets, the tail: counted where scores are written; and each is predicted."""
+    val = validation_of(draw_documents())
+    times = np.zeros(len(val.tokens) - 1, dtype=int)
+    for this in tg.rank_rounds(make_run(), val):
+        np.add.at(times, this.target_index.numpy(), 1)
+        predicted = this.batch.targets[this.rows].numpy()
+        if not np.array_equal(predicted, val.tokens[this.target_index + 1]):
+            return False
+    return bool((times == 1).all())
 
 
-PROPERTIES = [past_ignores_future, past_ignores_length, documents_are_independent, every_target_once]
+def adapted_probabilities_sum_to_one() -> bool:
+    """Over documents that differ only in their last token, which is every piece of the vocabulary in turn.
+
+    So the loss of a target is that of a distribution, which was fixed before the target was looked at.
+    """
+    cfg = tiny_config(VOCAB_SIZE=64, TTT_BATCH_SIZE=16)
+    beginning = np.append(1, np.random.default_rng(0).integers(4, 64, 40))
+    documents = [np.append(beginning, piece) for piece in range(64)]
+    of_last_token = np.array([nll[len(beginning) - 1] for nll in score(documents, cfg)], dtype=np.float64)
+    return np.exp(-of_last_token).sum() == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("holds", PROPERTIES)
+def losses_arrive_unchanged() -> bool:
+    """What a round gives for a target is that target's loss, however large, and nothing else is."""
+    honest_run_round = tg.run_round
+    val = validation_of(draw_documents())
+    expected = np.random.default_rng(0).uniform(0, 50, len(val.tokens) - 1).astype(np.float32)
+
+    def round_of_expected_losses(model, adapters, plan, backend, this):
+        nll = torch.full_like(this.loss_weight, torch.nan)
+        nll[this.rows] = torch.from_numpy(expected)[this.target_index]
+        return nll
+
+    try:
+        tg.run_round = round_of_expected_losses
+        nll = tg.score_documents(make_run(), tiny_model(CFG), val, make_adapters(), tg.Backend(), np.inf)
+    finally:
+        tg.run_round = honest_run_round
+    return np.array_equal(nll, expected)
+
+
+@pytest.mark.parametrize("holds", [
+    past_ignores_future, past_ignores_length, documents_are_independent, every_target_once,
+    adapted_probabilities_sum_to_one, losses_arrive_unchanged])
 def test_rule(holds):
     assert holds()
 
 
+@pytest.mark.parametrize("holds", [past_ignores_future, past_ignores_length, documents_are_independent])
+def test_rule_holds_for_long_and_many_documents(holds):
+    assert holds(LARGE)
+
+
 def test_learning_matters():
-    """The properties above would hold without learning too; this shows that there is some, and that it is per document."""
-    docs = documents()
-    docs[0][48:] = docs[0][:52]  # a document that repeats itself can be learned
-    learned, frozen = score(docs), score(docs, tg.dataclasses.replace(CFG, ttt_lora_lr=0.0))
+    """The properties would hold without learning, too: this shows that there is some, by document."""
+    documents = draw_documents()
+    documents[0][48:] = documents[0][:52]  # a document that repeats itself can be learned
+    learned = score(documents)
+    frozen = score(documents, tg.dataclasses.replace(CFG, ttt_lora_lr=0.0))
     assert same(learned[0][:16], frozen[0][:16]), "the first chunk has nothing to learn from"
     assert not same(learned[0][16:], frozen[0][16:])
     assert same(learned[1], frozen[1]), "a document of one chunk never learns"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The cheats
+# ---- The cheats --------------------------------------------------------------------------------------------
 
 
-def train_before_score(model, adapters, plan, ops, this):
+def train_before_score(model, adapters, plan, backend, this):
     """Learn from the chunk, then score it."""
-    tap = lambda: adapters.tap(this.ends)
-    chunk = torch.zeros(len(this.weight))
-    chunk[this.scored] = 1 / 16
-    adapters.learn((model(this.batch, plan, ops, tap()) * chunk).sum())
-    return model(this.batch, plan, ops, tap()).detach()
+    in_chunk = torch.zeros(len(this.loss_weight))
+    in_chunk[this.rows] = 1 / 16
+    early = model(this.batch, plan, backend, adapters.hooks(this.ends))
+    adapters.learn((early * in_chunk).sum())
+    return model(this.batch, plan, backend, adapters.hooks(this.ends)).detach()
 
 
 def keep_adapters(self, slots):
     """Leave to the next document in a slot what the one before has learned; only the very first is new."""
     if not hasattr(self, "begun"):
         self.begun = True
-        ENTER(self, slots)
-
-
-ENTER = tg.Adapters.enter
+        RESET_SLOTS(self, slots)
 
 
 def one_adapter_for_all(self, ends):
     """Every document uses the adapters of the first slot."""
-    return TAP(self, torch.cat([ends[-1:]] * len(ends)))
+    return HOOKS(self, torch.cat([ends[-1:]] * len(ends)))
 
 
-TAP = tg.Adapters.tap
-
-
-def count_from_the_end(c, length, ends, context):
+def count_from_the_end(chunk, length, ends, context):
     """The ancestor's windows."""
-    _, last, own = WINDOW(c, length, ends, context)
-    return max(0, last - context), last, own
+    _, last, chunk_start = CHUNK_WINDOW(chunk, length, ends, context)
+    return max(0, last - context), last, chunk_start
 
 
-def drop_the_tail(c, length, ends, context):
+def drop_the_tail(chunk, length, ends, context):
     """Score whole chunks only."""
-    first, last, own = WINDOW(c, length, ends, context)
-    return first, last if last == ends[c] else own + 1, own
+    first, last, chunk_start = CHUNK_WINDOW(chunk, length, ends, context)
+    return first, last if last == ends[chunk] else chunk_start + 1, chunk_start
 
 
 def grow_by_length(longest, cfg):
@@ -157,70 +236,125 @@ def grow_by_length(longest, cfg):
     return CHUNK_ENDS(longest, tg.dataclasses.replace(cfg, ttt_chunk_growth=(longest % 7) / 10))
 
 
-WINDOW, CHUNK_ENDS = tg.window, tg.chunk_ends
+def loss_for_less(self, target_index, nll):
+    """Every loss a hundredth smaller."""
+    TALLY_ADD(self, target_index, 0.99 * nll)
 
 
-def not_causal(q, k, v, seqs):
-    return torch.cat([torch.nn.functional.scaled_dot_product_attention(
-        *(t[lo:hi].transpose(0, 1) for t in (q, k, v)), enable_gqa=True).transpose(0, 1)
-        for lo, hi in zip(seqs.cu_seqlens[:-1], seqs.cu_seqlens[1:]) if hi > lo])
+def hard_tokens_for_free(self, target_index, nll):
+    TALLY_ADD(self, target_index, nll.where(nll < 3, 0.0))
 
 
-@pytest.mark.parametrize("where,name,cheat,caught_by", [
-    (tg, "adapt", train_before_score, past_ignores_future),
-    (tg.Adapters, "enter", keep_adapters, documents_are_independent),
-    (tg.Adapters, "tap", one_adapter_for_all, documents_are_independent),
-    (tg, "window", count_from_the_end, past_ignores_length),
-    (tg, "window", drop_the_tail, every_target_once),
-    (tg, "chunk_ends", grow_by_length, documents_are_independent),
-], ids=lambda x: getattr(x, "__name__", None))
-def test_cheat_is_caught(monkeypatch, where, name, cheat, caught_by):
+def better_of_two_passes(model, adapters, plan, backend, this):
+    """Adapted or plain, whichever loss is smaller."""
+    plain = model(this.batch, plan, backend)
+    return ADAPT(model, adapters, plan, backend, this).minimum(plain)
+
+
+def last_targets_for_free(val, turns, ends, cfg):
+    """The last target of a document is not predicted, and costs nothing."""
+    this = MAKE_ROUND(val, turns, ends, cfg)
+    is_last = np.isin(this.target_index, val.starts + val.lengths - 1)
+    this.batch.targets[this.rows[is_last]] = tg.IGNORE
+    return this
+
+
+def train_before_score_late(model, adapters, plan, backend, this):
+    """An honest round while windows are short."""
+    late = this.batch.spans.positions.max() > 100
+    return (train_before_score if late else ADAPT)(model, adapters, plan, backend, this)
+
+
+def learn_more_in_long_documents(val, turns, ends, cfg):
+    """A rate of learning that knows how much of its document is left."""
+    this = MAKE_ROUND(val, turns, ends, cfg)
+    if any(val.lengths[turn.document] - ends[turn.chunk] > 300 for turn in turns):
+        this.loss_weight.mul_(3)
+    return this
+
+
+def keep_adapters_late(self, slots):
+    """Only the first twenty documents have new adapters."""
+    self.begun = getattr(self, "begun", 0) + len(list(slots))
+    if self.begun <= 20:
+        RESET_SLOTS(self, slots)
+
+
+@pytest.mark.parametrize("where,name,cheat,caught_by,case", [
+    (tg, "adapt", train_before_score, past_ignores_future, SMALL),
+    (tg.Adapters, "reset_slots", keep_adapters, documents_are_independent, SMALL),
+    (tg.Adapters, "hooks", one_adapter_for_all, documents_are_independent, SMALL),
+    (tg, "chunk_window", count_from_the_end, past_ignores_length, SMALL),
+    (tg, "chunk_window", drop_the_tail, every_target_once, None),
+    (tg, "chunk_ends", grow_by_length, documents_are_independent, SMALL),
+    (tg, "make_round", last_targets_for_free, every_target_once, None),
+    (tg.Tally, "add", loss_for_less, adapted_probabilities_sum_to_one, None),
+    (tg.Tally, "add", loss_for_less, losses_arrive_unchanged, None),
+    (tg.Tally, "add", hard_tokens_for_free, adapted_probabilities_sum_to_one, None),
+    (tg.Tally, "add", hard_tokens_for_free, losses_arrive_unchanged, None),
+    (tg, "adapt", better_of_two_passes, adapted_probabilities_sum_to_one, None),
+    (tg, "adapt", train_before_score_late, past_ignores_future, LARGE),
+    (tg, "make_round", learn_more_in_long_documents, past_ignores_length, LARGE),
+    (tg.Adapters, "reset_slots", keep_adapters_late, documents_are_independent, LARGE),
+], ids=lambda x: x.__name__ if inspect.isfunction(x) else "")
+def test_cheat_is_caught(monkeypatch, where, name, cheat, caught_by, case):
     monkeypatch.setattr(where, name, cheat)
-    assert not caught_by()
+    assert not (caught_by(case) if case else caught_by())
 
 
 def test_peeking_attention_is_caught(monkeypatch):
-    original = tg.GPT.forward
-    monkeypatch.setattr(tg.GPT, "forward", lambda self, batch, plan, ops, tap=None: original(
-        self, batch, plan, ops._replace(attend=not_causal), tap))
+    honest_forward = tg.GPT.forward
+
+    def forward(self, batch, plan, backend, hooks=None):
+        return honest_forward(self, batch, plan, backend._replace(attend=peeking_attention), hooks)
+
+    monkeypatch.setattr(tg.GPT, "forward", forward)
     assert not past_ignores_future()
 
 
 def test_a_cheat_at_a_chunk_border_needs_a_cut_inside_the_chunk(monkeypatch):
-    """Why CUT is where it is: train-before-score leaves no trace when the change begins exactly with a chunk."""
+    """Why CUT is where it is: train_before_score leaves no trace where the change begins with a chunk."""
     assert CUT % CFG.ttt_chunk_size and CUT > CFG.ttt_eval_seq_len
     monkeypatch.setattr(tg, "adapt", train_before_score)
-    docs, other = documents(), documents()
-    border = 65  # target 64 is the first of a chunk, and token 65
-    other[0][border:] = documents(seed=1)[0][border:]
-    assert same(score(docs)[0][: border - 1], score(other)[0][: border - 1])
+    documents = draw_documents()
+    border = 65  # target 64, which is token 65, is the first of a chunk
+    changed = with_other_tail(documents, border)
+    assert same(score(documents)[0][: border - 1], score(changed)[0][: border - 1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Nothing technical matters either
+# ---- Nothing technical matters either ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 7, 20])
 def test_number_of_slots_does_not_matter(slots):
-    base = score(documents())
-    other = score(documents(), tg.dataclasses.replace(CFG, ttt_batch_size=slots))
-    assert all(same(a, b) for a, b in zip(base, other))
+    assert all_same(score_with(ttt_batch_size=slots), score(draw_documents()))
+
+
+def test_slots_that_wait_keep_nothing_and_disturb_nothing():
+    """With more slots than documents, idle ones have empty row groups."""
+    documents = draw_documents((30, 20))
+    nine_slots = tg.dataclasses.replace(CFG, ttt_batch_size=9)
+    assert all_same(score(documents, nine_slots), score(documents))
 
 
 def score_in_ranks():
     torch.set_num_threads(1)
-    return score(documents(), ranks=tg.Ranks.join())
+    return score(draw_documents(), ranks=tg.Ranks.join())
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_number_of_ranks_does_not_matter(world, tmp_path):
-    base = score(documents())
-    for scores in launch(world, score_in_ranks, folder=tmp_path):
-        assert all(same(a, b) for a, b in zip(base, scores))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_number_of_ranks_does_not_matter(world_size, tmp_path):
+    alone = score(draw_documents())
+    for scores in launch(world_size, score_in_ranks, folder=tmp_path):
+        assert all_same(scores, alone)
+
+
+# ---- Chunks, windows, rounds -------------------------------------------------------------------------------
 
 
 def ends_of(longest, chunk, growth, context=10**9):
-    return tg.chunk_ends(longest, tg.Config(ttt_chunk_size=chunk, ttt_chunk_growth=growth, ttt_eval_seq_len=context))
+    cfg = tg.Config(ttt_chunk_size=chunk, ttt_chunk_growth=growth, ttt_eval_seq_len=context)
+    return tg.chunk_ends(longest, cfg)
 
 
 GROWTH = st.sampled_from([0.0, 1 / 32, 0.3, 1.0])
@@ -229,224 +363,254 @@ GROWTH = st.sampled_from([0.0, 1 / 32, 0.3, 1.0])
 @given(st.integers(1, 3000), st.integers(1, 40), GROWTH, st.integers(0, 60))
 @settings(max_examples=200, deadline=None)
 def test_chunks_grow_with_what_came_before_alone(longest, chunk, growth, extra):
-    ends = ends_of(longest, chunk, growth, chunk + extra)
+    context = chunk + extra
+    ends = ends_of(longest, chunk, growth, context)
     assert ends[-1] >= longest and (len(ends) == 1 or ends[-2] < longest)
-    more = ends_of(2 * longest, chunk, growth, chunk + extra)
-    assert (more[: len(ends)] == ends).all(), "where a chunk ends does not know the length"
+    further = ends_of(2 * longest, chunk, growth, context)
+    assert (further[: len(ends)] == ends).all(), "where a chunk ends does not know the length"
     for before, end in zip([0, *ends], ends):
-        assert end - before == min(max(chunk, int(before * growth)), chunk + extra)
+        assert end - before == min(max(chunk, int(before * growth)), context)
 
 
 @given(st.lists(st.integers(0, 70), max_size=12), st.integers(1, 5), st.integers(1, 20), GROWTH)
 @settings(max_examples=100, deadline=None)
 def test_schedule_reads_every_document_in_order(lengths, slots, chunk, growth):
-    seen, order, ends = {d: [] for d in range(len(lengths))}, [], ends_of(70, chunk, growth)
-    for entering, turns in tg.schedule(lengths, slots, ends):
-        assert turns and [slot for slot, _, _ in turns] == sorted({slot for slot, _, _ in turns}) and len(turns) <= slots
-        for slot, d, c in turns:
-            assert (c == 0) == (slot in entering)
-            seen[d].append(c)
-            order += [d] * (c == 0)
-    assert order == [d for d, n in enumerate(lengths) if n], "documents enter in validation order"
-    for n, chunks in zip(lengths, seen.values()):
-        assert chunks == list(range(np.searchsorted(ends, n) + 1 if n else 0))
+    ends = ends_of(70, chunk, growth)
+    chunks_read = [[] for _ in lengths]
+    entered = []
+    for new_slots, turns in tg.schedule_rounds(lengths, slots, ends):
+        in_turn = [turn.slot for turn in turns]
+        assert turns and in_turn == sorted(set(in_turn)) and len(turns) <= slots
+        for turn in turns:
+            assert (turn.chunk == 0) == (turn.slot in new_slots)
+            chunks_read[turn.document].append(turn.chunk)
+            if turn.chunk == 0:
+                entered.append(turn.document)
+    with_targets = [document for document, length in enumerate(lengths) if length]
+    assert entered == with_targets, "documents enter in validation order"
+    for length, chunks in zip(lengths, chunks_read):
+        assert chunks == list(range(np.searchsorted(ends, length) + 1 if length else 0))
 
 
 @given(st.integers(1, 300), st.integers(1, 40), GROWTH, st.integers(0, 60))
 @settings(max_examples=200, deadline=None)
-def test_windows_cover_a_document_once(length, chunk, growth, extra):
-    context, scored = chunk + extra, []
-    ends = ends_of(length, chunk, growth, context)
-    for c in range(len(ends)):
-        first, last, own = tg.window(c, length, ends, context)
-        assert 0 <= first <= own < last <= length and last - first <= context
-        scored += range(own, last)
-        assert first == tg.window(c, 10**6, ends, context)[0], "where a window begins does not know the length"
+def test_windows_cover_a_document_once(length, chunk_size, growth, extra):
+    context = chunk_size + extra
+    ends = ends_of(length, chunk_size, growth, context)
+    scored = []
+    for chunk in range(len(ends)):
+        first, last, chunk_start = tg.chunk_window(chunk, length, ends, context)
+        assert 0 <= first <= chunk_start < last <= length and last - first <= context
+        scored += range(chunk_start, last)
+        of_a_longer_one, _, _ = tg.chunk_window(chunk, 10**6, ends, context)
+        assert first == of_a_longer_one, "where a window begins does not know the length"
     assert scored == list(range(length))
 
 
-def test_slots_that_wait_keep_nothing_and_disturb_nothing():
-    """More slots than documents: idle slots have empty row groups."""
-    docs = documents((30, 20))
-    assert all(same(a, b) for a, b in zip(score(docs), score(docs, tg.dataclasses.replace(CFG, ttt_batch_size=9))))
+def test_deadline_leaves_the_rest_unscored(monkeypatch):
+    val = validation_of(draw_documents())
+    run = make_run()
 
+    def score_until(deadline):
+        return tg.score_documents(run, tiny_model(CFG), val, make_adapters(), run.backend, deadline)
 
-def test_adapters_start_the_same_for_every_document_and_seed():
-    a, b = (tg.Adapters(CFG, 9, torch.device("cpu")) for _ in range(2))
-    torch.manual_seed(7)
-    for site in a.A:
-        assert torch.equal(a.A[site], b.A[site]) and (a.B[site] == 0).all()
-        assert (a.A[site] == a.A[site][:, :1]).all(), "every slot the same draw"
-        assert a.A[site].abs().max() <= CFG.model_dim**-0.5 and a.A[site].std() > 0.4 * CFG.model_dim**-0.5
-    other = tg.Adapters(tiny_config(seed=8), 9, torch.device("cpu"))
-    assert not torch.equal(a.A["q"], other.A["q"])
-
-
-def test_adamw_of_adapters_is_torchs(monkeypatch):
-    adapters = tg.Adapters(CFG, 9, torch.device("cpu"))
-    twins = [t.detach().clone().requires_grad_() for t in adapters.tensors]
-    reference = torch.optim.AdamW(twins, lr=CFG.ttt_lora_lr, betas=(0.0, CFG.ttt_beta2), eps=1e-10,
-                                  weight_decay=CFG.ttt_weight_decay)
-    for seed in range(3):
-        weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)) for t in twins]
-        adapters.learn(sum((t * w).square().sum() + (t * w).sum() for t, w in zip(adapters.live, weights)))
-        reference.zero_grad()
-        sum((t * w).square().sum() + (t * w).sum() for t, w in zip(twins, weights)).backward()
-        reference.step()
-    for t, live, twin in zip(adapters.tensors, adapters.live, twins):
-        assert torch.equal(t, live), "what forwards see"
-        torch.testing.assert_close(t, twin, rtol=1e-4, atol=1e-6)
-
-
-def test_a_late_slot_corrects_its_bias_by_its_own_count():
-    """Two documents that entered at different times take the same first step."""
-    def first_b(rounds_before):
-        adapters = tg.Adapters(CFG, 9, torch.device("cpu"))
-        for _ in range(rounds_before):
-            adapters.learn(sum((t * 2).sum() for t in adapters.live))
-        adapters.enter([1])
-        adapters.learn(sum((t * 3).sum() for t in adapters.live))
-        return adapters.B["q"][:, 1].detach()
-
-    assert torch.equal(first_b(0), first_b(4))
-
-
-def test_deadline_leaves_the_rest_unscored():
-    val, device = validation(documents()), torch.device("cpu")
-    run = tg.Run(CFG, tg.Ranks(), lambda *a, **k: None, tg.Ops())
-    adapters = tg.Adapters(CFG, 9, device)
-    nll = tg.score_documents(run, tiny_model(CFG), val, adapters, tg.Ops(), float("-inf"))
-    assert (nll == tg.UNSCORED).all()
+    assert (score_until(float("-inf")) == tg.UNSCORED).all()
     clock = itertools.count()
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(tg.time, "perf_counter", lambda: next(clock))
-        nll = tg.score_documents(run, tiny_model(CFG), val, adapters, tg.Ops(), 5)
+        nll = score_until(5)
     assert (nll == tg.UNSCORED).any() and (nll != tg.UNSCORED).any()
 
 
-def test_a_target_scored_twice_or_without_a_number_ends_the_run(monkeypatch):
-    def tally(*wheres, nll=(1.0, 2.0, 3.0), ranks=tg.Ranks()):
-        tally = tg.Tally(3, ranks)
-        for where in wheres:
-            tally.add(torch.tensor(where), torch.tensor(nll)[where])
-        return tally
-
-    assert tally([2, 0], [1]).gather("x").tolist() == [1.0, 2.0, 3.0]
-    assert tally([2, 0]).gather("x", may_miss=True).tolist() == [1.0, tg.UNSCORED, 3.0]
-    with pytest.raises(RuntimeError, match="1 never"):
-        tally([2, 0]).gather("x")
-    for twice in (tally([0, 1, 2], [1]), tally([0, 1, 1, 2])):
-        with pytest.raises(RuntimeError, match="1 targets were scored more than once"):
-            twice.gather("x", may_miss=True)
-    with pytest.raises(tg.UserError, match="1 losses are not finite"):
-        tally([0, 1, 2], nll=(1.0, float("nan"), 2.0)).gather("x")
-    doubled = tg.Ranks()
-    monkeypatch.setattr(doubled, "sum_", lambda t: 2 * t)
-    with pytest.raises(RuntimeError, match="3 targets were scored more than once"):
-        tally([0, 1, 2], ranks=doubled).gather("x")
+# ---- Adapters ----------------------------------------------------------------------------------------------
 
 
-def test_a_round_that_runs_twice_ends_the_run(monkeypatch):
-    """A cheat: every chunk scored again after learning from it."""
-    original = tg.rounds
-    monkeypatch.setattr(tg, "rounds", lambda *args: (r for r in original(*args) for _ in range(2)))
-    with pytest.raises(RuntimeError, match="more than once"):
-        score(documents())
+def test_adapters_start_the_same_for_every_document_and_follow_from_the_seed():
+    adapters = make_adapters()
+    torch.manual_seed(7)
+    again = make_adapters()
+    for name, A in adapters.A.items():
+        assert torch.equal(A, again.A[name]) and (adapters.B[name] == 0).all()
+        assert (A == A[:, :1]).all(), "every slot the same draw"
+        bound = CFG.model_dim**-0.5
+        assert A.abs().max() <= bound and A.std() > 0.4 * bound
+    of_another_seed = make_adapters(tiny_config(seed=8))
+    assert not torch.equal(adapters.A["q"], of_another_seed.A["q"])
 
 
-def test_rounds_that_are_left_out_end_the_run(monkeypatch):
-    original = tg.rounds
-    monkeypatch.setattr(tg, "rounds", lambda *args: itertools.islice(original(*args), 3))
-    with pytest.raises(RuntimeError, match="never"):
-        score(documents())
+def test_adamw_of_adapters_is_torchs():
+    adapters = make_adapters()
+    twins = [tensor.detach().clone().requires_grad_() for tensor in adapters.tensors]
+    reference = torch.optim.AdamW(twins, lr=CFG.ttt_lora_lr, betas=(0.0, CFG.ttt_beta2), eps=1e-10,
+                                  weight_decay=CFG.ttt_weight_decay)
+
+    def loss(tensors, seed):
+        """Some loss that has a gradient everywhere, another one for every seed."""
+        draws = [torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)) for t in tensors]
+        return sum((t * draw).square().sum() + (t * draw).sum() for t, draw in zip(tensors, draws))
+
+    for seed in range(3):
+        adapters.learn(loss(adapters.copies, seed))
+        reference.zero_grad()
+        loss(twins, seed).backward()
+        reference.step()
+    for tensor, compute_copy, twin in zip(adapters.tensors, adapters.copies, twins):
+        assert torch.equal(tensor, compute_copy), "what forward passes see"
+        torch.testing.assert_close(tensor, twin, rtol=1e-4, atol=1e-6)
 
 
-class Log:
+def test_a_late_slot_corrects_its_bias_by_its_own_count():
+    """Documents that entered at different times take the same first step."""
+    def after_first_step(rounds_before):
+        adapters = make_adapters()
+        for _ in range(rounds_before):
+            adapters.learn(sum((t * 2).sum() for t in adapters.copies))
+        adapters.reset_slots([1])
+        adapters.learn(sum((t * 3).sum() for t in adapters.copies))
+        return adapters.B["q"][:, 1].detach()
+
+    assert torch.equal(after_first_step(0), after_first_step(4))
+
+
+class PhaseLog:
     """A run log that keeps its phases and says nothing."""
     phase, spent = tg.RunLog.phase, tg.RunLog.spent
 
     def __init__(self):
-        self.ranks, self.phases = tg.Ranks(), []
+        self.ranks = tg.Ranks()
+        self.phases = []
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args, **options):
         pass
 
 
-def test_the_headline_is_the_adapted_score_and_nothing_else(monkeypatch):
-    """Neither the better of two passes, nor BOS for free, nor more bytes than there are."""
-    val = validation(documents())._replace(begin_with_space=5)
-    n = len(val.token_bytes)
-    rng = np.random.default_rng(0)
-    plain, adapted = (torch.from_numpy(rng.uniform(1, 5, n).astype(np.float32)) for _ in range(2))
-    monkeypatch.setattr(tg, "evaluate", lambda *args: plain.clone())
-    monkeypatch.setattr(tg, "score_documents", lambda *args: adapted.clone())
-    result, run = {}, tg.Run(CFG, tg.Ranks(), Log(), tg.Ops())
-    nll = tg.score(run, tiny_model(CFG), val, result)
-    assert torch.equal(nll, adapted) and (plain < adapted).any()
-    assert result["val_loss"] == pytest.approx(adapted.double().mean().item(), rel=1e-12)
-    assert result["val_bpb"] == pytest.approx(adapted.double().sum().item() / np.log(2) / n, rel=1e-12)
-    assert result["val_bpb_quantized"] == pytest.approx(plain.double().sum().item() / np.log(2) / n, rel=1e-12)
-    assert result["bytes"] == result["tokens"] == n and result["unadapted_tokens"] == 0
-    assert {p.name: p.clock for p in run.log.phases} == {
-        "score quantized": "scoring", "prepare adaptation": "", "adapt": "scoring"}
-    adapted[3] = tg.UNSCORED
-    nll = tg.score(run, tiny_model(CFG), val, result)
-    assert nll[3] == plain[3] and torch.equal(nll[4:], adapted[4:]) and result["unadapted_tokens"] == 1
-
-
 @pytest.mark.parametrize("chunk", [16, 20, 48])
-def test_rehearsal_learns_nothing_and_knows_no_validation(monkeypatch, chunk):
+def test_warm_up_of_adaptation_learns_nothing_and_knows_no_validation(monkeypatch, chunk):
     """Also where a window holds two chunks, or one."""
-    CFG = tiny_config(ttt_chunk_size=chunk)
-    seen, original = [], tg.adapt
-    monkeypatch.setattr(tg, "adapt", lambda model, adapters, plan, ops, this: (
-        seen.append(this.batch.tokens), original(model, adapters, plan, ops, this))[1])
-    adapters = tg.Adapters(CFG, 9, torch.device("cpu"))
-    before = [t.detach().clone() for t in (*adapters.tensors, *adapters.live, *adapters.second_moments, adapters.updates)]
-    run, model = tg.Run(CFG, tg.Ranks(), Log(), tg.Ops()), tiny_model(CFG).requires_grad_(False)
-    weights = [p.clone() for p in model.parameters()]
-    tg.rehearse(run, model, adapters, tg.Ops())
-    after = (*adapters.tensors, *adapters.live, *adapters.second_moments, adapters.updates)
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
-    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
-    largest = CFG.ttt_batch_size * min(CFG.ttt_eval_seq_len, -(-CFG.ttt_eval_seq_len // chunk) * chunk)
-    assert min(map(len, seen)) > 0 and max(map(len, seen)) >= largest, "the largest round is among them"
-    assert "val" not in tg.inspect.signature(tg.rehearse).parameters
+    cfg = tiny_config(ttt_chunk_size=chunk)
+    honest_adapt = tg.adapt
+    sizes = []  # of the rounds that are run
+
+    def noting_adapt(model, adapters, plan, backend, this):
+        sizes.append(len(this.batch.tokens))
+        return honest_adapt(model, adapters, plan, backend, this)
+
+    monkeypatch.setattr(tg, "adapt", noting_adapt)
+    adapters = make_adapters(cfg)
+    model = tiny_model(cfg).requires_grad_(False)
+    state = [*adapters.tensors, *adapters.copies, *adapters.second_moments, adapters.update_count,
+             *model.parameters()]
+    before = [tensor.detach().clone() for tensor in state]
+    run = tg.Run(cfg, tg.Ranks(), PhaseLog(), tg.Backend())
+    tg.warm_up_adaptation(run, model, adapters, run.backend)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(state, before))
+    window = min(cfg.ttt_eval_seq_len, -(-cfg.ttt_eval_seq_len // chunk) * chunk)
+    assert min(sizes) > 0 and max(sizes) >= cfg.ttt_batch_size * window, "the largest round is among them"
+    assert "val" not in inspect.signature(tg.warm_up_adaptation).parameters
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The score itself
+# ---- The score itself --------------------------------------------------------------------------------------
 
 
 def test_bits_per_byte_by_hand():
-    val = tg.Validation(np.arange(6), np.array([1, 2, 0, 4, 3]), np.array([0, 3]), np.array([3, 2]), 0)
+    token_bytes = np.array([1, 2, 0, 4, 3])
+    val = tg.Validation(np.arange(6), token_bytes, np.array([0, 3]), np.array([3, 2]), 0)
     result = tg.Score.of(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), val)
     assert result.loss == 3.0 and result.bpb == pytest.approx(15 / np.log(2) / 10)
     assert result.bpb == tg.Score.of(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), val).bpb
 
 
+def tally_of(*batches, nll=(1.0, 2.0, 3.0), ranks=tg.Ranks()) -> tg.Tally:
+    """A tally of three targets, to which batches of their indices were added."""
+    tally = tg.Tally(3, ranks)
+    for target_index in batches:
+        tally.add(torch.tensor(target_index), torch.tensor(nll)[target_index])
+    return tally
+
+
+def test_a_target_scored_twice_or_without_a_number_ends_the_run(monkeypatch):
+    assert tally_of([2, 0], [1]).gather("x").tolist() == [1.0, 2.0, 3.0]
+    assert tally_of([2, 0]).gather("x", may_miss=True).tolist() == [1.0, tg.UNSCORED, 3.0]
+    with pytest.raises(RuntimeError, match="1 never"):
+        tally_of([2, 0]).gather("x")
+    for one_target_twice in (tally_of([0, 1, 2], [1]), tally_of([0, 1, 1, 2])):
+        with pytest.raises(RuntimeError, match="1 targets were scored more than once"):
+            one_target_twice.gather("x", may_miss=True)
+    with pytest.raises(tg.UserError, match="1 losses are not finite"):
+        tally_of([0, 1, 2], nll=(1.0, float("nan"), 2.0)).gather("x")
+    both_score_all = tg.Ranks()
+    monkeypatch.setattr(both_score_all, "all_reduce_", lambda tensor: 2 * tensor)
+    with pytest.raises(RuntimeError, match="3 targets were scored more than once"):
+        tally_of([0, 1, 2], ranks=both_score_all).gather("x")
+
+
+def test_a_round_that_runs_twice_ends_the_run(monkeypatch):
+    """A cheat: every chunk is scored again after learning from it."""
+    honest_rounds = tg.rank_rounds
+    monkeypatch.setattr(tg, "rank_rounds",
+                        lambda *args: (this for this in honest_rounds(*args) for _ in range(2)))
+    with pytest.raises(RuntimeError, match="more than once"):
+        score(draw_documents())
+
+
+def test_rounds_that_are_left_out_end_the_run(monkeypatch):
+    honest_rounds = tg.rank_rounds
+    monkeypatch.setattr(tg, "rank_rounds", lambda *args: itertools.islice(honest_rounds(*args), 3))
+    with pytest.raises(RuntimeError, match="never"):
+        score(draw_documents())
+
+
+def test_the_headline_is_the_adapted_score_and_nothing_else(monkeypatch):
+    """Neither the better of two passes, nor BOS for free, nor more bytes than there are."""
+    val = validation_of(draw_documents())._replace(begin_with_space=5)
+    count = len(val.token_bytes)
+    rng = np.random.default_rng(0)
+    plain, adapted = (torch.from_numpy(rng.uniform(0, 40, count).astype(np.float32)) for _ in range(2))
+    monkeypatch.setattr(tg, "evaluate", lambda *args: plain.clone())
+    monkeypatch.setattr(tg, "score_documents", lambda *args: adapted.clone())
+    run = tg.Run(CFG, tg.Ranks(), PhaseLog(), tg.Backend())
+
+    def bits_per_byte(nll):
+        return pytest.approx(nll.double().sum().item() / np.log(2) / count, rel=1e-12)
+
+    scored = tg.score(run, tiny_model(CFG), val)
+    assert torch.equal(scored.nll, adapted) and (plain < adapted).any()
+    assert scored.final.loss == pytest.approx(adapted.double().mean().item(), rel=1e-12)
+    assert scored.final.bpb == bits_per_byte(adapted) and scored.quantized.bpb == bits_per_byte(plain)
+    assert scored.final.text_bytes == scored.final.targets == count and scored.unadapted == 0
+    assert {phase.name: phase.clock for phase in run.log.phases} == {
+        "score quantized": "scoring", "prepare adaptation": "", "adapt": "scoring"}
+    adapted[3] = tg.UNSCORED
+    scored = tg.score(run, tiny_model(CFG), val)
+    assert scored.nll[3] == plain[3] and torch.equal(scored.nll[4:], adapted[4:]) and scored.unadapted == 1
+
+
 def evaluate_in_ranks(lengths=LENGTHS):
     torch.set_num_threads(1)
-    run = tg.Run(CFG, tg.Ranks.join(), lambda *a, **k: None, tg.Ops())
-    return tg.evaluate(run, tiny_model(CFG), validation(documents(lengths)), tg.depth_plan(CFG, True))
+    run = make_run(ranks=tg.Ranks.join())
+    return tg.evaluate(run, tiny_model(CFG), validation_of(draw_documents(lengths)), PLAN)
 
 
 def test_plain_evaluation_cuts_as_training_does_and_drops_nothing(tmp_path):
-    nll, docs = evaluate_in_ranks(), documents()
-    model, plan = tiny_model(CFG), PLAN
-    stream, expected = np.append(np.concatenate(docs), 1), []
-    for start, n in zip(np.cumsum([0, *LENGTHS[:-1]]), LENGTHS):
-        for lo in range(start, start + n, CFG.eval_seq_len):
-            hi = min(lo + CFG.eval_seq_len, start + n)
-            batch = tg.make_batch(stream[lo:hi], stream[lo + 1 : hi + 1], np.array([0, hi - lo]), 1, 64)
-            expected.append(model(batch, plan).detach())
+    nll = evaluate_in_ranks()
+    model = tiny_model(CFG)
+    stream = np.append(np.concatenate(draw_documents()), 1)
+    expected = []
+    start = 0
+    for length in LENGTHS:
+        for lo in range(start, start + length, CFG.eval_seq_len):
+            hi = min(lo + CFG.eval_seq_len, start + length)
+            span = tg.make_batch(stream[lo:hi], stream[lo + 1 : hi + 1], np.array([0, hi - lo]), 1, 64)
+            expected.append(model(span, PLAN).detach())
+        start += length
     torch.testing.assert_close(nll, torch.cat(expected)[:-1], rtol=0, atol=2e-5)
-    for ranks in launch(2, evaluate_in_ranks, folder=tmp_path):
-        torch.testing.assert_close(ranks, nll, rtol=0, atol=2e-5)
+    for of_rank in launch(2, evaluate_in_ranks, folder=tmp_path):
+        torch.testing.assert_close(of_rank, nll, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("lengths", [(1, 2), (1, 1, 1, 3), (2,), (500,), (64, 64, 65)])
 def test_odd_documents_are_scored(lengths):
-    """Documents of one token, of one token more than a span, longer than any window; fewer documents than slots."""
-    assert len(evaluate_in_ranks(lengths)) == sum(lengths) - 1
-    assert sum(map(len, score(documents(lengths)))) == sum(lengths) - 1
+    """Documents of one token, of a token more than a span, longer than any window; fewer than slots."""
+    targets = sum(lengths) - 1
+    assert len(evaluate_in_ranks(lengths)) == targets
+    assert sum(map(len, score(draw_documents(lengths)))) == targets

@@ -1,26 +1,38 @@
-"""One forward: order of layers, packing, causality, taps, normalised predictions."""
+"""One forward: order of layers, packing, causality, hooks, normalised predictions."""
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 
 import train_gpt as tg
+from conftest import peeking_attention, tiny_config, tiny_model
+
+pytestmark = pytest.mark.check
 
 CFG = tiny_config()
 PLAN = tg.depth_plan(CFG, True)
+CPU = torch.device("cpu")
 
 
-def batch_of(documents, max_spans=None, max_len=64):
-    """Documents (lists of tokens) packed; every token's target is the next of its document, a BOS at the end."""
+def pack(documents, max_spans=None, max_len=64):
+    """Documents as one batch. Every token's target is the next one of its document, a BOS at the end."""
     tokens = np.concatenate(documents)
-    targets = np.concatenate([np.append(d[1:], 1) for d in documents])
-    bounds = np.cumsum([0] + [len(d) for d in documents])
+    targets = np.concatenate([np.append(document[1:], 1) for document in documents])
+    bounds = np.cumsum([0] + [len(document) for document in documents])
     return tg.make_batch(tokens, targets, bounds, max_spans or len(documents), max_len)
 
 
-def documents(*lengths, seed=0):
+def draw_documents(*lengths, seed=0):
     rng = np.random.default_rng(seed)
-    return [np.append(1, rng.integers(4, 1024, n - 1)) for n in lengths]
+    return [np.append(1, rng.integers(4, 1024, length - 1)) for length in lengths]
+
+
+def with_other_tail(document, cut):
+    """The document with other tokens from `cut` on."""
+    (other,) = draw_documents(len(document) - cut, seed=9)
+    return np.append(document[:cut], other)
+
+
+# ---- Order, packing, causality -----------------------------------------------------------------------------
 
 
 def test_record_plan_is_the_written_out_list():
@@ -31,179 +43,212 @@ def test_record_plan_is_the_written_out_list():
 
 @pytest.mark.parametrize("looped", [False, True])
 def test_packing_changes_nothing(looped):
-    model, plan, docs = tiny_model(CFG), tg.depth_plan(CFG, looped), documents(20, 1, 33, 7)
-    alone = torch.cat([model(batch_of([d]), plan) for d in docs])
-    torch.testing.assert_close(model(batch_of(docs), plan), alone, rtol=0, atol=2e-5)
-    torch.testing.assert_close(model(batch_of(docs, max_spans=9), plan), alone, rtol=0, atol=2e-5)
+    model = tiny_model(CFG)
+    plan = tg.depth_plan(CFG, looped)
+    documents = draw_documents(20, 1, 33, 7)
+    alone = torch.cat([model(pack([document]), plan) for document in documents])
+    torch.testing.assert_close(model(pack(documents), plan), alone, rtol=0, atol=2e-5)
+    torch.testing.assert_close(model(pack(documents, max_spans=9), plan), alone, rtol=0, atol=2e-5)
 
 
 def test_no_prediction_sees_its_target_or_later_tokens():
-    model, docs = tiny_model(CFG), documents(20, 30)
-    before = model(batch_of(docs), PLAN)
-    for t in (1, 10, 29):
-        changed = [docs[0], np.append(docs[1][:t], documents(30 - t, seed=9)[0])]
-        after = model(batch_of(changed), PLAN)
-        torch.testing.assert_close(after[: 20 + t - 1], before[: 20 + t - 1], rtol=0, atol=1e-6)
-        assert not torch.allclose(after[20 + t :], before[20 + t :], atol=1e-3), "the future did change"
-
-
-def peeking(q, k, v, seqs):
-    """A cheat: attention that is not causal."""
-    return torch.cat([torch.nn.functional.scaled_dot_product_attention(
-        *(t[lo:hi].transpose(0, 1) for t in (q, k, v)), enable_gqa=True).transpose(0, 1)
-        for lo, hi in zip(seqs.cu_seqlens[:-1], seqs.cu_seqlens[1:]) if hi > lo])
+    model = tiny_model(CFG)
+    first, second = draw_documents(20, 30)
+    before = model(pack([first, second]), PLAN)
+    for cut in (1, 10, 29):
+        after = model(pack([first, with_other_tail(second, cut)]), PLAN)
+        unchanged = 20 + cut - 1
+        torch.testing.assert_close(after[:unchanged], before[:unchanged], rtol=0, atol=1e-6)
+        assert not torch.allclose(after[20 + cut :], before[20 + cut :], atol=1e-3), "the future did change"
 
 
 def test_peeking_attention_is_caught():
+    model = tiny_model(CFG)
+    peeking = tg.Backend(attend=peeking_attention)
+    first, second = draw_documents(20, 30)
+    before = model(pack([first, second]), PLAN, peeking)
+    after = model(pack([first, with_other_tail(second, 10)]), PLAN, peeking)
     with pytest.raises(AssertionError):
-        model, docs = tiny_model(CFG), documents(20, 30)
-        ops = tg.Ops(attend=peeking)
-        changed = [docs[0], np.append(docs[1][:10], documents(20, seed=9)[0])]
-        before, after = (model(batch_of(d), PLAN, ops) for d in (docs, changed))
         torch.testing.assert_close(after[:29], before[:29], rtol=0, atol=1e-6)
 
 
-def total_probability(model, ops=tg.Ops()):
-    """Sum over the whole vocabulary of the probability of every possible target, at each position."""
-    (document,) = documents(6)
-    total = 0
-    for candidate in range(CFG.vocab_size):
-        batch = tg.make_batch(document, np.full(6, candidate), np.array([0, 6]), 1, 64)
-        total = total + (-model(batch, PLAN, ops).double()).exp()
-    return total
+# ---- Predictions -------------------------------------------------------------------------------------------
+
+
+def total_probability(model, backend=tg.Backend()):
+    """Sum over the whole vocabulary of the probability of every possible target, at each of six positions."""
+    (document,) = draw_documents(6)
+    copies = CFG.vocab_size  # of the document; the targets of copy n are all n
+    tokens = np.tile(document, copies)
+    targets = np.repeat(np.arange(copies), len(document))
+    bounds = len(document) * np.arange(copies + 1)
+    nll = model(tg.make_batch(tokens, targets, bounds, copies, 64), PLAN, backend)
+    return (-nll.double()).exp().view(copies, len(document)).sum(0)
 
 
 def test_probabilities_sum_to_one():
     model = tiny_model(CFG).requires_grad_(False)
-    torch.testing.assert_close(total_probability(model), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-5)
+    ones = torch.ones(6, dtype=torch.float64)
+    torch.testing.assert_close(total_probability(model), ones, rtol=0, atol=1e-5)
 
 
 def test_a_boost_of_the_realised_token_is_caught():
-    def boosted(x, lane, embed, targets, see, ctx):
-        return tg.head(x, lane, embed, targets, see, ctx) * 0.99
-    total = total_probability(tiny_model(CFG).requires_grad_(False), tg.Ops(head=boosted))
+    def boosted(*args):
+        return tg.loss_head(*args) * 0.99
+
+    total = total_probability(tiny_model(CFG).requires_grad_(False), tg.Backend(head=boosted))
     assert (total - 1).abs().max() > 1e-3
+
+
+def test_ignored_targets_cost_nothing():
+    model = tiny_model(CFG)
+    batch = pack(draw_documents(20, 30))
+    second_half = torch.arange(50) >= 25
+    nll = model(batch._replace(targets=batch.targets.masked_fill(second_half, tg.IGNORE)), PLAN)
+    assert torch.equal(nll[:25], model(batch, PLAN)[:25]) and (nll[25:] == 0).all()
+
+
+def test_init_is_the_same_whatever_happened_before():
+    model = tg.GPT(CFG)
+    torch.manual_seed(99)
+    torch.randn(7)
+    again = tg.GPT(CFG)
+    for weight, same in zip(model.state_dict().values(), again.state_dict().values()):
+        assert torch.equal(weight, same)
+    assert not torch.equal(model.embed, tg.GPT(tiny_config(seed=5)).embed)
+    nll = model(pack(draw_documents(20)), PLAN)
+    assert abs(nll.mean() - np.log(1024)) < 0.5, "an untrained model knows nothing"
 
 
 @pytest.mark.parametrize("looped", [False, True])
 def test_every_parameter_gets_gradient(looped):
     model = tiny_model(CFG)
-    model(batch_of(documents(20, 30)), tg.depth_plan(CFG, looped)).mean().backward()
+    model(pack(draw_documents(20, 30)), tg.depth_plan(CFG, looped)).mean().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.norm() > 0, name
 
 
-def test_ignored_targets_cost_nothing():
-    model, batch = tiny_model(CFG), batch_of(documents(20, 30))
-    ignored = batch._replace(targets=torch.where(torch.arange(50) < 25, batch.targets, tg.IGNORE))
-    nll = model(ignored, PLAN)
-    assert torch.equal(nll[:25], model(batch, PLAN)[:25]) and (nll[25:] == 0).all()
+# ---- Hooks -------------------------------------------------------------------------------------------------
 
 
-def test_taps_see_every_site_of_every_visit():
+def test_hooks_see_every_site_of_every_visit():
     seen = []
 
-    def tap(visit, layer):
-        def see(site, x, y, scale=None):
+    def hooks(visit, layer):
+        def hook(site, x, y, scale=None):
             seen.append((visit, layer, site))
             return y
-        return see
+        return hook
 
-    model, batch = tiny_model(CFG), batch_of(documents(20))
-    tapped = model(batch, PLAN, tap=tap)
-    assert torch.equal(tapped, model(batch, PLAN))
-    order = PLAN.encoder + PLAN.decoder
-    sites = ["qkv", "o", "attn", "up", "down", "mlp"]
-    assert seen == [(-1, -1, "start")] + [(v, i, s) for v, i in enumerate(order) for s in sites] + [(-1, -1, "head")]
+    model = tiny_model(CFG)
+    batch = pack(draw_documents(20))
+    watched = model(batch, PLAN, hooks=hooks)
+    assert torch.equal(watched, model(batch, PLAN))
+    sites = "qkv", "o", "attn", "up", "down", "mlp"
+    of_layers = [(visit, layer, site) for visit, layer in enumerate(PLAN.visits) for site in sites]
+    assert seen == [(-1, -1, "start"), *of_layers, (-1, -1, "head")]
+
+
+def adapters_for_two(**settings):
+    """Adapters for two documents, of 20 and 30 tokens, and a function that gives their hooks."""
+    cfg = tg.dataclasses.replace(CFG, ttt_batch_size=2, **settings)
+    adapters = tg.Adapters(cfg, len(PLAN.visits), CPU)
+    ends = torch.tensor([20, 50], dtype=torch.int32)
+    return adapters, lambda: adapters.hooks(ends)
 
 
 def test_new_adapters_change_nothing_bitwise():
-    model, batch = tiny_model(CFG), batch_of(documents(20, 30))
-    adapters = tg.Adapters(tg.dataclasses.replace(CFG, ttt_batch_size=2), len(PLAN.encoder + PLAN.decoder), torch.device("cpu"))
-    tap = adapters.tap(torch.tensor([20, 50], dtype=torch.int32))
-    assert torch.equal(model(batch, PLAN, tap=tap), model(batch, PLAN))
+    model = tiny_model(CFG)
+    batch = pack(draw_documents(20, 30))
+    _, hooks = adapters_for_two()
+    assert torch.equal(model(batch, PLAN, hooks=hooks()), model(batch, PLAN))
 
 
-@pytest.mark.parametrize("sites", [*tg.SITES, "qkv,head", "attn,mlp", "qkv,attn,mlp,head"])
+@pytest.mark.parametrize("sites", [*tg.ADAPTER_SITES, "qkv,head", "attn,mlp", "qkv,attn,mlp,head"])
 def test_adapters_are_where_they_are_wanted(sites):
     """And nowhere else: each of them learns, and changes what the model says."""
-    model, batch = tiny_model(CFG).requires_grad_(False), batch_of(documents(20, 30))
-    cfg = tg.dataclasses.replace(CFG, ttt_batch_size=2, ttt_sites=sites)
-    adapters = tg.Adapters(cfg, len(PLAN.encoder + PLAN.decoder), torch.device("cpu"))
-    assert set(adapters.B) == {name for site in sites.split(",") for name in tg.SITES[site]}
-    every = tg.Adapters(tiny_config(ttt_batch_size=2), len(PLAN.encoder + PLAN.decoder), torch.device("cpu"))
-    assert all(torch.equal(draw, every.draw[name]) for name, draw in adapters.draw.items()), "whichever others there are"
-    score = lambda: model(batch, PLAN, tap=adapters.tap(torch.tensor([20, 50], dtype=torch.int32)))
-    before = score()
+    adapters, hooks = adapters_for_two(ttt_sites=sites)
+    assert set(adapters.B) == {name for site in sites.split(",") for name in tg.ADAPTER_SITES[site]}
+    everywhere, _ = adapters_for_two()
+    for name, draw in adapters.initial_A.items():
+        assert torch.equal(draw, everywhere.initial_A[name]), "the same, whichever others there are"
+    model = tiny_model(CFG).requires_grad_(False)
+    batch = pack(draw_documents(20, 30))
+    before = model(batch, PLAN, hooks=hooks())
     adapters.learn(before.sum())
-    assert all(B.abs().amax((1, 2, 3)).min() > 0 for B in adapters.B.values()) and not torch.equal(score(), before)
+    for B in adapters.B.values():
+        assert B.abs().amax((1, 2, 3)).min() > 0, "those of every visit learn"
+    assert not torch.equal(model(batch, PLAN, hooks=hooks()), before)
+
+
+def inputs_and_outputs(model, batch):
+    """What hooks see in a forward pass: lists of inputs and of outputs, of every visit, by (layer, site)."""
+    inputs, outputs = {}, {}
+
+    def hooks(visit, layer):
+        def hook(site, x, y, scale=None):
+            inputs.setdefault((layer, site), []).append(x.detach())
+            outputs.setdefault((layer, site), []).append(y)
+            y.retain_grad()
+            return y
+        return hook
+
+    model(batch, PLAN, hooks=hooks).sum().backward()
+    return inputs, outputs
 
 
 def test_statistics_are_those_of_inputs_and_gradients():
-    model, batch, hessians, inputs, outputs = tiny_model(CFG), batch_of(documents(20, 30)), {}, {}, {}
-    fishers = {"start": torch.zeros(CFG.vocab_size)}
-
-    def spy(visit, layer):
-        def see(site, x, y, scale=None):
-            inputs.setdefault((layer, site), []).append(x.detach())
-            if y.requires_grad:
-                outputs.setdefault((layer, site), []).append(y)
-                y.retain_grad()
-            return y
-        return see
-
+    model = tiny_model(CFG)
+    batch = pack(draw_documents(20, 30))
+    sums = tg.Calibration({}, {"start": torch.zeros(CFG.vocab_size)})
     with torch.no_grad():
-        model(batch, PLAN, tap=tg.calibration_tap(hessians, fishers))
-        model(batch, PLAN, tap=spy)
-    model(batch, PLAN, tap=tg.calibration_tap(hessians, fishers)).sum().backward()
-    looked_up = dict(inputs)[-1, "start"][0]
-    seen = {key: list(xs) for key, xs in inputs.items()}
-    model(batch, PLAN, tap=spy).sum().backward()
-    inputs = seen
-    assert set(hessians) == {f"{i}.{s}" for i in range(5) for s in ("qkv", "o", "up", "down")} | {"embed"}
+        model(batch, PLAN, hooks=sums.hooks)
+    model(batch, PLAN, hooks=sums.hooks).sum().backward()
+    hessians, fishers = sums
+    inputs, outputs = inputs_and_outputs(model, batch)
+
+    matrices = {f"{layer}.{site}" for layer in range(5) for site in ("qkv", "o", "up", "down")}
+    assert set(hessians) == matrices | {"embed"}
     for name, H in hessians.items():
-        layer, site = (-1, "head") if name == "embed" else (int(name[0]), name[2:])
-        x = torch.cat(inputs[layer, site])
+        layer, _, site = name.rpartition(".")
+        key = (int(layer), site) if layer else (-1, "head")
+        x = torch.cat(inputs[key])
         torch.testing.assert_close(H, x.T @ x, rtol=1e-4, atol=1e-4)
-        gradients = torch.cat([y.grad for y in outputs[layer, site]])
+        gradients = torch.cat([y.grad for y in outputs[key]])
         torch.testing.assert_close(fishers[name], gradients.square().sum(0), rtol=1e-4, atol=1e-6)
-    by_row = torch.zeros(CFG.vocab_size).index_add_(0, looked_up, outputs[-1, "start"][0].grad.square().sum(1))
+    (tokens,), (embedded,) = inputs[-1, "start"], outputs[-1, "start"]
+    by_row = torch.zeros(CFG.vocab_size).index_add_(0, tokens, embedded.grad.square().sum(1))
     torch.testing.assert_close(fishers["start"], by_row, rtol=1e-4, atol=1e-6)
-    visits = {i: (PLAN.encoder + PLAN.decoder).count(i) for i in range(5)}
-    assert visits[1] == 3 and len(inputs[1, "up"]) == 3, "a looped layer sums its visits"
+    assert PLAN.visits.count(1) == len(inputs[1, "up"]) == 3, "a looped layer sums its visits"
 
 
-def test_init_is_the_same_whatever_happened_before():
-    a = tg.GPT(CFG)
-    torch.manual_seed(99)
-    torch.randn(7)
-    b = tg.GPT(CFG)
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
-    assert not torch.equal(a.embed, tg.GPT(tiny_config(seed=5)).embed)
-    batch = batch_of(documents(20))
-    nll = a(batch, PLAN)
-    assert abs(nll.mean() - np.log(1024)) < 0.5, "an untrained model knows nothing"
+# ---- Compiled ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 def test_compiled_forward_is_as_exact_as_bf16_allows():
-    """Losses of the compiled record model on the GPU against fp32 on the CPU, next to what plain bf16 loses; no recompiling."""
+    """Losses on the GPU err by at most twice what plain bf16 does, and no graph is compiled again."""
     cfg = tg.Config(num_layers=5, loop_start=1, loop_end=2, parallel_start_layer=3, train_batch_tokens=16_384)
-    model, plan = tiny_model(cfg, noise=0.02), tg.depth_plan(cfg, True)
-    docs = documents(700, 1, 300, 47, 1000)
-    batch = batch_of(docs, max_spans=8, max_len=2048)
-    exact = model(batch, plan).detach()
-    model, batch = model.cuda(), tg.to_device(batch, torch.device("cuda"))
-    plain, fast = tg.Ops(attend=tg.choose_attention("varlen", batch.tokens.device)), tg.Ops.choose(cfg, batch.tokens.device)
-    for ops in (fast.compiled(), fast.compiled(any_length=True)):
-        base, ours = (model(batch, plan, o).detach().cpu() for o in (plain, ops))
+    looped, unlooped = tg.depth_plan(cfg, True), tg.depth_plan(cfg, False)
+    gpu = torch.device("cuda")
+    model = tiny_model(cfg, noise=0.02)
+    documents = draw_documents(700, 1, 300, 47, 1000)
+    batch = pack(documents, max_spans=8, max_len=2048)
+    shorter = tg.to_device(pack(documents[:2], max_spans=8, max_len=2048), gpu)
+    exact = model(batch, looped).detach()
+    model = model.cuda()
+    batch = tg.to_device(batch, gpu)
+    plain = tg.Backend(attend=tg.choose_attention("varlen", gpu))
+    base = model(batch, looped, plain).detach().cpu()
+    fast = tg.Backend.for_machine(cfg, gpu)
+    for backend, any_length in ((fast.compiled(), False), (fast.compiled_for_any_length(), True)):
+        ours = model(batch, looped, backend).detach().cpu()
         assert (ours - exact).norm() <= 2 * (base - exact).norm()
-        model(batch, plan, ops).mean().backward()
+        model(batch, looped, backend).mean().backward()
         graphs = tg.compiled_graphs()
-        shorter = tg.to_device(batch_of(docs[:2], max_spans=8, max_len=2048), batch.tokens.device)
-        for p in (plan, tg.depth_plan(cfg, False)):
-            model(batch, p, ops).mean().backward()
+        for plan in (looped, unlooped):
+            model(batch, plan, backend).mean().backward()
         assert tg.compiled_graphs() == graphs
-        if ops.block is not fast.block and "any_length" in ops.block.__name__:
-            model(shorter, plan, ops).mean().backward()
+        if any_length:
+            model(shorter, looped, backend).mean().backward()
             assert tg.compiled_graphs() == graphs

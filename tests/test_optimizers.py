@@ -7,16 +7,21 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import launch, tiny_config, tiny_model
 
 import train_gpt as tg
+from conftest import launch, silent, tiny_config, tiny_model
 
 CFG = tiny_config()
+BUFFERS = 8  # of a step
+MOMENTUM = 0.9
 
 
-def batch(seed=0, T=128):
-    stream = np.random.default_rng(seed).integers(2, 1024, T + 1)
-    return tg.make_batch(stream[:-1], stream[1:], np.arange(0, T + 1, 64), T // 64, 64)
+def draw_batch(seed=0, tokens=128):
+    stream = np.random.default_rng(seed).integers(2, 1024, tokens + 1)
+    return tg.make_batch(stream[:-1], stream[1:], np.arange(0, tokens + 1, 64), tokens // 64, 64)
+
+
+# ---- Optimizers --------------------------------------------------------------------------------------------
 
 
 def test_singular_values_come_into_the_band():
@@ -24,14 +29,15 @@ def test_singular_values_come_into_the_band():
     for shape in ((4, 32, 32), (2, 64, 16), (2, 16, 64)):
         values = torch.linalg.svdvals(tg.orthogonalize(torch.randn(shape), 5))
         assert values.min() > 0.3 and values.max() < 1.3
-    assert torch.linalg.svdvals(tg.orthogonalize(torch.randn(4, 32, 32), 1)).min() < 0.1, "steps matter"
+    after_one = torch.linalg.svdvals(tg.orthogonalize(torch.randn(4, 32, 32), 1))
+    assert after_one.min() < 0.1, "the number of iterations matters"
 
 
 def test_every_parameter_has_exactly_one_optimizer():
     model = tiny_model(CFG)
     optimizers = tg.Optimizers(model, tg.Ranks(), CFG)
-    owned = [p for group in optimizers.groups for p in group["params"]]
-    assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+    optimized = [p for group in optimizers.groups for p in group["params"]]
+    assert sorted(map(id, optimized)) == sorted(map(id, model.parameters()))
     model.extra = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="extra"):
         tg.Optimizers(model, tg.Ranks(), CFG)
@@ -39,29 +45,34 @@ def test_every_parameter_has_exactly_one_optimizer():
 
 def test_learning_rates_and_decays_go_where_they_belong():
     optimizers = tg.Optimizers(tiny_model(CFG), tg.Ranks(), CFG)
-    by_lr = [(g["lr"], g["weight_decay"]) for g in optimizers.groups]
-    assert by_lr == [(CFG.matrix_lr, CFG.muon_wd), (CFG.tied_embed_lr, CFG.embed_wd), (CFG.scalar_lr, CFG.adam_wd)]
+    assert [(group["lr"], group["weight_decay"]) for group in optimizers.groups] == [
+        (CFG.matrix_lr, CFG.muon_wd), (CFG.tied_embed_lr, CFG.embed_wd), (CFG.scalar_lr, CFG.adam_wd)]
 
 
 def test_adamw_is_torchs_own_and_clipping_is_global():
-    model, cfg = tiny_model(CFG), tg.dataclasses.replace(CFG, grad_clip_norm=0.05)
+    """Beside a twin, which PyTorch's AdamW trains and which takes over Muon's weights after every step."""
+    cfg = tg.dataclasses.replace(CFG, grad_clip_norm=0.05)
+    model = tiny_model(cfg)
     twin = copy.deepcopy(model)
     optimizers = tg.Optimizers(model, tg.Ranks(), cfg)
-    names = tg.Optimizers.EMBED + tg.Optimizers.SCALARS
-    of = lambda m, names: [dict(m.named_parameters())[n] for n in names]
-    reference = torch.optim.AdamW([dict(params=of(twin, tg.Optimizers.EMBED), lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
-                                   dict(params=of(twin, tg.Optimizers.SCALARS), lr=cfg.scalar_lr, weight_decay=cfg.adam_wd)],
-                                  betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
+
+    def parameters(of, names):
+        return [dict(of.named_parameters())[name] for name in names]
+
+    embed, scalars = tg.Optimizers.EMBED, tg.Optimizers.SCALARS
+    reference = torch.optim.AdamW(
+        [dict(params=parameters(twin, embed), lr=0.5 * cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
+         dict(params=parameters(twin, scalars), lr=0.5 * cfg.scalar_lr, weight_decay=cfg.adam_wd)],
+        betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
     for step in range(3):
-        for m in (model, twin):
-            m(batch(step), tg.depth_plan(cfg, True)).mean().backward()
-        assert torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05) > 0.05, "clipping does something"
-        for g, peak in zip(reference.param_groups, (cfg.tied_embed_lr, cfg.scalar_lr)):
-            g["lr"] = 0.5 * peak
-        optimizers.step(0.5, 0.9)
+        for each in (model, twin):
+            each(draw_batch(step), tg.depth_plan(cfg, True)).mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+        assert norm > 0.05, "clipping does something"
+        optimizers.step(0.5, MOMENTUM)
         reference.step()
-        for a, b in zip(of(model, names), of(twin, names)):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(parameters(model, embed + scalars), parameters(twin, embed + scalars)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         twin.load_state_dict(model.state_dict())
         twin.zero_grad()
 
@@ -69,230 +80,282 @@ def test_adamw_is_torchs_own_and_clipping_is_global():
 @pytest.mark.parametrize("loops", [0, 2])
 def test_parameters_that_a_depth_does_not_use(loops):
     """A single layer has neither skips nor lanes; a step must not trip over gradients that never came."""
-    cfg = tiny_config(num_layers=1, num_loops=0) if not loops else tiny_config(parallel_start_layer=99)
+    cfg = tiny_config(parallel_start_layer=99) if loops else tiny_config(num_layers=1, num_loops=0)
     model = tiny_model(cfg)
     optimizers = tg.Optimizers(model, tg.Ranks(), cfg)
-    model(batch(), tg.depth_plan(cfg, loops > 0)).mean().backward()
-    optimizers.step(1.0, 0.9)
+    model(draw_batch(), tg.depth_plan(cfg, loops > 0)).mean().backward()
+    optimizers.step(1.0, MOMENTUM)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-class Stub:
-    buffer_tokens, max_spans = 128, 4
+# ---- Warm-up, steps, averaging -----------------------------------------------------------------------------
 
 
-def trainer(cfg=CFG):
-    log = lambda *a, **k: None
-    return tg.Trainer(tg.Run(cfg, tg.Ranks(), log, tg.Ops()), tiny_model(cfg), Stub())
+class LoaderShape:
+    """As much of a loader as a trainer asks for before it trains."""
+    buffer_tokens = 128
+    max_spans = 4
 
 
-def flat_state(t: tg.Trainer) -> list[torch.Tensor]:
-    out = [*t.model.state_dict().values()]
-    for optimizer in (t.optimizers.muon, t.optimizers.adamw):
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            out += [v if isinstance(v, torch.Tensor) else torch.tensor(v) for _, v in sorted(optimizer.state[p].items())]
-        out += [torch.tensor(float(g["lr"])) for g in optimizer.param_groups]
-    return [v.clone() for v in out]
+def make_trainer(ranks=None) -> tg.Trainer:
+    run = tg.Run(CFG, ranks or tg.Ranks(), silent, tg.Backend())
+    return tg.Trainer(run, tiny_model(CFG), LoaderShape())
+
+
+def take_step(trainer, seed, looped=False):
+    """A step of a single rank on eight copies of one batch; returns its loss."""
+    return trainer.step([draw_batch(seed)] * BUFFERS, trainer.plans[looped], 1.0, MOMENTUM)
+
+
+def whole_state(trainer: tg.Trainer) -> list[torch.Tensor]:
+    """Copies of all weights, of all that the optimizers keep, and of their learning rates."""
+    state = [*trainer.model.state_dict().values()]
+    for optimizer in (trainer.optimizers.muon, trainer.optimizers.adamw):
+        for group in optimizer.param_groups:
+            state.append(torch.tensor(float(group["lr"])))
+            for p in group["params"]:
+                state += [torch.as_tensor(value) for _, value in sorted(optimizer.state[p].items())]
+    return [tensor.clone() for tensor in state]
+
+
+def equal_states(states, others):
+    return len(states) == len(others) and all(map(torch.equal, states, others))
+
+
+def first_buffers(trainer):
+    indices = trainer.own_buffers()
+    return [next(indices) for _ in range(3)]
 
 
 def test_warm_up_leaves_everything_bitwise_as_it_was():
-    t = trainer()
+    trainer = make_trainer()
     torch.manual_seed(5)
-    before, random = flat_state(t), torch.get_rng_state()
-    buffers = [next(t.own_buffers()) for _ in range(3)]
-    t.warm_up()
-    after = flat_state(t)
-    assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after))
-    assert torch.equal(random, torch.get_rng_state()) and buffers == [next(t.own_buffers()) for _ in range(3)]
-    assert all(p.grad is None for p in t.model.parameters())
+    state = whole_state(trainer)
+    random_state = torch.get_rng_state()
+    buffers = first_buffers(trainer)
+    trainer.warm_up()
+    assert equal_states(whole_state(trainer), state)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert first_buffers(trainer) == buffers
+    assert all(p.grad is None for p in trainer.model.parameters())
 
 
 def test_training_after_warm_up_is_training_without_it():
-    def steps(warm):
-        t = trainer()
-        if warm:
-            t.warm_up()
-        for i in range(3):
-            t.step([batch(i)] * 8, t.plans[1], 1.0, 0.9)
-        return flat_state(t)
+    def state_after_steps(warm_up):
+        trainer = make_trainer()
+        if warm_up:
+            trainer.warm_up()
+        for seed in range(3):
+            take_step(trainer, seed, looped=True)
+        return whole_state(trainer)
 
-    for a, b in zip(steps(True), steps(False)):
-        assert torch.equal(a, b)
+    assert equal_states(state_after_steps(True), state_after_steps(False))
 
 
 def test_a_forgotten_momentum_is_caught(monkeypatch):
     """What the reference does: keep Muon's momentum where state_dict() does not see it."""
     monkeypatch.setattr(tg.Muon, "load_state_dict", lambda self, state: None)
-    t = trainer()
-    before = flat_state(t)
-    t.warm_up()
-    assert not all(torch.equal(a, b) for a, b in zip(before, flat_state(t)))
+    trainer = make_trainer()
+    before = whole_state(trainer)
+    trainer.warm_up()
+    assert not equal_states(whole_state(trainer), before)
 
 
-def test_snapshot_resumes_bitwise():
-    t = trainer()
-    for i in range(2):
-        t.step([batch(i)] * 8, t.plans[0], 1.0, 0.9)
-    with tg.preserved(t.model, t.optimizers):
-        for i in range(2, 4):
-            t.step([batch(i)] * 8, t.plans[0], 1.0, 0.9)
-        there = flat_state(t)
-    for i in range(2, 4):
-        t.step([batch(i)] * 8, t.plans[0], 1.0, 0.9)
-    assert all(torch.equal(a, b) for a, b in zip(there, flat_state(t)))
+def test_preserved_state_resumes_bitwise():
+    trainer = make_trainer()
+    for seed in (0, 1):
+        take_step(trainer, seed)
+    states = []
+    with tg.preserved(trainer.model, trainer.optimizers):
+        for seed in (2, 3):
+            take_step(trainer, seed)
+        states.append(whole_state(trainer))
+    for seed in (2, 3):
+        take_step(trainer, seed)
+    states.append(whole_state(trainer))
+    assert equal_states(*states)
 
 
 def test_training_lowers_the_loss():
-    t = trainer()
-    losses = [t.step([batch(0)] * 8, t.plans[1], 1.0, 0.9).item() for _ in range(12)]
+    trainer = make_trainer()
+    losses = [take_step(trainer, 0, looped=True).item() for _ in range(12)]
     assert losses[-1] < losses[0] - 1.0
+
+
+def test_a_gradient_is_applied_once(monkeypatch):
+    """Neither a step without a backward pass nor one after a pass that broke off sees an older gradient."""
+    trainer = make_trainer()
+    honest_squared_norm = trainer.optimizers.muon.squared_norm
+    squared_norms = []
+
+    def noting_squared_norm():
+        squared_norms.append(honest_squared_norm())
+        return squared_norms[-1]
+
+    monkeypatch.setattr(trainer.optimizers.muon, "squared_norm", noting_squared_norm)
+    take_step(trainer, 0)
+    assert squared_norms[-1] > 0
+    trainer.optimizers.step(1.0, MOMENTUM)
+    assert squared_norms[-1] == 0
+    # The gradient of the embedding comes last, when all banks have been sent.
+    handle = trainer.model.embed.register_post_accumulate_grad_hook(lambda p: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        take_step(trainer, 1)
+    handle.remove()
+    trainer.optimizers.zero_grad()
+    trainer.optimizers.step(1.0, MOMENTUM)
+    assert squared_norms[-1] == 0 and len(squared_norms) == 3
+
+
+def optimizer_outlives_its_trainer(ranks):
+    trainer = make_trainer(ranks)
+    batches = [draw_batch(0)] * trainer.local_buffers
+    trainer.step(batches, trainer.plans[0], 1.0, MOMENTUM)
+    optimizer = weakref.ref(trainer.optimizers.muon)
+    model = trainer.model
+    del trainer
+    gc.collect()
+    return optimizer() is not None and model is not None
+
+
+def test_nothing_keeps_an_optimizer_alive():
+    assert not optimizer_outlives_its_trainer(tg.Ranks())
 
 
 def test_average_follows_the_formula_and_any_length():
     model = tiny_model(CFG)
-    ema, expected = tg.Ema(model, 0.9965), [p.detach().clone() for p in model.parameters()]
-    for t in range(30):
+    steps, added = 30, 0.1
+    ema = tg.Ema(model, 0.9965)
+    expected = [p.detach().clone() for p in model.parameters()]
+    for t in range(steps):
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(0.1)
+                p.add_(added)
         ema.update()
         decay = min(0.9965, (t + 1) / (t + 18))
         expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, model.parameters())]
-    for a, e in zip(ema.average, expected):
-        torch.testing.assert_close(a, e)
-    first = next(model.parameters()).flatten()[0].item()
-    assert 0.05 < (first - ema.average[0].flatten()[0].item()) / (30 * 0.1) < 0.12, "it trails by about 1/17 of the run"
-    ema.copy_to_model()
-    assert all(torch.equal(p, a) for p, a in zip(model.parameters(), ema.average))
-    full = next(t for t in range(10**5) if (t + 1) / (t + 18) >= 0.9965)
-    assert 4500 < full < 5000, "the record's own decay is reached where the record ends"
+    for ours, theirs in zip(ema.average.values(), expected):
+        torch.testing.assert_close(ours, theirs)
+    behind = (model.embed[0, 0] - ema.average["embed"][0, 0]).item() / (steps * added)
+    assert 0.05 < behind < 0.12, "it trails by about 1/17 of the run"
+    averaged = model.with_weights(ema.average)
+    assert all(map(torch.equal, averaged.parameters(), ema.average.values()))
+    assert not torch.equal(averaged.embed, model.embed), "the model itself keeps the last weights"
+    steps_to_full_decay = next(t for t in range(10**5) if (t + 1) / (t + 18) >= 0.9965)
+    assert 4500 < steps_to_full_decay < 5000, "the record's own decay is reached where the record ends"
+
+
+# ---- Schedules ---------------------------------------------------------------------------------------------
 
 
 def test_momentum_warms_up_in_short_runs_too():
     cfg = tg.Config()
     assert tg.muon_momentum(0, 0.0, cfg) == cfg.muon_momentum_warmup_start
-    assert tg.muon_momentum(1500, 0.2, cfg) == tg.muon_momentum(40, 0.31, cfg) == tg.muon_momentum(9, 1, cfg) == pytest.approx(0.97)
+    by_steps = tg.muon_momentum(1500, 0.2, cfg)
+    by_progress = tg.muon_momentum(40, 0.31, cfg)
+    at_the_end = tg.muon_momentum(9, 1, cfg)
+    assert by_steps == by_progress == at_the_end == pytest.approx(0.97)
     assert tg.muon_momentum(750, 0.1, cfg) == pytest.approx(0.945)
 
 
 def test_learning_rate_falls_to_its_floor():
     cfg = tg.Config()
-    values = [tg.lr_scale(p, cfg) for p in np.linspace(0, 1.2, 50)]
-    assert values[0] == 1 and values[-1] == cfg.min_lr and all(a >= b for a, b in zip(values, values[1:]))
-    assert tg.lr_scale(0.5, tg.Config(warmdown_frac=0.0)) == 1.0
+    scales = [tg.learning_rate_scale(progress, cfg) for progress in np.linspace(0, 1.2, 50)]
+    assert scales[0] == 1 and scales[-1] == cfg.min_lr and scales == sorted(scales, reverse=True)
+    assert tg.learning_rate_scale(0.5, tg.Config(warmdown_frac=0.0)) == 1.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks
+# ---- Ranks -------------------------------------------------------------------------------------------------
 
 
-def steps_in_ranks(n):
-    """A few steps on buffers dealt as in training; returns losses, weights and the whole of Muon's momentum."""
+def train_in_ranks(steps):
+    """Steps on buffers shared as in training; returns losses, weights and the whole of Muon's momentum."""
     torch.set_num_threads(1)
     ranks = tg.Ranks.join()
-    t = tg.Trainer(tg.Run(CFG, ranks, lambda *a, **k: None, tg.Ops()), tiny_model(CFG), Stub())
-    t.local_buffers = 8 // ranks.world
-    own, losses = t.own_buffers(), []
-    for i in range(n):
-        loss = t.step([batch(next(own)) for _ in range(t.local_buffers)], t.plans[i > 1], 1.0, 0.9)
-        losses.append(ranks.sum_(loss.clone()).item())
+    trainer = make_trainer(ranks)
+    trainer.local_buffers = BUFFERS // ranks.world_size
+    indices = trainer.own_buffers()
+    losses = []
+    for step in range(steps):
+        batches = [draw_batch(next(indices)) for _ in range(trainer.local_buffers)]
+        loss = trainer.step(batches, trainer.plans[step > 1], 1.0, MOMENTUM)
+        losses.append(ranks.all_reduce_(loss.clone()).item())
     momenta = {}
+    parameters = dict(trainer.model.named_parameters())
     for name in tg.Optimizers.MUON:
-        p = dict(t.model.named_parameters())[name]
-        shard = t.optimizers.muon.state[p]["momentum"]
-        whole = [torch.empty_like(shard) for _ in range(ranks.world)]
-        if ranks.world > 1:
-            tg.dist.all_gather(whole, shard)
-        momenta[name] = torch.cat(whole if ranks.world > 1 else [shard])[: len(p)]
-    return losses, [p.detach() for p in t.model.parameters()], momenta
+        bank = parameters[name]
+        slices = [trainer.optimizers.muon.state[bank]["momentum"]]
+        if ranks.world_size > 1:
+            gathered = [torch.empty_like(slices[0]) for _ in range(ranks.world_size)]
+            tg.dist.all_gather(gathered, slices[0])
+            slices = gathered
+        momenta[name] = torch.cat(slices)[: len(bank)]
+    return losses, [p.detach() for p in parameters.values()], momenta
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_train_as_one(world, tmp_path):
-    one_losses, one_weights, one_momenta = steps_in_ranks(4)
-    results = launch(world, steps_in_ranks, 4, folder=tmp_path)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_train_as_one(world_size, tmp_path):
+    losses_alone, weights_alone, momenta_alone = train_in_ranks(4)
+    assert not math.isclose(losses_alone[0], losses_alone[-1])
+    results = launch(world_size, train_in_ranks, 4, folder=tmp_path)
     for losses, weights, momenta in results:
-        np.testing.assert_allclose(losses, one_losses, rtol=2e-5)
-        for a, b in zip(weights, one_weights):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=3e-4)
-        for name in momenta:
-            assert (momenta[name] - one_momenta[name]).norm() <= 1e-3 * one_momenta[name].norm()
+        np.testing.assert_allclose(losses, losses_alone, rtol=2e-5)
+        for ours, alone in zip(weights, weights_alone):
+            torch.testing.assert_close(ours, alone, rtol=1e-3, atol=3e-4)
+        for name, momentum in momenta.items():
+            assert (momentum - momenta_alone[name]).norm() <= 1e-3 * momenta_alone[name].norm()
+    first_losses, first_weights, _ = results[0]
     for losses, weights, _ in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(weights, results[0][1])), "ranks stay bitwise the same model"
-        assert losses == results[0][0]
-    assert not math.isclose(one_losses[0], one_losses[-1])
+        assert all(map(torch.equal, weights, first_weights)), "ranks stay bitwise the same model"
+        assert losses == first_losses
 
 
-def sends_of_a_step(buffers):
-    """For every bank sent in a step: whether gradients of embedding and of the bank itself were whole by then."""
+def sends_of_two_steps(buffers):
+    """(embedding was still to come, bank was complete) when a bank was sent, for every one that was."""
     torch.set_num_threads(1)
-    ranks = tg.Ranks.join()
-    t = tg.Trainer(tg.Run(CFG, ranks, lambda *a, **k: None, tg.Ops()), tiny_model(CFG), Stub())
-    t.local_buffers, seen, plain = buffers, [], tg.dist.reduce_scatter_tensor
+    trainer = make_trainer(tg.Ranks.join())
+    trainer.local_buffers = buffers
+    optimizers = trainer.optimizers
+    shards = optimizers.muon.shards
+    embed = trainer.model.embed
+    plain_reduce, plain_step = tg.dist.reduce_scatter_tensor, optimizers.step
+    sends = []  # (bank, what was sent, the gradient of the embedding by then) of the step
+    verdicts = []
 
-    def spy(mine, full, **options):
-        bank = next(p for p, shard in t.optimizers.muon.shards.items() if shard.full is full)
-        seen.append((bank, full.clone(), None if t.model.embed.grad is None else t.model.embed.grad.clone()))
-        return plain(mine, full, **options)
+    def noting_reduce(out, sent, **options):
+        (bank,) = [bank for bank, shard in shards.items() if shard.full is sent]
+        sends.append((bank, sent.clone(), None if embed.grad is None else embed.grad.clone()))
+        return plain_reduce(out, sent, **options)
 
-    tg.dist.reduce_scatter_tensor, step = spy, t.optimizers.step
-    ends = []
-    t.optimizers.step = lambda *a: ends.append((t.model.embed.grad.clone(), {p: p.grad.clone() for p in t.optimizers.muon.shards})) or step(*a)
-    for n in range(2):
-        t.step([batch(8 * n + i) for i in range(buffers)], t.plans[1], 1.0, 0.9)
-    found = []
-    for i, (bank, full, embed) in enumerate(seen):
-        embed_in_the_end, banks = ends[i // 4]
-        found.append((embed is None or not torch.equal(embed, embed_in_the_end), torch.equal(full[: len(bank)], banks[bank])))
-    return found
+    def judging_step(*args):
+        """All gradients are complete when a step begins; it sends what has not been sent by then."""
+        complete = {p: p.grad.clone() for p in (embed, *shards)}
+        plain_step(*args)
+        for bank, sent, embed_grad in sends:
+            to_come = embed_grad is None or not torch.equal(embed_grad, complete[embed])
+            verdicts.append((to_come, torch.equal(sent[: len(bank)], complete[bank])))
+        sends.clear()
+
+    tg.dist.reduce_scatter_tensor = noting_reduce
+    optimizers.step = judging_step
+    for step in range(2):
+        batches = [draw_batch(8 * step + i) for i in range(buffers)]
+        trainer.step(batches, trainer.plans[1], 1.0, MOMENTUM)
+    return verdicts
 
 
 @pytest.mark.parametrize("buffers", [1, 3])
 def test_banks_leave_during_backward_and_only_when_they_are_whole(buffers, tmp_path):
-    for found in launch(2, sends_of_a_step, buffers, folder=tmp_path):
-        assert len(found) == 2 * len(tg.Optimizers.MUON), "each once a step"
-        assert all(whole for _, whole in found), "with the last buffer's gradient in it"
-        assert all(before for before, _ in found), "while the gradient of the embedding is still to come"
+    for verdicts in launch(2, sends_of_two_steps, buffers, folder=tmp_path):
+        assert len(verdicts) == 2 * len(tg.Optimizers.MUON), "each once a step"
+        assert all(complete for _, complete in verdicts), "with the last buffer's gradient in it"
+        assert all(to_come for to_come, _ in verdicts), "while the gradient of the embedding is still to come"
 
 
-def test_nothing_keeps_an_optimizer_alive():
-    t = trainer()
-    t.step([batch(0)] * 8, t.plans[0], 1.0, 0.9)
-    watched = weakref.ref(t.optimizers.muon)
-    model = t.model
-    del t
-    gc.collect()
-    assert watched() is None and model is not None
-
-
-def optimizer_outlives_its_trainer():
+def optimizer_of_a_rank_outlives_its_trainer():
     """The same where hooks send banks."""
-    ranks = tg.Ranks.join()
-    t = tg.Trainer(tg.Run(CFG, ranks, lambda *a, **k: None, tg.Ops()), tiny_model(CFG), Stub())
-    t.step([batch(0)] * t.local_buffers, t.plans[0], 1.0, 0.9)
-    watched, model = weakref.ref(t.optimizers.muon), t.model
-    del t
-    gc.collect()
-    return watched() is not None and model is not None
+    return optimizer_outlives_its_trainer(tg.Ranks.join())
 
 
 def test_nothing_keeps_an_optimizer_of_ranks_alive(tmp_path):
-    assert launch(2, optimizer_outlives_its_trainer, folder=tmp_path) == [False, False]
-
-
-def test_a_gradient_is_applied_once(monkeypatch):
-    """Neither a step without a backward pass nor one after a pass that broke off sees an older gradient."""
-    t, seen = trainer(), []
-    squared_norm = t.optimizers.muon.squared_norm
-    monkeypatch.setattr(t.optimizers.muon, "squared_norm", lambda: seen.append(squared_norm()) or seen[-1])
-    t.step([batch(0)] * 8, t.plans[0], 1.0, 0.9)
-    assert seen[-1] > 0
-    t.optimizers.step(1.0, 0.9)
-    assert seen[-1] == 0
-    handle = t.model.embed.register_post_accumulate_grad_hook(lambda p: 1 / 0)  # when banks have been sent
-    with pytest.raises(ZeroDivisionError):
-        t.step([batch(1)] * 8, t.plans[0], 1.0, 0.9)
-    handle.remove()
-    t.optimizers.zero_grad()
-    t.optimizers.step(1.0, 0.9)
-    assert seen[-1] == 0 and len(seen) == 3
+    assert launch(2, optimizer_of_a_rank_outlives_its_trainer, folder=tmp_path) == [False, False]

@@ -1,38 +1,80 @@
 """The whole script: what it leaves behind, re-scoring, determinism, order of events, mistakes of users."""
+import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMOKE, TINY, free_port, make_data, smoke_tokens, write_shard
 
 import train_gpt as tg
+from conftest import ROOT, TINY, as_environment, free_port, make_data, shards_of, smoke_tokens
 
-FILES = {"log.txt", "metrics.jsonl", "result.json", "final_model.pt", "final_model.int6.ptz", "train_gpt_packed.py"}
+SCRIPT = Path(tg.__file__)
+ARTIFACT = "final_model.int6.ptz"
+CHECKPOINT = "final_model.pt"
+FILES = {"log.txt", "metrics.jsonl", "result.json", CHECKPOINT, ARTIFACT, "train_gpt_packed.py"}
+# Settings on top of TINY, where the size of the model does not matter: three visits of two layers.
+QUICK = dict(NUM_LAYERS=2, PARALLEL_START_LAYER=1, NUM_LOOPS=1, LOOP_START=0, LOOP_END=0, QUANT_STATES=1)
 
 
-def nll_of(path):
-    return np.load(path)["nll"]
+class Finished(NamedTuple):
+    """What a run has left."""
+    folder: Path
+    scores: Path
+    result: dict
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / ARTIFACT
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / CHECKPOINT
+
+
+def finish_run(folder, data, **settings) -> Finished:
+    places = dict(DATA_DIR=data, ARTIFACT_DIR=folder / "run", SAVE_SCORES=folder / "scores.npz")
+    assert tg.main(as_environment({**TINY, **settings, **places})) == 0
+    return Finished(folder / "run", folder / "scores.npz", read_result(folder / "run"))
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_data, tmp_path_factory):
-    """One run with scores saved: folder, its scores, its result."""
-    folder = tmp_path_factory.mktemp("finished")
-    env = {**TINY, "DATA_DIR": tiny_data, "ARTIFACT_DIR": folder / "run", "SAVE_SCORES": folder / "scores.npz"}
-    assert tg.main({name: str(value) for name, value in env.items()}) == 0
-    return folder / "run", folder / "scores.npz", json.loads((folder / "run/result.json").read_text())
+def finished(tiny_data, tmp_path_factory) -> Finished:
+    """One run of the tiny model, with its scores saved."""
+    return finish_run(tmp_path_factory.mktemp("finished"), tiny_data)
+
+
+def read_result(folder) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def read_metrics(folder, kind) -> list[dict]:
+    """The rows of a kind, in order."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def read_nll(path):
+    return np.load(path)["nll"]
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- What a run leaves behind ------------------------------------------------------------------------------
 
 
 def test_what_a_run_leaves_behind(finished):
@@ -40,36 +82,51 @@ def test_what_a_run_leaves_behind(finished):
     assert {path.name for path in folder.iterdir()} == FILES
     log = (folder / "log.txt").read_text()
     assert log.splitlines()[-1] == "RESULT " + json.dumps(result)
-    source = Path(tg.__file__).read_text()
-    assert source in log and hashlib.sha256(source.encode()).hexdigest() == result["code_sha256"]
-    assert f"code_sha256:{result['code_sha256']}" in log and "train_batch_tokens:1024" in log and "torch:" in log
-    for line in ("step:1/6 train_loss:", "step_avg:", "layer_loop:enabled", "quantized val_loss:", "final val_loss:",
-                 "phase train", "clock scoring"):
-        assert line in log
+    source = SCRIPT.read_text()
+    assert source in log and sha256(source.encode()) == result["code_sha256"]
+    for said in (f"code_sha256:{result['code_sha256']}", "train_batch_tokens:1024", "torch:",
+                 "step:1/6 train_loss:", "step_avg:", "layer_loop:enabled", "quantized val_loss:",
+                 "final val_loss:", "phase train", "clock scoring"):
+        assert said in log
     packed = (folder / "train_gpt_packed.py").read_bytes()
-    assert len(packed) == result["code_bytes"] and hashlib.sha256(packed).hexdigest() == result["packed_sha256"]
-    assert (folder / "final_model.int6.ptz").stat().st_size == result["model_bytes"]
-    assert result["total_bytes"] == result["code_bytes"] + result["model_bytes"] <= result["cap_bytes"] == 16_000_000
+    assert len(packed) == result["code_bytes"] and sha256(packed) == result["packed_sha256"]
+    assert finished.artifact.stat().st_size == result["model_bytes"]
+    assert result["total_bytes"] == result["code_bytes"] + result["model_bytes"] <= result["cap_bytes"]
+    assert result["cap_bytes"] == 16_000_000
 
 
 def test_result_has_every_field(finished):
     _, _, result = finished
     assert set(result) >= {
-        "val_loss", "val_bpb", "val_loss_quantized", "val_bpb_quantized", "val_loss_unquantized", "val_bpb_unquantized",
-        "documents", "tokens", "bytes", "model_bytes", "code_bytes", "total_bytes", "seed", "code_sha256", "steps", "phases",
-        "clocks", "hardware", "versions", "unadapted_tokens"}
-    assert result["documents"] == 5 and result["steps"] == 6 and result["seed"] == 1337 and result["unadapted_tokens"] == 0
-    assert set(result["phases"]) >= {"setup", "warm-up", "train", "calibrate", "export", "score quantized", "adapt"}
-    assert result["clocks"]["scoring"]["budget"] == 600 and result["seconds"] >= sum(result["phases"].values()) * 0.9
+        "val_loss", "val_bpb", "val_loss_quantized", "val_bpb_quantized", "val_loss_unquantized",
+        "val_bpb_unquantized", "documents", "tokens", "bytes", "model_bytes", "code_bytes", "total_bytes",
+        "seed", "code_sha256", "steps", "phases", "clocks", "hardware", "versions", "unadapted_tokens"}
+    assert result["documents"] == 5 and result["steps"] == 6 and result["seed"] == 1337
+    assert result["unadapted_tokens"] == 0
+    assert set(result["phases"]) >= {
+        "setup", "warm-up", "train", "calibrate", "export", "score quantized", "adapt"}
+    assert result["clocks"]["scoring"]["budget"] == 600
+    assert result["seconds"] >= sum(result["phases"].values()) * 0.9
+
+
+def test_a_result_names_its_data(finished, tiny_data):
+    result = finished.result
+    tokens = b"".join(np.array(tg.open_shard(path)).tobytes() for path in shards_of(tiny_data, "val"))
+    assert result["val_sha256"] == sha256(tokens)
+    tokenizer = (tiny_data / "tokenizers/fineweb_1024_bpe.model").read_bytes()
+    assert result["tokenizer_sha256"] == sha256(tokenizer)
+    assert result["model_sha256"] == sha256(finished.artifact.read_bytes())
+    assert re.fullmatch("[0-9a-f]{64}", result["train_sha256"])
 
 
 def test_metrics_are_complete(finished):
     folder, _, result = finished
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if row["kind"] == "step"]
+    steps = read_metrics(folder, "step")
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6] and all(row["loss"] > 0 for row in steps)
-    assert [row["looped"] for row in steps] == [False, False, False, True, True, True], "from step 3 of 6 on, .35 passed"
-    assert rows[-1] == {"kind": "result", **result}
+    looped = [row["looped"] for row in steps]
+    assert looped == [False, False, False, True, True, True], "from step 3 of 6 on, .35 passed"
+    last_line = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last_line) == {"kind": "result", **result}
 
 
 def test_anyone_can_recompute_the_score(finished):
@@ -77,7 +134,8 @@ def test_anyone_can_recompute_the_score(finished):
     file = np.load(scores)
     assert file["nll"].dtype == np.float32
     assert len(file["nll"]) == len(file["token_bytes"]) == result["tokens"]
-    assert file["token_bytes"].sum() == result["bytes"] and len(file["document_starts"]) == result["documents"]
+    assert file["token_bytes"].sum() == result["bytes"]
+    assert len(file["document_starts"]) == result["documents"]
     nats = file["nll"].astype(np.float64).sum()
     assert nats / result["tokens"] == pytest.approx(result["val_loss"], rel=1e-12)
     assert nats / np.log(2) / result["bytes"] == pytest.approx(result["val_bpb"], rel=1e-12)
@@ -86,269 +144,427 @@ def test_anyone_can_recompute_the_score(finished):
 
 def test_console_is_short_and_ends_with_the_result(run):
     outcome = run()
-    assert outcome.status == 0 and outcome.err == "" and len(outcome.out.splitlines()) < 60
-    assert outcome.out.splitlines()[-1].startswith("RESULT {")
+    lines = outcome.out.splitlines()
+    assert outcome.status == 0 and outcome.err == "" and len(lines) < 60
+    assert lines[-1].startswith("RESULT {")
     assert "\n" + "=" * 100 not in outcome.out, "the source goes to the file only"
 
 
-def test_one_seed_one_artifact(run, finished, tmp_path):
-    again = run(ARTIFACT_DIR=tmp_path / "again", SAVE_SCORES=tmp_path / "again.npz")
-    other = run(ARTIFACT_DIR=tmp_path / "other", SEED=1)
-    name = "final_model.int6.ptz"
-    assert (tmp_path / "again" / name).read_bytes() == (finished[0] / name).read_bytes()
-    assert np.array_equal(nll_of(tmp_path / "again.npz"), nll_of(finished[1]))
-    assert again.result["val_bpb"] == finished[2]["val_bpb"] != other.result["val_bpb"]
-
-
-def test_settings_reach_the_run(run, finished, tmp_path):
-    for i, change in enumerate([dict(MATRIX_LR=0.01), dict(EMA_DECAY=0.1), dict(GRAD_CLIP_NORM=0.001), dict(BETA2=0.5),
-                                dict(TIED_EMBED_LR=0.003), dict(SCALAR_LR=0.2), dict(MUON_WD=3), dict(WARMDOWN_FRAC=0.1),
-                                dict(QK_GAIN_INIT=2), dict(ENABLE_LOOPING_AT=1), dict(GPTQ_CALIBRATION_BATCHES=2),
-                                dict(TTT_LORA_LR=0), dict(TTT_CHUNK_SIZE=24), dict(TTT_EVAL_SEQ_LEN=32),
-                                dict(MUON_MOMENTUM=0.5)]):
-        outcome = run(ARTIFACT_DIR=tmp_path / str(i), **change)
-        assert outcome.result["val_bpb"] != finished[2]["val_bpb"], change
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Re-scoring
-
-
-def test_the_artifact_alone_scores_the_same(run, finished, tiny_data, tmp_path):
-    """Neither training shards nor the checkpoint are at hand."""
-    folder, scores, result = finished
-    shards = sorted((tiny_data / "datasets/fineweb10B_sp1024").glob("*val*"))
-    bare = make_data(tmp_path / "bare", [], [np.array(tg.open_shard(path)) for path in shards])
-    artifact = tmp_path / "alone.ptz"
-    artifact.write_bytes((folder / "final_model.int6.ptz").read_bytes())
-    outcome = run(EVAL_ONLY_PATH=artifact, DATA_DIR=bare, SAVE_SCORES=tmp_path / "s.npz")
-    assert np.array_equal(nll_of(tmp_path / "s.npz"), nll_of(scores))
-    assert outcome.result["val_bpb"] == result["val_bpb"] and outcome.result["model_bytes"] == result["model_bytes"]
-    assert "val_bpb_unquantized" not in outcome.result and "steps" not in outcome.result
-
-
-def test_a_checkpoint_uses_the_artifact_made_from_it(run, finished, tmp_path):
-    outcome = run(EVAL_ONLY_PATH=finished[0] / "final_model.pt", SAVE_SCORES=tmp_path / "s.npz")
-    assert "was made from" in outcome.out and "calibrate" not in outcome.result["phases"]
-    assert np.array_equal(nll_of(tmp_path / "s.npz"), nll_of(finished[1]))
-    assert outcome.result["val_bpb_unquantized"] == finished[2]["val_bpb_unquantized"]
-
-
-def test_a_checkpoint_of_another_version_is_refused(run, finished, tmp_path):
-    saved = torch.load(finished[0] / "final_model.pt", weights_only=True)
-    torch.save({**saved, "settings": {**saved["settings"], "matrix_bits": 6}}, tmp_path / "old.pt")
-    assert "another version of this script made it: what is matrix_bits?" in run(EVAL_ONLY_PATH=tmp_path / "old.pt").error
-
-
-def test_a_damaged_artifact_beside_a_checkpoint_is_made_again(run, finished, tmp_path):
-    for name in ("final_model.pt", "final_model.int6.ptz"):
-        (tmp_path / name).write_bytes((finished[0] / name).read_bytes()[: None if name.endswith("pt") else 1000])
-    outcome = run(EVAL_ONLY_PATH=tmp_path / "final_model.pt")
-    assert "calibrating again" in outcome.out and outcome.result["val_bpb"] == finished[2]["val_bpb"]
-
-
-def test_a_checkpoint_without_it_is_calibrated_again(run, finished, tmp_path):
-    lonely = tmp_path / "final_model.pt"
-    lonely.write_bytes((finished[0] / "final_model.pt").read_bytes())
-    outcome = run(EVAL_ONLY_PATH=lonely)
-    assert "training shards are needed" in outcome.out and outcome.result["val_bpb"] == finished[2]["val_bpb"]
-    assert (tmp_path / "run/final_model.int6.ptz").read_bytes() == (finished[0] / "final_model.int6.ptz").read_bytes()
-    other = run(EVAL_ONLY_PATH=finished[0] / "final_model.pt", GPTQ_CALIBRATION_BATCHES=2, ARTIFACT_DIR=tmp_path / "two")
-    assert "calibrating again" in other.out and other.result["val_bpb"] != finished[2]["val_bpb"]
-
-
-def test_a_checkpoint_without_training_shards(run, finished, tmp_path):
-    (tmp_path / "final_model.pt").write_bytes((finished[0] / "final_model.pt").read_bytes())
-    bare = make_data(tmp_path / "bare", [], [smoke_tokens("val")])
-    outcome = run(EVAL_ONLY_PATH=tmp_path / "final_model.pt", DATA_DIR=bare)
-    assert "training shards are needed" in outcome.out and "fineweb_train_*.bin" in outcome.error
-
-
 def test_a_result_is_never_written_over(run, finished):
-    folder, before = finished[0], {path: path.read_bytes() for path in finished[0].iterdir()}
-    for settings in ({}, dict(EVAL_ONLY_PATH=folder / "final_model.int6.ptz")):
-        assert "holds the result of another run" in run(ARTIFACT_DIR=folder, **settings).error
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_a_model_brings_its_settings(run, finished, tiny_data, tmp_path, capfd):
-    """Without any of the run's variables the score is the same; the seed of a model cannot be another."""
-    for saved in ("final_model.int6.ptz", "final_model.pt"):
-        env = {"EVAL_ONLY_PATH": finished[0] / saved, "DATA_DIR": tiny_data, "ARTIFACT_DIR": tmp_path / saved}
-        assert tg.main({name: str(value) for name, value in env.items()}) == 0
-        result = json.loads((tmp_path / saved / "result.json").read_text())
-        assert result["val_bpb"] == finished[2]["val_bpb"] and result["seed"] == 1337
-        assert result["mode"] == ("artifact" if saved.endswith("ptz") else "checkpoint")
-    assert "set SEED=1337" in run(EVAL_ONLY_PATH=finished[0] / "final_model.int6.ptz", SEED=4).error
-    changed = run(EVAL_ONLY_PATH=finished[0] / "final_model.int6.ptz", TTT_CHUNK_SIZE=8)
-    assert "settings other than those of its run, which were: ttt_chunk_size:16" in changed.out
-
-
-def test_a_result_says_what_speaks_against_it(run, finished, tmp_path):
-    assert finished[2]["mode"] == "train" and finished[2]["caveats"] == ["not on 8 GPUs"]
-    artifact = finished[0] / "final_model.int6.ptz"
-    for i, (settings, why) in enumerate((
-            (dict(EVAL_ONLY_PATH=artifact), "not trained by this run"),
-            (dict(EVAL_ONLY_PATH=artifact, VAL_DOC_FRACTION=0.4), "not all documents"),
-            (dict(EVAL_ONLY_PATH=artifact, TTT_ENABLED=0), "targets have their plain score"),
-            (dict(EVAL_ONLY_PATH=artifact, EVAL_MAX_SECONDS=0.01), "targets have their plain score"),
-            (dict(VAL_LOSS_EVERY=4), "validation was read during training"))):
-        outcome = run(ARTIFACT_DIR=tmp_path / str(i), **settings)
-        assert why in "; ".join(outcome.result["caveats"]) and why in outcome.out.rsplit("caveats: ")[1]
-
-
-def test_clocks_are_judged_by_the_challenge_and_not_by_the_settings(run, monkeypatch):
-    monkeypatch.setattr(tg, "CLOCK_SECONDS", 0.01)
-    outcome = run(MAX_WALLCLOCK_SECONDS=0, EVAL_MAX_SECONDS=0.02)
-    why = "; ".join(outcome.result["caveats"])
-    assert "training took" in why and "scoring took" in why and "EXCEEDED" in outcome.out
-    monkeypatch.setattr(tg, "CAP_BYTES", 100_000)
-    small = dict(artifact := {"val_loss": 0}, total_bytes=100_001, unadapted_tokens=0, mode="train", recompilations=3)
-    log = type("Log", (), {"spent": lambda self, clock: 0.0})()
-    why = "; ".join(tg.caveats(tg.Run(tg.Config(), tg.Ranks(), log, tg.Ops()), small))
-    assert "100001 bytes of 100000" in why and "recompilations on the clocks: 3" in why
-
-
-def test_what_is_compiled_on_a_clock_is_counted(run, finished, monkeypatch):
-    assert finished[2]["recompilations"] == 0
-    calibrate = tg.calibrate
-
-    def compiling(*args):
-        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
-        return calibrate(*args)
-
-    monkeypatch.setattr(tg, "calibrate", compiling)
-    outcome = run()
-    assert outcome.result["recompilations"] == 1 and "\nrecompilations on the clocks:1\n" in outcome.out
-    assert "recompilations on the clocks: 1" in outcome.result["caveats"]
-    assert outcome.result["val_bpb"] == finished[2]["val_bpb"]
-
-
-def test_clocks_hold_what_the_rules_put_on_them(finished):
-    result = finished[2]
-    seconds = result["phases"]
-    for clock, phases in (("training", ("train", "calibrate")), ("scoring", ("open artifact", "score quantized", "adapt"))):
-        assert result["clocks"][clock]["seconds"] == pytest.approx(sum(seconds[name] for name in phases), abs=0.01)
-    table = [line.split() for line in (finished[0] / "log.txt").read_text().splitlines() if line.startswith("phase ")]
-    assert {" ".join(row[1:-3]): row[-1] for row in table if row[-1] != "s"} == {
-        "train": "training", "calibrate": "training", "open artifact": "scoring", "score quantized": "scoring",
-        "adapt": "scoring"}
-
-
-def told(result, seconds):
-    """Whether phases hold all of a run's seconds but for what lies between them."""
-    return 0.75 * seconds <= sum(result["phases"].values()) - result["phases"]["imports"] <= seconds
-
-
-@pytest.mark.parametrize("phase,slower", [("train", 0.5), ("adapt", 0.2)])  # seconds a step, a round
-def test_clocks_do_not_lose_time(run, monkeypatch, tmp_path, phase, slower):
-    began = time.perf_counter()
-    assert told(run().result, time.perf_counter() - began)
-    elapsed = tg.Phase.elapsed  # and one that goes at a fifth of its speed is noticed
-    monkeypatch.setattr(tg.Phase, "elapsed", lambda self: elapsed(self) / (5 if self.name == phase else 1))
-    slow = tg.Optimizers.step if phase == "train" else tg.adapt
-    owner, name = (tg.Optimizers, "step") if phase == "train" else (tg, "adapt")
-    monkeypatch.setattr(owner, name, lambda *args: (time.sleep(slower), slow(*args))[1])
-    began = time.perf_counter()
-    assert not told(run(ARTIFACT_DIR=tmp_path / "again").result, time.perf_counter() - began)
-
-
-def test_steps_are_taken_in_training_and_warm_up_only(run, monkeypatch):
-    logs, taken = [], []
-    opened, step = tg.RunLog.__init__, tg.Optimizers.step
-    monkeypatch.setattr(tg.RunLog, "__init__", lambda self, *args: (logs.append(self), opened(self, *args))[1])
-    monkeypatch.setattr(tg.Optimizers, "step", lambda self, *args: (
-        taken.append([p.name for p in logs[0].phases if not p.seconds]), step(self, *args))[1])
-    assert run().status == 0
-    assert taken.count(["train"]) == 6 and all(names in (["train"], ["warm-up"]) for names in taken)
-
-
-def test_the_clock_stands_still_for_validation_only_after_training_is_done(run, monkeypatch):
-    """What was sent to a GPU before validation belongs to the training clock: it is waited for first."""
-    events, evaluate = [], tg.evaluate
-    monkeypatch.setattr(tg.Ranks, "synchronize", lambda self: events.append("wait"))
-    monkeypatch.setattr(tg, "evaluate", lambda *args: (events.append("validate"), evaluate(*args))[1])
-    run(VAL_LOSS_EVERY=3)
-    assert all(events[i - 1] == "wait" for i, event in enumerate(events) if event == "validate") and "validate" in events
-
-
-def test_what_is_scored_is_what_was_read_back(run, monkeypatch, tmp_path):
-    """An artifact that changes between writing and reading ends the run."""
-    write = tg.write_file
-
-    def damaging(path, data):
-        write(path, data)
-        if path.suffix == ".ptz":
-            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    monkeypatch.setattr(tg, "write_file", damaging)
-    assert "damaged" in run().error
+    before = {path: path.read_bytes() for path in finished.folder.iterdir()}
+    for settings in ({}, dict(EVAL_ONLY_PATH=finished.artifact)):
+        error = run(ARTIFACT_DIR=finished.folder, **settings).error
+        assert "holds the result of another run" in error
+    assert {path: path.read_bytes() for path in finished.folder.iterdir()} == before
 
 
 def test_a_lost_scores_file_costs_no_result(run, monkeypatch, tmp_path):
-    write = tg.write_file
+    honest_write = tg.write_file
 
-    def full(path, data):
+    def write_on_full_disk(path, data):
         if path.suffix == ".npz":
             raise tg.UserError(f"cannot write {path}: No space left on device")
-        write(path, data)
-    monkeypatch.setattr(tg, "write_file", full)
-    outcome = run(SAVE_SCORES=tmp_path / "s.npz")
+        honest_write(path, data)
+
+    monkeypatch.setattr(tg, "write_file", write_on_full_disk)
+    outcome = run(**QUICK, SAVE_SCORES=tmp_path / "scores.npz")
     assert outcome.status == 2 and "No space left" in outcome.err and "RESULT {" in outcome.out
     assert (tmp_path / "run/result.json").exists()
 
 
-def test_only_files_are_replaced(tmp_path):
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    for name in ("folder", "pipe"):
-        with pytest.raises(tg.UserError, match="it is not a file"):
-            tg.write_file(tmp_path / name, b"x")
-    (tmp_path / "link").symlink_to(tmp_path / "there")
-    tg.write_file(tmp_path / "link", b"x")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_bytes() == b"x"
+# ---- Seeds and settings ------------------------------------------------------------------------------------
 
 
-def test_validation_shards_have_no_gaps_and_no_strangers(run, tiny_data, tmp_path):
-    tokens = smoke_tokens("val")
-    data = make_data(tmp_path / "d", [smoke_tokens("train")[:4000]], [tokens[:500], tokens[:500], tokens[:500]])
-    folder = data / "datasets/fineweb10B_sp1024"
-    (folder / "fineweb_val_000001.bin").rename(folder / "fineweb_val_000001_copy.bin")
-    assert "not numbered from 000000 without a gap" in run(DATA_DIR=data).error
-    (folder / "fineweb_val_000001_copy.bin").unlink()
-    assert "not numbered" in run(DATA_DIR=data).error
+def test_one_seed_one_artifact(run, finished, tmp_path):
+    again = run(ARTIFACT_DIR=tmp_path / "again", SAVE_SCORES=tmp_path / "again.npz")
+    assert (tmp_path / "again" / ARTIFACT).read_bytes() == finished.artifact.read_bytes()
+    assert np.array_equal(read_nll(tmp_path / "again.npz"), read_nll(finished.scores))
+    other = run(ARTIFACT_DIR=tmp_path / "other", SEED=1)
+    assert again.result["val_bpb"] == finished.result["val_bpb"] != other.result["val_bpb"]
 
 
-def test_a_result_names_its_data(finished, tiny_data):
-    shards = sorted((tiny_data / "datasets/fineweb10B_sp1024").glob("*val*"))
-    tokens = b"".join(np.array(tg.open_shard(path)).tobytes() for path in shards)
-    assert finished[2]["val_sha256"] == hashlib.sha256(tokens).hexdigest()
-    model = (tiny_data / "tokenizers/fineweb_1024_bpe.model").read_bytes()
-    assert finished[2]["tokenizer_sha256"] == hashlib.sha256(model).hexdigest()
-    artifact = (finished[0] / "final_model.int6.ptz").read_bytes()
-    assert finished[2]["model_sha256"] == hashlib.sha256(artifact).hexdigest()
-    assert re.fullmatch("[0-9a-f]{64}", finished[2]["train_sha256"])
+@pytest.fixture(scope="module")
+def finished_quickly(tiny_data, tmp_path_factory) -> Finished:
+    """A run with the settings of QUICK."""
+    return finish_run(tmp_path_factory.mktemp("quick"), tiny_data, **QUICK)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Order of events
+@pytest.mark.parametrize("name,value", dict(
+    MATRIX_LR=0.01, EMA_DECAY=0.1, GRAD_CLIP_NORM=0.001, BETA2=0.5, TIED_EMBED_LR=0.003, SCALAR_LR=0.2,
+    MUON_WD=3, MUON_MOMENTUM=0.5, WARMDOWN_FRAC=0.1, QK_GAIN_INIT=2, ENABLE_LOOPING_AT=1).items())
+def test_settings_of_training_reach_the_run(run, finished_quickly, name, value):
+    outcome = run(**QUICK, TTT_ENABLED=0, **{name: value})
+    assert outcome.result["val_bpb_quantized"] != finished_quickly.result["val_bpb_quantized"]
 
 
-LISTENERS = []  # lists of paths
-sys.addaudithook(lambda event, args: [heard.append(str(args[0])) for heard in LISTENERS] if event == "open" else None)
+def test_settings_of_quantization_reach_the_run(run, finished_quickly):
+    outcome = run(EVAL_ONLY_PATH=finished_quickly.checkpoint, **QUICK, GPTQ_CALIBRATION_BATCHES=2)
+    assert outcome.result["val_bpb"] != finished_quickly.result["val_bpb"]
+
+
+@pytest.mark.parametrize("name,value", dict(TTT_LORA_LR=0, TTT_CHUNK_SIZE=24, TTT_EVAL_SEQ_LEN=32).items())
+def test_settings_of_adaptation_reach_the_run(run, finished_quickly, name, value):
+    outcome = run(EVAL_ONLY_PATH=finished_quickly.artifact, **{**QUICK, name: value})
+    assert outcome.result["val_bpb_quantized"] == finished_quickly.result["val_bpb_quantized"]
+    assert outcome.result["val_bpb"] != finished_quickly.result["val_bpb"]
+
+
+def test_without_test_time_training_the_plain_score_is_the_headline(run, finished):
+    result = run(TTT_ENABLED=0, EVAL_ONLY_PATH=finished.artifact).result
+    assert result["val_bpb"] == result["val_bpb_quantized"] == finished.result["val_bpb_quantized"]
+
+
+# ---- Re-scoring --------------------------------------------------------------------------------------------
+
+
+def validation_alone(folder, data) -> Path:
+    """A DATA_DIR with the validation shards of another and no training shards."""
+    return make_data(folder, [], [np.array(tg.open_shard(path)) for path in shards_of(data, "val")])
+
+
+def copy_to(folder, *paths):
+    for path in paths:
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+def test_the_artifact_alone_scores_the_same(run, finished, tiny_data, tmp_path):
+    """Neither training shards nor the checkpoint are at hand."""
+    copy_to(tmp_path, finished.artifact)
+    data = validation_alone(tmp_path / "data", tiny_data)
+    scores = tmp_path / "scores.npz"
+    result = run(EVAL_ONLY_PATH=tmp_path / ARTIFACT, DATA_DIR=data, SAVE_SCORES=scores).result
+    assert np.array_equal(read_nll(scores), read_nll(finished.scores))
+    for name in ("val_bpb", "model_bytes"):
+        assert result[name] == finished.result[name]
+    assert "val_bpb_unquantized" not in result and "steps" not in result
+
+
+def test_a_checkpoint_uses_the_artifact_made_from_it(run, finished, tmp_path):
+    scores = tmp_path / "scores.npz"
+    outcome = run(EVAL_ONLY_PATH=finished.checkpoint, SAVE_SCORES=scores)
+    assert "was made from" in outcome.out and "calibrate" not in outcome.result["phases"]
+    assert np.array_equal(read_nll(scores), read_nll(finished.scores))
+    assert outcome.result["val_bpb_unquantized"] == finished.result["val_bpb_unquantized"]
+
+
+def test_a_checkpoint_of_another_version_is_refused(run, finished, tmp_path):
+    checkpoint = torch.load(finished.checkpoint, weights_only=True)
+    checkpoint["settings"]["matrix_bits"] = 6
+    torch.save(checkpoint, tmp_path / "old.pt")
+    error = run(EVAL_ONLY_PATH=tmp_path / "old.pt").error
+    assert "another version of this script made it: what is matrix_bits?" in error
+
+
+def test_a_damaged_artifact_beside_a_checkpoint_is_made_again(run, finished, tmp_path):
+    copy_to(tmp_path, finished.checkpoint)
+    (tmp_path / ARTIFACT).write_bytes(finished.artifact.read_bytes()[:1000])
+    outcome = run(EVAL_ONLY_PATH=tmp_path / CHECKPOINT)
+    assert "calibrating again" in outcome.out and outcome.result["val_bpb"] == finished.result["val_bpb"]
+
+
+def test_a_checkpoint_without_its_artifact_is_calibrated_again(run, finished, tmp_path):
+    copy_to(tmp_path, finished.checkpoint)
+    outcome = run(EVAL_ONLY_PATH=tmp_path / CHECKPOINT)
+    assert "training shards are needed" in outcome.out
+    assert outcome.result["val_bpb"] == finished.result["val_bpb"]
+    assert (tmp_path / "run" / ARTIFACT).read_bytes() == finished.artifact.read_bytes()
+
+
+def test_a_checkpoint_with_other_settings_is_calibrated_again(run, finished):
+    outcome = run(EVAL_ONLY_PATH=finished.checkpoint, GPTQ_CALIBRATION_BATCHES=2)
+    assert "calibrating again" in outcome.out and outcome.result["val_bpb"] != finished.result["val_bpb"]
+
+
+def test_a_checkpoint_without_training_shards(run, finished, tmp_path):
+    copy_to(tmp_path, finished.checkpoint)
+    data = make_data(tmp_path / "data", [], [smoke_tokens("val")])
+    outcome = run(EVAL_ONLY_PATH=tmp_path / CHECKPOINT, DATA_DIR=data)
+    assert "training shards are needed" in outcome.out and "fineweb_train_*.bin" in outcome.error
+
+
+@pytest.mark.parametrize("saved,mode", [(ARTIFACT, "artifact"), (CHECKPOINT, "checkpoint")])
+def test_a_model_brings_its_settings(finished, tiny_data, tmp_path, saved, mode):
+    """Without any of the run's variables the score is the same."""
+    settings = dict(EVAL_ONLY_PATH=finished.folder / saved, DATA_DIR=tiny_data, ARTIFACT_DIR=tmp_path / "run")
+    assert tg.main(as_environment(settings)) == 0
+    result = read_result(tmp_path / "run")
+    assert result["val_bpb"] == finished.result["val_bpb"]
+    assert result["seed"] == 1337 and result["mode"] == mode
+
+
+def test_a_model_keeps_its_seed_and_says_what_is_changed(run, finished):
+    assert "set SEED=1337" in run(EVAL_ONLY_PATH=finished.artifact, SEED=4).error
+    changed = run(EVAL_ONLY_PATH=finished.artifact, TTT_CHUNK_SIZE=8)
+    assert "settings other than those of its run, which were: ttt_chunk_size:16" in changed.out
+
+
+def test_a_saved_setting_can_be_changed_to_what_the_default_would_not_allow(finished, tiny_data, tmp_path):
+    """A window of 20 holds the chunks of 16 that were saved, though not the default's 24."""
+    settings = dict(EVAL_ONLY_PATH=finished.artifact, DATA_DIR=tiny_data, ARTIFACT_DIR=tmp_path / "run",
+                    TTT_EVAL_SEQ_LEN=20)
+    assert tg.Config().ttt_chunk_size == 24
+    assert tg.main(as_environment(settings)) == 0
+
+
+def test_a_checkpoint_without_a_step_is_refused(run, finished, tmp_path):
+    """Training would go on from it as if from initial weights."""
+    checkpoint = torch.load(finished.checkpoint, weights_only=True)
+    torch.save({**checkpoint, "steps": 0}, tmp_path / "zero.pt")
+    assert "before the first step" in run(EVAL_ONLY_PATH=tmp_path / "zero.pt").error
+
+
+# ---- Caveats and clocks ------------------------------------------------------------------------------------
+
+
+def test_a_result_says_what_speaks_against_it(run, finished, tmp_path):
+    assert finished.result["mode"] == "train" and finished.result["caveats"] == ["not on 8 GPUs"]
+    saved = dict(EVAL_ONLY_PATH=finished.artifact)
+    for i, (settings, why) in enumerate((
+            (saved, "not trained by this run"),
+            ({**saved, "VAL_DOC_FRACTION": 0.4}, "not all documents"),
+            ({**saved, "TTT_ENABLED": 0}, "targets have their plain score"),
+            ({**saved, "EVAL_MAX_SECONDS": 0.01}, "targets have their plain score"),
+            ({**QUICK, "VAL_LOSS_EVERY": 4}, "validation was read during training"))):
+        outcome = run(ARTIFACT_DIR=tmp_path / str(i), **settings)
+        _, said = outcome.out.rsplit("caveats: ")
+        assert why in "; ".join(outcome.result["caveats"]) and why in said
+
+
+def test_clocks_are_judged_by_the_challenge_and_not_by_the_settings(run, monkeypatch):
+    monkeypatch.setattr(tg, "CLOCK_SECONDS", 0.01)
+    outcome = run(**QUICK, MAX_WALLCLOCK_SECONDS=0, EVAL_MAX_SECONDS=0.02)
+    caveats = "; ".join(outcome.result["caveats"])
+    assert "training took" in caveats and "scoring took" in caveats and "EXCEEDED" in outcome.out
+
+
+def test_too_many_bytes_and_compilations_are_caveats(monkeypatch):
+    class NoTime:
+        """A log of a run that took none."""
+        def spent(self, clock):
+            return 0.0
+
+    monkeypatch.setattr(tg, "CAP_BYTES", 100_000)
+    run = tg.Run(tg.Config(), tg.Ranks(), NoTime(), tg.Backend())
+    result = tg.Result(total_bytes=100_001, unadapted_tokens=0, mode="train", recompilations=3)
+    caveats = "; ".join(tg.caveats(run, result))
+    assert "100001 bytes of 100000" in caveats and "recompilations on the clocks: 3" in caveats
+
+
+def test_what_is_compiled_on_a_clock_is_counted(run, finished, monkeypatch):
+    assert finished.result["recompilations"] == 0
+    honest_calibrate = tg.calibrate
+
+    def compiling_calibrate(*args):
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        return honest_calibrate(*args)
+
+    monkeypatch.setattr(tg, "calibrate", compiling_calibrate)
+    outcome = run()
+    assert outcome.result["recompilations"] == 1 and "\nrecompilations on the clocks:1\n" in outcome.out
+    assert "recompilations on the clocks: 1" in outcome.result["caveats"]
+    assert outcome.result["val_bpb"] == finished.result["val_bpb"]
+
+
+def test_clocks_hold_what_the_rules_put_on_them(finished):
+    on_clocks = {"training": ["train", "calibrate"], "scoring": ["open artifact", "score quantized", "adapt"]}
+    seconds = finished.result["phases"]
+    for clock, phases in on_clocks.items():
+        expected = sum(seconds[phase] for phase in phases)
+        assert finished.result["clocks"][clock]["seconds"] == pytest.approx(expected, abs=0.01)
+    log = (finished.folder / "log.txt").read_text()
+    table = re.findall(r"^phase (.+?) +[\d.]+ s  (\w+)$", log, flags=re.M)
+    assert table == [(phase, clock) for clock, phases in on_clocks.items() for phase in phases]
+
+
+def phases_hold_it_all(outcome, seconds):
+    """Whether phases hold all of a run's seconds but for what lies between them."""
+    phases = outcome.result["phases"]
+    held = sum(phases.values()) - phases["imports"]  # this process has begun long before
+    return 0.75 * seconds <= held <= seconds
+
+
+def test_ranks_begin_a_clock_together_and_the_slowest_is_counted():
+    """A rank whose own seconds are few waits first, and then counts the seconds of another rank."""
+    events = []
+
+    class FastRank(tg.Ranks):
+        def barrier(self):
+            events.append("barrier")
+
+        def all_reduce_max(self, value):
+            return max(value, 7.0)
+
+    log = object.__new__(tg.RunLog)
+    log.ranks = FastRank()
+    log.phases = []
+    with log.phase("adapt", "scoring"):
+        events.append("work")
+    assert events == ["barrier", "work"] and log.spent("scoring") == 7.0
+    with log.phase("export"):
+        events.append("work")
+    assert events[2:] == ["work"] and log.phases[-1].seconds < 7.0
+
+
+def test_nothing_is_trained_between_the_clock_and_the_checkpoint(run, monkeypatch, tmp_path):
+    """What is saved and quantized is what training has returned."""
+    models = []
+    honest_train, honest_export = tg.warm_up_and_train, tg.export
+
+    def weights(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def noting_train(*args):
+        model, steps = honest_train(*args)
+        models.append(weights(model))
+        return model, steps
+
+    def noting_export(run, model, *args):
+        models.append(weights(model))
+        return honest_export(run, model, *args)
+
+    monkeypatch.setattr(tg, "warm_up_and_train", noting_train)
+    monkeypatch.setattr(tg, "export", noting_export)
+    assert run(**QUICK).status == 0
+    models.append(torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["weights"])
+    trained, exported, saved = models
+    for name, weight in trained.items():
+        assert torch.equal(weight, exported[name]) and torch.equal(weight, saved[name]), name
+
+
+def test_clocks_do_not_lose_time(run):
+    began = time.perf_counter()
+    outcome = run()
+    assert phases_hold_it_all(outcome, time.perf_counter() - began)
+
+
+@pytest.mark.parametrize("phase,owner,name,sleep", [
+    ("train", tg.Optimizers, "step", 0.2), ("adapt", tg, "adapt", 0.1)], ids=["train", "adapt"])
+def test_a_clock_that_loses_time_is_noticed(run, monkeypatch, phase, owner, name, sleep):
+    """The clock of a phase goes at a fifth of its speed, while the phase takes long."""
+    honest_elapsed = tg.Phase.elapsed
+    quick_work = getattr(owner, name)
+
+    def slow_clock(self):
+        return honest_elapsed(self) / (5 if self.name == phase else 1)
+
+    def slow_work(*args):
+        time.sleep(sleep)  # on every step, in every round
+        return quick_work(*args)
+
+    monkeypatch.setattr(tg.Phase, "elapsed", slow_clock)
+    monkeypatch.setattr(owner, name, slow_work)
+    began = time.perf_counter()
+    outcome = run(**QUICK)
+    assert not phases_hold_it_all(outcome, time.perf_counter() - began)
+
+
+def test_steps_are_taken_in_training_and_warm_up_only(run, monkeypatch):
+    logs = []
+    phases_of_steps = []
+    honest_init, honest_step = tg.RunLog.__init__, tg.Optimizers.step
+
+    def noting_init(self, *args):
+        logs.append(self)
+        honest_init(self, *args)
+
+    def noting_step(self, *args):
+        phases_of_steps.append([phase.name for phase in logs[0].phases if not phase.seconds])
+        return honest_step(self, *args)
+
+    monkeypatch.setattr(tg.RunLog, "__init__", noting_init)
+    monkeypatch.setattr(tg.Optimizers, "step", noting_step)
+    assert run(**QUICK).status == 0
+    assert phases_of_steps.count(["train"]) == 6
+    assert all(phases in (["train"], ["warm-up"]) for phases in phases_of_steps)
+
+
+def test_the_clock_stands_still_for_validation_only_after_training_is_done(run, monkeypatch):
+    """What was sent to a GPU before validation belongs to the training clock: it is waited for first."""
+    events = []
+    honest_evaluate = tg.evaluate
+
+    def noting_evaluate(*args):
+        events.append("validate")
+        return honest_evaluate(*args)
+
+    monkeypatch.setattr(tg.Ranks, "synchronize", lambda self: events.append("wait"))
+    monkeypatch.setattr(tg, "evaluate", noting_evaluate)
+    run(**QUICK, VAL_LOSS_EVERY=3)
+    before_validations = [before for before, event in zip(events, events[1:]) if event == "validate"]
+    assert before_validations and set(before_validations) == {"wait"} and events[0] == "wait"
+
+
+def test_the_training_clock_ends_a_run(run, monkeypatch, tmp_path):
+    """On a clock by which a step takes .05 s: as many steps as fit, none beyond, rates that follow it."""
+    steps = []  # the warm-up's, too
+    honest_step = tg.Optimizers.step
+
+    def noting_step(self, *args):
+        steps.append(self)
+        return honest_step(self, *args)
+
+    def elapsed(phase):
+        steps_before = phase.__dict__.setdefault("steps_before", len(steps))
+        return 0.05 * (len(steps) - steps_before) if phase.name == "train" else 0.0
+
+    monkeypatch.setattr(tg.Optimizers, "step", noting_step)
+    monkeypatch.setattr(tg.Phase, "elapsed", elapsed)
+    result = run(**QUICK, MAX_WALLCLOCK_SECONDS=3, GPTQ_RESERVE_SECONDS=1, ITERATIONS=100_000,
+                 TRAIN_LOG_EVERY=1_000_000).result
+    assert 38 <= result["steps"] <= 40 and result["phases"]["train"] <= 2
+    assert result["clocks"]["training"]["budget"] == 3
+    rates = [row["lr"] for row in read_metrics(tmp_path / "run", "step")]
+    assert rates[0] == 1 and rates[-1] < 0.2 and rates == sorted(rates, reverse=True)
+
+
+def test_a_scoring_clock_that_runs_out_is_said(run, finished):
+    outcome = run(EVAL_MAX_SECONDS=0.01, EVAL_ONLY_PATH=finished.artifact)
+    assert outcome.result["unadapted_tokens"] == outcome.result["tokens"]
+    assert outcome.result["val_bpb"] == outcome.result["val_bpb_quantized"]
+    assert "EVAL_MAX_SECONDS=0.01 passed" in outcome.out and "depended on time" in outcome.out
+
+
+# ---- Order of events ---------------------------------------------------------------------------------------
+
+
+def test_what_is_scored_is_what_was_read_back(run, monkeypatch):
+    """An artifact that changes between writing and reading ends the run."""
+    honest_write = tg.write_file
+
+    def damaging_write(path, data):
+        honest_write(path, data)
+        if path.suffix == ".ptz":
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    monkeypatch.setattr(tg, "write_file", damaging_write)
+    assert "damaged" in run(**QUICK).error
+
+
+LISTENERS = []  # lists that get the path of every file that is opened, however: the interpreter itself tells
+
+
+def tell_listeners(event, args):
+    if event == "open":
+        for paths in LISTENERS:
+            paths.append(str(args[0]))
+
+
+sys.addaudithook(tell_listeners)
 
 
 @pytest.fixture
 def opened():
-    """Path of every file that is opened from now on, however: the interpreter itself tells."""
-    LISTENERS.append(paths := [])
+    """The path of every file that is opened from now on."""
+    paths = []
+    LISTENERS.append(paths)
     yield paths
     LISTENERS.remove(paths)
 
 
 def validation_comes_last(paths):
     validation = [i for i, path in enumerate(paths) if "fineweb_val" in path]
-    written = max(i for i, path in enumerate(paths) if path.endswith("final_model.int6.ptz.part"))
-    return validation and min(validation) > written
+    written = max(i for i, path in enumerate(paths) if path.endswith(f"{ARTIFACT}.part"))
+    return bool(validation) and min(validation) > written
 
 
 def test_validation_is_opened_after_the_artifact_is_written(run, opened):
@@ -357,315 +573,318 @@ def test_validation_is_opened_after_the_artifact_is_written(run, opened):
 
 @pytest.mark.parametrize("read", [io.open, os.open, np.fromfile, np.memmap, Path.read_bytes])
 def test_any_way_to_open_validation_before_is_caught(run, opened, monkeypatch, tiny_data, read):
-    honest, (shard, *_) = tg.train, sorted(tiny_data.glob("**/fineweb_val_*.bin"))
-    more = (os.O_RDONLY,) if read is os.open else (np.uint8, "r") if read is np.memmap else ()
-    monkeypatch.setattr(tg, "train", lambda *args: (read(shard, *more), honest(*args))[1])
-    assert run().status == 0 and not validation_comes_last(opened)
+    honest_train = tg.warm_up_and_train
+    shard = shards_of(tiny_data, "val")[0]
+    options = {os.open: (os.O_RDONLY,), np.memmap: (np.uint8, "r")}.get(read, ())
+
+    def peeking_train(*args):
+        read(shard, *options)
+        return honest_train(*args)
+
+    monkeypatch.setattr(tg, "warm_up_and_train", peeking_train)
+    assert run(**QUICK).status == 0 and not validation_comes_last(opened)
 
 
-def unreadable(monkeypatch):
-    """Validation shards that raise when read."""
-    original = tg.open_shard
+@pytest.fixture
+def unreadable_validation(monkeypatch):
+    """Validation shards that raise when they are opened."""
+    honest_open = tg.open_shard
 
     def open_shard(path):
         if "fineweb_val" in str(path):
             raise RuntimeError("validation was opened")
-        return original(path)
+        return honest_open(path)
+
     monkeypatch.setattr(tg, "open_shard", open_shard)
 
 
-def test_a_run_trains_and_exports_without_validation(run, monkeypatch, tmp_path, finished):
-    unreadable(monkeypatch)
+def test_a_run_trains_and_exports_without_validation(run, finished, unreadable_validation, tmp_path):
     with pytest.raises(RuntimeError, match="validation was opened"):
         run()
-    artifact = tmp_path / "run/final_model.int6.ptz"
-    assert artifact.read_bytes() == (finished[0] / "final_model.int6.ptz").read_bytes()
+    assert (tmp_path / "run" / ARTIFACT).read_bytes() == finished.artifact.read_bytes()
 
 
-def test_looking_at_validation_while_training_is_caught(run, monkeypatch, tmp_path):
+def test_looking_at_validation_while_training_is_caught(run, unreadable_validation, tmp_path):
     """What VAL_LOSS_EVERY asks for, which is why a record leaves it at 0."""
-    unreadable(monkeypatch)
     with pytest.raises(RuntimeError, match="validation was opened"):
         run(VAL_LOSS_EVERY=2)
-    assert not (tmp_path / "run/final_model.int6.ptz").exists()
+    assert not (tmp_path / "run" / ARTIFACT).exists()
 
 
-def test_validation_during_training_changes_nothing_and_is_not_timed(run, finished, tmp_path):
+def test_validation_during_training_changes_nothing(run, finished, tmp_path):
     outcome = run(VAL_LOSS_EVERY=2)
     assert outcome.out.count("/6 val_loss:") == 3, "every second step, the last once"
-    assert (tmp_path / "run/final_model.int6.ptz").read_bytes() == (finished[0] / "final_model.int6.ptz").read_bytes()
+    assert (tmp_path / "run" / ARTIFACT).read_bytes() == finished.artifact.read_bytes()
 
 
-def test_the_training_clock_ends_a_run(run, monkeypatch):
-    """On a clock by which every step takes .05 s: as many steps as fit, none beyond, and rates that follow it."""
-    taken, step = [], tg.Optimizers.step
-    monkeypatch.setattr(tg.Optimizers, "step", lambda self, *args: (taken.append(1), step(self, *args))[1])
-
-    def elapsed(phase):
-        began = phase.__dict__.setdefault("steps_before", len(taken))
-        return 0.05 * (len(taken) - began) if phase.name == "train" else 0.0
-    monkeypatch.setattr(tg.Phase, "elapsed", elapsed)
-    outcome = run(MAX_WALLCLOCK_SECONDS=3, GPTQ_RESERVE_SECONDS=1, ITERATIONS=100000, TRAIN_LOG_EVERY=1000000)
-    result = outcome.result
-    assert 38 <= result["steps"] <= 40 and result["phases"]["train"] <= 2
-    assert result["clocks"]["training"]["budget"] == 3
-    rows = [json.loads(line) for line in Path(outcome.out.split("artifact_dir:")[1].split()[0], "metrics.jsonl").open()]
-    rates = [row["lr"] for row in rows if row["kind"] == "step"]
-    assert rates[0] == 1 and rates[-1] < 0.2 and rates == sorted(rates, reverse=True)
+# ---- The packed script and torchrun ------------------------------------------------------------------------
 
 
-def test_a_scoring_clock_that_runs_out_is_said(run, finished):
-    outcome = run(EVAL_MAX_SECONDS=0.01, EVAL_ONLY_PATH=finished[0] / "final_model.int6.ptz")
-    assert outcome.result["unadapted_tokens"] == outcome.result["tokens"]
-    assert outcome.result["val_bpb"] == outcome.result["val_bpb_quantized"]
-    assert "EVAL_MAX_SECONDS=0.01 passed" in outcome.out and "depended on time" in outcome.out
+def start_script(path, cwd, launcher=(), **settings) -> subprocess.Popen:
+    """Start the script, or a packed one, in a process of its own."""
+    inherited = {name: value for name, value in os.environ.items() if name not in TINY}
+    environment = {**inherited, **as_environment({**TINY, "OMP_NUM_THREADS": 1, **settings})}
+    return subprocess.Popen([sys.executable, *launcher, str(path)], cwd=cwd, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_without_test_time_training_the_plain_score_is_the_headline(run, finished):
-    outcome = run(TTT_ENABLED=0, EVAL_ONLY_PATH=finished[0] / "final_model.int6.ptz")
-    assert outcome.result["val_bpb"] == outcome.result["val_bpb_quantized"] == finished[2]["val_bpb_quantized"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The packed script and torchrun
-
-
-def start(path, cwd, launcher=(), **settings):
-    env = {k: v for k, v in os.environ.items() if k not in TINY}
-    env.update({k: str(v) for k, v in {**TINY, "OMP_NUM_THREADS": 1, **settings}.items()})
-    return subprocess.Popen([sys.executable, *launcher, str(path)], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-
-
-def script(*args, **settings):
-    process = start(*args, **settings)
+def call_script(*args, **settings) -> subprocess.CompletedProcess:
+    process = start_script(*args, **settings)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def torchrun(*options) -> tuple[str, ...]:
+    return "-m", "torch.distributed.run", f"--master_port={free_port()}", *options
+
+
 def test_packed_script_is_the_script(finished, tiny_data, tmp_path):
     """Run from a read-only folder elsewhere: same model bytes, same scores, and it counts itself."""
-    folder, scores, result = finished
     home = tmp_path / "home"
     home.mkdir()
     packed = home / "train_gpt.py"
-    packed.write_bytes((folder / "train_gpt_packed.py").read_bytes())
+    packed.write_bytes((finished.folder / "train_gpt_packed.py").read_bytes())
     home.chmod(0o555)
-    done = script(packed, tmp_path, DATA_DIR=tiny_data, ARTIFACT_DIR=tmp_path / "r", SAVE_SCORES=tmp_path / "s.npz",
-                  TMPDIR=tmp_path)
+    folder = tmp_path / "run"
+    scores = tmp_path / "scores.npz"
+    done = call_script(packed, tmp_path, DATA_DIR=tiny_data, ARTIFACT_DIR=folder, SAVE_SCORES=scores,
+                       TMPDIR=tmp_path)
     assert done.returncode == 0, done.stderr
-    own = json.loads((tmp_path / "r/result.json").read_text())
-    assert (tmp_path / "r/final_model.int6.ptz").read_bytes() == (folder / "final_model.int6.ptz").read_bytes()
-    assert np.array_equal(nll_of(tmp_path / "s.npz"), nll_of(scores))
-    assert own["code_bytes"] == result["code_bytes"] and own["packed_sha256"] == result["packed_sha256"]
-    log = (tmp_path / "r/log.txt").read_text()
-    logged = log.split("=" * 100 + "\n")[1][:-1]
-    assert hashlib.sha256(logged.encode()).hexdigest() == own["code_sha256"], "the source in the log is what ran"
-    assert packed.stat().st_size == own["code_bytes"]
+    assert (folder / ARTIFACT).read_bytes() == finished.artifact.read_bytes()
+    assert np.array_equal(read_nll(scores), read_nll(finished.scores))
+    result = read_result(folder)
+    for name in ("code_bytes", "packed_sha256"):
+        assert result[name] == finished.result[name]
+    assert packed.stat().st_size == result["code_bytes"]
+    logged_source = (folder / "log.txt").read_text().split("=" * 100 + "\n")[1][:-1]
+    assert sha256(logged_source.encode()) == result["code_sha256"], "the source in the log is what ran"
 
 
 def test_packed_script_imports_anywhere(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    spec = importlib.util.spec_from_file_location("packed", finished[0] / "train_gpt_packed.py")
+    spec = importlib.util.spec_from_file_location("packed", finished.folder / "train_gpt_packed.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.Config() != tg.Config and module.Config().model_dim == 512
-    import inspect
-    assert "def window" in inspect.getsource(module.window), "its lines are there to be read, as Triton does"
+    assert module.Config is not tg.Config and module.Config().model_dim == 512
+    lines = inspect.getsource(module.chunk_window)
+    assert "def chunk_window" in lines, "its lines are there to be read, as Triton does"
 
 
 def test_two_ranks_under_torchrun(finished, tiny_data, tmp_path):
-    folder, scores, result = finished
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
-    done = script(Path(tg.__file__), tmp_path, launcher, DATA_DIR=tiny_data, ARTIFACT_DIR=tmp_path / "r", SAVE_SCORES=tmp_path / "s.npz")
+    """They train as one does, and score an artifact as one does."""
+    launcher = torchrun("--nproc_per_node=2")
+    trained = tmp_path / "trained"
+    done = call_script(SCRIPT, tmp_path, launcher, DATA_DIR=tiny_data, ARTIFACT_DIR=trained)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("RESULT {") == 1
-    own = json.loads((tmp_path / "r/result.json").read_text())
-    assert own["val_bpb"] == pytest.approx(result["val_bpb"], abs=2e-3)
-    assert own["hardware"].startswith("2 x")
-    mine = [json.loads(line)["loss"] for line in (tmp_path / "r/metrics.jsonl").open() if '"step"' in line and "loss" in line][:6]
-    alone = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open() if '"step"' in line and "loss" in line][:6]
-    np.testing.assert_allclose(mine, alone, rtol=1e-4)
-    rescored = script(Path(tg.__file__), tmp_path, launcher, DATA_DIR=tiny_data, ARTIFACT_DIR=tmp_path / "e",
-                      EVAL_ONLY_PATH=folder / "final_model.int6.ptz", SAVE_SCORES=tmp_path / "e.npz")
-    assert rescored.returncode == 0, rescored.stderr
-    np.testing.assert_allclose(nll_of(tmp_path / "e.npz"), nll_of(scores), atol=2e-5)
-    assert json.loads((tmp_path / "e/result.json").read_text())["val_bpb"] == pytest.approx(result["val_bpb"], abs=2e-5)
+    result = read_result(trained)
+    assert result["val_bpb"] == pytest.approx(finished.result["val_bpb"], abs=2e-3)
+    assert result["hardware"].startswith("2 x")
+    losses, losses_alone = ([row["loss"] for row in read_metrics(folder, "step")]
+                            for folder in (trained, finished.folder))
+    np.testing.assert_allclose(losses, losses_alone, rtol=1e-4)
+
+    scored = tmp_path / "scored"
+    scores = tmp_path / "scores.npz"
+    done = call_script(SCRIPT, tmp_path, launcher, DATA_DIR=tiny_data, ARTIFACT_DIR=scored,
+                       EVAL_ONLY_PATH=finished.artifact, SAVE_SCORES=scores)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(read_nll(scores), read_nll(finished.scores), atol=2e-5)
+    assert read_result(scored)["val_bpb"] == pytest.approx(finished.result["val_bpb"], abs=2e-5)
 
 
 def test_two_nodes(finished, tiny_data, tmp_path):
-    """Two launchers, each with one process and a folder of its own, as on two machines: the same run."""
-    port = free_port()
+    """Two launchers, each with one process and a folder of its own, as on two machines: the same run.
+
+    Settings are those of the first node, whatever the second one's environment says.
+    """
+    launcher = torchrun("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
+    strange = dict(SEED=5, MATRIX_LR=0.5, TTT_LORA_LR=0.5, EVAL_MAX_SECONDS=0.01)
     nodes = []
-    for n in range(2):
-        (tmp_path / f"{n}").mkdir()
-        launcher = ("-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={n}", "--nproc_per_node=1",
-                    "--master_addr=127.0.0.1", f"--master_port={port}")
-        nodes.append(start(Path(tg.__file__), tmp_path / f"{n}", launcher, DATA_DIR=tiny_data, ARTIFACT_DIR="r"))
-    (out, err), (silent, _) = (node.communicate() for node in nodes)
+    for rank in range(2):
+        folder = tmp_path / f"{rank}"
+        folder.mkdir()
+        nodes.append(start_script(SCRIPT, folder, (*launcher, f"--node_rank={rank}"), DATA_DIR=tiny_data,
+                                  ARTIFACT_DIR="run", **({} if rank == 0 else strange)))
+    (out, err), (out_of_second, _) = [node.communicate() for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], err
-    assert out.count("RESULT {") == 1 and "step:" not in silent and not (tmp_path / "1/r").exists()
-    own = json.loads((tmp_path / "0/r/result.json").read_text())
-    assert own["hardware"].startswith("2 x") and own["val_bpb"] == pytest.approx(finished[2]["val_bpb"], abs=2e-3)
+    assert out.count("RESULT {") == 1
+    assert "step:" not in out_of_second and not (tmp_path / "1/run").exists()
+    result = read_result(tmp_path / "0/run")
+    assert result["hardware"].startswith("2 x")
+    assert result["val_bpb"] == pytest.approx(finished.result["val_bpb"], abs=2e-3)
 
 
 def test_a_rank_that_dies_ends_the_run(tiny_data, tmp_path):
-    """Killed in the middle of training; the other one, which waits for it in a collective, does not wait for long."""
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
-    run = start(Path(tg.__file__), tmp_path, launcher, DATA_DIR=tiny_data, ARTIFACT_DIR="r", ITERATIONS=100_000)
-    assert any(line.startswith("step:3/") for line in run.stdout), run.communicate()[1]
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    """Killed while it trains; the other one, which waits for it in a collective, does not wait for long."""
+    process = start_script(SCRIPT, tmp_path, torchrun("--nproc_per_node=2"), DATA_DIR=tiny_data,
+                           ARTIFACT_DIR="run", ITERATIONS=100_000)
+    assert any(line.startswith("step:3/") for line in process.stdout), process.communicate()[1]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = [int(pid) for pid in children if b"train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     try:
-        _, err = run.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     finally:
-        run.kill()
-    assert run.returncode != 0 and "SIGKILL" in err and not (tmp_path / "r/result.json").exists()
+        process.kill()
+    assert process.returncode != 0 and "SIGKILL" in err and not (tmp_path / "run/result.json").exists()
 
 
 def test_a_mistake_under_torchrun_is_said_once(tiny_data, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=3", f"--master_port={free_port()}")
-    done = script(Path(tg.__file__), tmp_path, launcher, DATA_DIR=tiny_data, ARTIFACT_DIR=tmp_path / "r")
+    launcher = torchrun("--nproc_per_node=3")
+    done = call_script(SCRIPT, tmp_path, launcher, DATA_DIR=tiny_data, ARTIFACT_DIR=tmp_path / "run")
     assert done.returncode != 0 and "RESULT" not in done.stdout
-    mine = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(mine) == 1 and "TRAIN_BATCH_TOKENS=1024 cannot be shared by 3 ranks" in mine[0]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "TRAIN_BATCH_TOKENS=1024 cannot be shared by 3 ranks" in errors[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Mistakes: one line that names the variable or file, status 2, no RESULT
+# ---- Mistakes: one line that names the variable or file, status 2, no RESULT -------------------------------
+
+
+@pytest.mark.parametrize("argument", ["-h", "--help"])
+def test_help_lists_every_setting_with_its_default_and_meaning(capfd, argument):
+    assert tg.main({"MATRIX_LRR": "1"}, [argument]) == 0, "whatever else is wrong"
+    lines = capfd.readouterr().out.splitlines()
+    for field in dataclasses.fields(tg.Config):
+        (line,) = (line for line in lines if line.split()[:1] == [field.name.upper()])
+        shown = [field.name.upper(), *([str(field.default)] if field.default != "" else [])]
+        assert line.split()[: len(shown)] == shown and len(line.split()) > len(shown), line
+
+
+def test_any_other_argument_is_a_mistake(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--seed=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: '--seed=3': settings are environment variables; --help lists them\n"
 
 
 def test_missing_data(run, tmp_path):
     assert "DATA_DIR=/nowhere" in run(DATA_DIR="/nowhere").error
     assert "datasets/fineweb10B_sp512" in run(VOCAB_SIZE=512).error
-    for split in ("train", "val"):
-        data = make_data(tmp_path / split, [smoke_tokens("train")[:3000]] * (split != "train"),
-                         [smoke_tokens("val")[:500]] * (split != "val"))
-        assert f"fineweb_{split}_*.bin" in run(DATA_DIR=data).error
+    train, val = [smoke_tokens("train")[:3000]], [smoke_tokens("val")[:500]]
+    without_train = make_data(tmp_path / "val", [], val)
+    assert "fineweb_train_*.bin" in run(DATA_DIR=without_train).error
+    without_val = make_data(tmp_path / "train", train, [])
+    assert "fineweb_val_*.bin" in run(DATA_DIR=without_val).error
 
 
-def damaged(folder, split, change):
-    """A DATA_DIR one of whose shards went through change(bytes)."""
-    data = make_data(folder, [smoke_tokens("train")[:4000]], [smoke_tokens("val")[:1500]])
-    path = data / f"datasets/fineweb10B_sp1024/fineweb_{split}_000000.bin"
-    path.write_bytes(change(path.read_bytes()))
-    return data, path
+def short_data(folder) -> Path:
+    """A DATA_DIR of a little text."""
+    return make_data(folder, [smoke_tokens("train")[:4000]], [smoke_tokens("val")[:1500]])
 
 
-def relabel(blob, index, value):
-    header = np.frombuffer(blob[:1024], dtype="<i4").copy()
+def with_header(shard, index, value):
+    """The shard with another number in its header."""
+    header = np.frombuffer(shard[: tg.HEADER_BYTES], dtype="<i4").copy()
     header[index] = value
-    return header.tobytes() + blob[1024:]
+    return header.tobytes() + shard[tg.HEADER_BYTES :]
+
+
+MAGIC, VERSION, COUNT = range(3)  # what a header begins with
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("what,change,says", [
+@pytest.mark.parametrize("what,damage,says", [
     ("empty file", lambda b: b"", "not a token shard"),
-    ("header only", lambda b: relabel(b[:1024], 2, 0), "empty"),
+    ("header only", lambda b: with_header(b[:1024], COUNT, 0), "empty"),
     ("short header", lambda b: b[:1000], "not a token shard"),
     ("truncated", lambda b: b[:-100], "truncated"),
     ("odd byte", lambda b: b[:-1], "truncated"),
     ("over-long", lambda b: b + b"\0\0", "over-long"),
-    ("wrong magic", lambda b: relabel(b, 0, 1), "not a token shard"),
-    ("wrong version", lambda b: relabel(b, 1, 2), "not a token shard"),
-    ("negative count", lambda b: relabel(b, 2, -5), "empty"),
-    ("token id too large", lambda b: b[:3000] + b"\xff\xff" + b[3002:], "holds token 65535, VOCAB_SIZE=1024"),
+    ("wrong magic", lambda b: with_header(b, MAGIC, 1), "not a token shard"),
+    ("wrong version", lambda b: with_header(b, VERSION, 2), "not a token shard"),
+    ("negative count", lambda b: with_header(b, COUNT, -5), "empty"),
+    ("token id too large", lambda b: b[:3000] + b"\xff\xff" + b[3002:], "token 65535, but VOCAB_SIZE=1024"),
     ("no BOS", lambda b: b[:1024] + b"\x05\x00" * ((len(b) - 1024) // 2), "BOS (id 1)"),
     ("text file", lambda b: b"once upon a time " * 400, "not a token shard"),
 ])
-def test_damaged_shards(run, tmp_path, split, what, change, says):
-    data, path = damaged(tmp_path / "d", split, change)
-    error = run(DATA_DIR=data, ITERATIONS=3).error
-    assert str(path) in error and says in error
-
-
-def test_validation_that_begins_inside_a_document(run, tmp_path):
-    data = make_data(tmp_path / "d", [smoke_tokens("train")[:4000]], [smoke_tokens("val")[5:1500]])
-    assert "does not begin with BOS (id 1)" in run(DATA_DIR=data, ITERATIONS=2).error
+def test_damaged_shards(run, tmp_path, split, what, damage, says):
+    data = short_data(tmp_path / "data")
+    (shard,) = shards_of(data, split)
+    shard.write_bytes(damage(shard.read_bytes()))
+    error = run(**{**QUICK, "ITERATIONS": 3}, DATA_DIR=data).error
+    assert str(shard) in error and says in error
 
 
 def test_unreadable_shard(run, tmp_path):
-    data, path = damaged(tmp_path / "d", "train", lambda b: b)
-    path.unlink()
-    path.mkdir()
-    assert str(path) in run(DATA_DIR=data).error
+    data = short_data(tmp_path / "data")
+    (shard,) = shards_of(data, "train")
+    shard.unlink()
+    shard.mkdir()
+    assert str(shard) in run(DATA_DIR=data).error
 
 
-@pytest.mark.parametrize("change,says", [
-    (lambda b: b"", "not a SentencePiece model"), (lambda b: b[:5000], "not a SentencePiece model"),
+def test_validation_that_begins_inside_a_document(run, tmp_path):
+    data = make_data(tmp_path / "data", [smoke_tokens("train")[:4000]], [smoke_tokens("val")[5:1500]])
+    assert "does not begin with BOS (id 1)" in run(DATA_DIR=data, ITERATIONS=2).error
+
+
+def test_validation_shards_have_no_gaps_and_no_strangers(run, tmp_path):
+    tokens = smoke_tokens("val")[:500]
+    data = make_data(tmp_path / "data", [smoke_tokens("train")[:4000]], [tokens, tokens, tokens])
+    folder = data / "datasets/fineweb10B_sp1024"
+    stranger = folder / "fineweb_val_000001_copy.bin"
+    (folder / "fineweb_val_000001.bin").rename(stranger)
+    assert "not numbered from 000000 without a gap" in run(DATA_DIR=data).error
+    stranger.unlink()
+    assert "not numbered" in run(DATA_DIR=data).error
+
+
+@pytest.mark.parametrize("damage,says", [
+    (lambda b: b"", "not a SentencePiece model"),
+    (lambda b: b[:5000], "not a SentencePiece model"),
     (lambda b: b"garbage" * 1000, "not a SentencePiece model"),
     (lambda b: (ROOT / "tests/golden/tokenizer_8192.model").read_bytes(), "has 8192 pieces"),
 ])
-def test_wrong_or_damaged_tokenizer(run, tmp_path, change, says):
-    data = make_data(tmp_path / "d", [smoke_tokens("train")[:4000]], [smoke_tokens("val")[:1500]])
+def test_wrong_or_damaged_tokenizer(run, tmp_path, damage, says):
+    data = short_data(tmp_path / "data")
     path = data / "tokenizers/fineweb_1024_bpe.model"
-    path.write_bytes(change(path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()))
     error = run(DATA_DIR=data).error
     assert str(path) in error and says in error
     path.unlink()
     assert str(path) in run(DATA_DIR=data).error
 
 
-def test_damaged_artifact_and_checkpoint(run, finished, tmp_path):
-    for name, change in (("final_model.int6.ptz", lambda b: b[:-7]), ("final_model.int6.ptz", lambda b: b[:99] + b"x" + b[100:]),
-                         ("final_model.pt", lambda b: b[:-999]), ("final_model.pt", lambda b: b"hello"),
-                         ("final_model.pt", lambda b: b[: len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1 :])):
-        path = tmp_path / name
-        path.write_bytes(change((finished[0] / name).read_bytes()))
-        assert str(path) in run(EVAL_ONLY_PATH=path).error
+def with_flipped_bit(data, position):
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+@pytest.mark.parametrize("name,damage", [
+    (ARTIFACT, lambda b: b[:-7]), (ARTIFACT, lambda b: b[:99] + b"x" + b[100:]),
+    (CHECKPOINT, lambda b: b[:-999]), (CHECKPOINT, lambda b: b"hello"),
+    (CHECKPOINT, lambda b: with_flipped_bit(b, len(b) // 2))])
+def test_damaged_artifact_and_checkpoint(run, finished, tmp_path, name, damage):
+    path = tmp_path / name
+    path.write_bytes(damage((finished.folder / name).read_bytes()))
+    assert str(path) in run(EVAL_ONLY_PATH=path).error
+
+
+def test_missing_and_foreign_models(run, finished, tmp_path):
     assert "/nowhere.pt" in run(EVAL_ONLY_PATH="/nowhere.pt").error
-    error = run(EVAL_ONLY_PATH=finished[0] / "final_model.int6.ptz", NUM_LOOPS=1, LOGIT_SOFTCAP=20).error
+    error = run(EVAL_ONLY_PATH=finished.artifact, NUM_LOOPS=1, LOGIT_SOFTCAP=20).error
     assert "NUM_LOOPS=2" in error and "LOGIT_SOFTCAP=30.0" in error and "NUM_LAYERS" not in error
-    torch.save({"model": {}, "steps": 1, "weights": {"embed": torch.zeros(2)}}, tmp_path / "foreign.pt")
-    assert "foreign.pt" in run(EVAL_ONLY_PATH=tmp_path / "foreign.pt").error
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"model": {}, "steps": 1, "weights": {"embed": torch.zeros(2)}}, foreign)
+    assert "foreign.pt" in run(EVAL_ONLY_PATH=foreign).error
 
 
 def test_unwritable_places(run, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     assert f"ARTIFACT_DIR={file / 'x'}" in run(ARTIFACT_DIR=file / "x").error
-    assert "SAVE_SCORES=" in run(SAVE_SCORES=tmp_path / "missing" / "s.npz").error
+    assert "SAVE_SCORES=" in run(SAVE_SCORES=tmp_path / "missing" / "scores.npz").error
 
 
 def test_too_little_room_is_noticed_before_training(run, monkeypatch):
-    monkeypatch.setattr(tg.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    class Usage:
+        free = 10  # bytes
+
+    monkeypatch.setattr(tg.shutil, "disk_usage", lambda path: Usage)
     outcome = run()
     assert "ARTIFACT_DIR" in outcome.error and "MiB" in outcome.error and "train_loss" not in outcome.out
-
-
-@pytest.mark.parametrize("limit", [60_000, 100_000, 200_000])
-def test_full_disk(tiny_data, tmp_path, limit):
-    """A limit on the size of files makes some write fail, as a full disk does; nothing half-written may stay behind."""
-    code = (f"import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.path.insert(0, {str(ROOT)!r});"
-            f"import train_gpt as tg; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
-            "sys.exit(tg.main())")
-    env = {**os.environ, **{k: str(v) for k, v in TINY.items()}, "DATA_DIR": str(tiny_data), "ARTIFACT_DIR": str(tmp_path / "r")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "RESULT" not in done.stdout
-    assert done.stderr.startswith("error: cannot write ") and done.stderr.count("\n") == 1, done.stderr
-    left = {path.name for path in (tmp_path / "r").iterdir()}
-    assert left <= FILES - {"result.json"} and not any(name.endswith(".part") for name in left)
-    if "final_model.pt" in left:
-        torch.load(tmp_path / "r/final_model.pt", weights_only=True)
-
-
-@pytest.mark.parametrize("victim", ["final_model.pt", "final_model.int6.ptz", "result.json"])
-def test_a_run_killed_while_writing(tiny_data, tmp_path, victim):
-    """SIGKILL between writing and renaming, over a finished earlier run: the old file stays, whole."""
-    folder = tmp_path / "r"
-    folder.mkdir()
-    if victim != "result.json":
-        (folder / victim).write_bytes(b"old")
-    code = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt as tg; replace = os.replace\n"
-            f"def dying(src, dst):\n    if str(dst) == {str(folder / victim)!r}: os.kill(os.getpid(), signal.SIGKILL)\n    replace(src, dst)\n"
-            "os.replace = dying\nsys.exit(tg.main())")
-    env = {**os.environ, **{k: str(v) for k, v in TINY.items()}, "DATA_DIR": str(tiny_data), "ARTIFACT_DIR": str(folder)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL
-    assert not (folder / victim).exists() if victim == "result.json" else (folder / victim).read_bytes() == b"old"
 
 
 def test_missing_tool_is_said_before_training(run, monkeypatch):
@@ -674,29 +893,107 @@ def test_missing_tool_is_said_before_training(run, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
             outcome = run()
-            assert name in outcome.error and "requirements.txt" in outcome.error and "train_loss" not in outcome.out
+        assert name in outcome.error and "requirements.txt" in outcome.error
+        assert "train_loss" not in outcome.out
 
 
 def test_divergence_is_said(run):
     assert "training diverged" in run(SCALAR_LR=1e30, TIED_EMBED_LR=1e30, TRAIN_LOG_EVERY=1).error
-    assert "TTT_LORA_LR" in run(TTT_LORA_LR=1e30).error
+    assert "TTT_LORA_LR" in run(**QUICK, TTT_LORA_LR=1e30).error
+
+
+def test_odd_data_trains(run, tmp_path):
+    """Documents of one token, one longer than everything, and a training set smaller than one step."""
+    text = smoke_tokens("train")
+    train = np.concatenate([text[:700], [1, 1, 1], text[1:300]])
+    long_document = np.concatenate([[1], np.tile(smoke_tokens("val")[1:200], 4), [1]])
+    outcome = run(DATA_DIR=make_data(tmp_path / "data", [train], [long_document]), ITERATIONS=3)
+    assert outcome.status == 0 and outcome.result["documents"] == 2
+    assert outcome.result["tokens"] == len(long_document) - 1
+
+
+# ---- Writing files: all or nothing -------------------------------------------------------------------------
 
 
 def test_write_file_is_all_or_nothing(tmp_path, monkeypatch):
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
     path = tmp_path / "x"
     tg.write_file(path, b"one")
     tg.write_file(path, b"two")
     assert path.read_bytes() == b"two" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(tg.UserError, match=f"cannot write {path}: No space left"):
         tg.write_file(path, b"three")
     assert path.read_bytes() == b"two" and list(tmp_path.iterdir()) == [path]
 
 
-def test_odd_data_trains(run, tmp_path):
-    """Documents of one token, one longer than everything, and a whole training set smaller than one step."""
-    train = smoke_tokens("train")[:700]
-    train = np.concatenate([train, [1, 1, 1], train[1:300]])
-    long = np.concatenate([[1], np.tile(smoke_tokens("val")[1:200], 4), [1]])
-    outcome = run(DATA_DIR=make_data(tmp_path / "d", [train], [long]), ITERATIONS=3)
-    assert outcome.status == 0 and outcome.result["documents"] == 2 and outcome.result["tokens"] == len(long) - 1
+def test_only_files_are_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(tg.UserError, match="it is not a file"):
+            tg.write_file(tmp_path / name, b"x")
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(target)
+    tg.write_file(link, b"x")
+    assert link.is_symlink() and target.read_bytes() == b"x"
+
+
+def run_code(code, data, folder, **settings) -> subprocess.CompletedProcess:
+    """Run Python code that runs the script, in a process of its own."""
+    places = dict(DATA_DIR=data, ARTIFACT_DIR=folder)
+    environment = {**os.environ, **as_environment({**TINY, "OMP_NUM_THREADS": 1, **settings, **places})}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+FULL_DISK = """
+import resource, signal, sys
+import train_gpt
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(train_gpt.main())
+"""
+
+
+@pytest.mark.parametrize("limit,victim", [(60_000, "log.txt"), (100_000, "log.txt"), (300_000, CHECKPOINT)])
+def test_full_disk(tiny_data, tmp_path, limit, victim):
+    """A limit on the size of files makes a write fail, as a full disk does. Nothing is left half-written."""
+    folder = tmp_path / "run"
+    done = run_code(FULL_DISK.format(limit=limit), tiny_data, folder)
+    assert done.returncode == 2 and "RESULT" not in done.stdout
+    assert done.stderr.startswith(f"error: cannot write {folder / victim}: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    left = {path.name for path in folder.iterdir()}
+    assert left <= FILES - {"result.json"} and not any(name.endswith(".part") for name in left)
+    if CHECKPOINT in left:
+        torch.load(folder / CHECKPOINT, weights_only=True)
+
+
+KILLED = """
+import os, signal, sys
+import train_gpt
+replace = os.replace
+
+def dying_replace(source, destination):
+    if str(destination) == {victim!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, destination)
+
+os.replace = dying_replace
+sys.exit(train_gpt.main())
+"""
+
+
+@pytest.mark.parametrize("victim", [CHECKPOINT, ARTIFACT, "result.json"])
+def test_a_run_killed_while_writing(tiny_data, tmp_path, victim):
+    """SIGKILL between writing and renaming, over an earlier file: that stays, whole."""
+    path = tmp_path / victim
+    has_old = victim != "result.json"  # a folder with a result is refused
+    if has_old:
+        path.write_bytes(b"old")
+    done = run_code(KILLED.format(victim=str(path)), tiny_data, tmp_path, **QUICK)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old" if has_old else not path.exists()

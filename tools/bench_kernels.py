@@ -3,73 +3,95 @@
 
     python tools/bench_kernels.py [--tokens 98304]
 
-One line a kernel and direction: microseconds of the kernel, of the PyTorch beside it in train_gpt.py compiled by torch.compile,
-and the floor: the bytes that have to be read and written at the copy speed of this GPU or, for what holds matrix products,
-their operations at the speed of an 8192^3 product, whichever is longer. Shapes are the record's; inputs are normal noise.
+One line a kernel and direction: microseconds of the kernel, of the PyTorch that it replaces, compiled by
+torch.compile, and the floor: the bytes that have to be read and written at the copy speed of this GPU or, for
+what holds matrix products, their operations at the speed of an 8192^3 product, whichever is longer. Shapes
+are the record's; inputs are normal noise.
 """
 import argparse
 import sys
 from pathlib import Path
+from typing import Callable, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
-from bench_step import ceilings, kernel_times
 
 import train_gpt as tg
+from bench_step import ceilings, kernel_times
+from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
 
-H, K, E, D, M, V = 8, 4, 64, 512, 2048, 8192
-
-
-def microseconds(call) -> float:
-    """What the kernels of a call take on the GPU; the host takes longer to launch some of them."""
-    for _ in range(3):
-        call()
-    return 1e3 * sum(kernel_times(call, 15)[0].values())
+H, K, E, R, D, M, V = 8, 4, 64, 16, 512, 2048, 8192
 
 
-def cases(T: int, draw) -> dict:
-    """{name: (kernel, PyTorch, leaves, bytes forward, bytes backward, operations forward)}; backward does twice the operations."""
-    depth, none = torch.tensor(0.5, device="cuda"), (None,) * 3
-    rope = *torch.rand(2, 2048, 1, 8, device="cuda"), torch.arange(T, device="cuda") % 2048
-    targets, row = torch.randint(V, (T,), device="cuda"), 2 * T * D  # bytes of (T, D)
-    entry = lambda f: lambda x, x0, mix, *skip: f(x, x0, mix, depth, False, *(skip or none))
+class Case(NamedTuple):
+    """A kernel, what it replaces, and the least that either has to do."""
+    fused: Callable
+    plain: Callable
+    leaves: tuple
+    forward_bytes: float
+    backward_bytes: float
+    operations: float  # forward; backward does twice as many
+
+
+def make_cases(T: int, draw: Callable) -> dict[str, Case]:
+    row = 2 * T * D  # bytes of a bf16 tensor (T, D)
     return {
-        "heads": (lambda x, g: tg.fused_heads(x, g, *rope, K), lambda x, g: tg.split_heads(x, g, *rope, K),
-                  (draw(T, (H + 2 * K) * E), draw(H)), 5.5 * row, 7.5 * row, 0),
-        "exclusion": (tg.fused_exclude, tg.exclude_self, (draw(T, H, E), draw(T, K, E)), 2.5 * row, 4 * row, 0),
-        "entry": (entry(tg.FusedEnter.apply), entry(tg.enter), (draw(T, D), draw(T, D), draw(2, D)), 4 * row, 7 * row, 0),
-        "entry with a skip": (entry(tg.FusedEnter.apply), entry(tg.enter),
-                              (draw(T, D), draw(T, D), draw(2, D), draw(T, D), draw(D), draw(D)), 5 * row, 9 * row, 0),
-        "MLP sublayer": (lambda *a: tg.FusedMLP.apply(*a, depth)[0], lambda *a: tg.mlp_reference(*a, depth)[0],
-                         (draw(T, D), draw(T, D), draw(M, D) / 22, draw(D, M) / 45), 14 * row, 28 * row, 4 * T * D * M),
-        "head and loss": (lambda x, e: tg.FusedHead.apply(x, e, targets, 30.0),
-                          lambda x, e: tg.softcapped_nll(x @ e.T, targets, 30.0),
-                          (draw(T, D), draw(V, D) / 4), 48 * row, 34 * row, 2 * T * D * V),
+        "heads": Case(*heads_case(T, H, K, E, R, draw), 5.5 * row, 7.5 * row, 0),
+        "exclusion": Case(*exclude_case(T, H, K, E, draw), 2.5 * row, 4 * row, 0),
+        "entry": Case(*entry_case(T, D, draw), 4 * row, 7 * row, 0),
+        "entry with a skip": Case(*entry_case(T, D, draw, skip=True), 5 * row, 9 * row, 0),
+        "MLP sublayer": Case(*mlp_case(T, D, M, draw), 14 * row, 28 * row, 4 * T * D * M),
+        "head and loss": Case(*loss_case(T, D, V, draw), 48 * row, 34 * row, 2 * T * D * V),
     }
 
 
+def microseconds(call: Callable) -> float:
+    """What the kernels of a call take on the GPU; the host takes longer to launch some of them."""
+    for _ in range(3):
+        call()
+    spent, _, _ = kernel_times(call, 15)
+    return 1e3 * sum(spent.values())
+
+
+def both_ways(function: Callable, leaves: tuple) -> tuple[float, float]:
+    """Microseconds forward and backward."""
+    own = [leaf.clone().requires_grad_() for leaf in leaves]
+    outputs = function(*own)
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
+    grads = [torch.randn_like(y) for y in outputs]
+
+    def forward():
+        function(*own)
+
+    def backward():
+        torch.autograd.grad(outputs, own, grads, retain_graph=True, allow_unused=True)
+
+    return microseconds(forward), microseconds(backward)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=98_304)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=98_304, help="rows of the inputs (98304)")
     T = parser.parse_args().tokens
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         raise SystemExit("error: this needs a Hopper GPU")
-    draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
     _, product, copy = ceilings(tg.Ranks())
-    print(f"{tg.device_name(torch.device('cuda'))}: product {product / 1e12:.0f} TFLOP/s, copy {copy / 1e12:.2f} TB/s, {T} tokens")
+    name = tg.device_name(torch.device("cuda"))
+    print(f"{name}: product {product / 1e12:.0f} TFLOP/s, copy {copy / 1e12:.2f} TB/s, {T} tokens")
     print(f"{'kernel':20}{'':10}{'us':>9}{'PyTorch':>9}{'floor':>9}{'of floor':>10}")
-    for name, (fused, plain, leaves, read, back, work) in cases(T, draw).items():
-        rows = []
-        for f in (fused, torch.compile(plain, dynamic=False)):
-            own = [leaf.clone().requires_grad_() for leaf in leaves]
-            y = f(*own)
-            outputs = [y for y in (y if isinstance(y, tuple) else (y,)) if y.requires_grad]
-            grads = [torch.randn_like(y) for y in outputs]
-            rows.append((microseconds(lambda: f(*own)),
-                         microseconds(lambda: torch.autograd.grad(outputs, own, grads, retain_graph=True, allow_unused=True))))
-        floors = max(read / copy, work / product), max(back / copy, 2 * work / product)
-        for way, ours, theirs, floor in zip(("forward", "backward"), *rows, floors):
-            print(f"{name:20}{way:10}{ours:9.0f}{theirs:9.0f}{1e6 * floor:9.0f}{1e6 * floor / ours:10.0%}")
+    for name, case in make_cases(T, draw).items():
+        ours = both_ways(case.fused, case.leaves)
+        theirs = both_ways(torch.compile(case.plain, dynamic=False), case.leaves)
+        floors = (max(case.forward_bytes / copy, case.operations / product),
+                  max(case.backward_bytes / copy, 2 * case.operations / product))
+        for way, our, their, floor in zip(("forward", "backward"), ours, theirs, floors):
+            print(f"{name:20}{way:10}{our:9.0f}{their:9.0f}{1e6 * floor:9.0f}{1e6 * floor / our:10.0%}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Time a training step on this machine's GPUs: ceilings, micro-batch, optimizer, whole steps, memory, kernels.
+"""Time a training step on this machine's GPUs: ceilings, micro-batch, optimizer, steps, memory, kernels.
 
-    python tools/bench_step.py                               # on 1, 2, 4 and 8 GPUs, as far as there are
-    python tools/bench_step.py --gpus 1 --compare HEAD~3     # against the file of a commit, or a path, taking turns
+    python tools/bench_step.py                             # on 1, 2, 4 and 8 GPUs, as far as there are
+    python tools/bench_step.py --gpus 1 --compare FILE     # against another train_gpt.py, taking turns
+    python tools/bench_step.py --compare HEAD~1            # against that of a commit which has the same names
 
-Settings are train_gpt.py's environment variables. Tokens are random and document lengths log-normal (median 490) or, with
---data, those of the first two steps of its shards. Weights have noise added: a GPU multiplies the zeros of a fresh model
-faster. Every time is the median of --rounds rounds, in each of which every file is timed in turn.
+Settings are train_gpt.py's environment variables. Tokens are random and document lengths log-normal (median
+490) or, with --data, those of the first two steps of its shards. Weights have noise added: a GPU multiplies
+the zeros of a fresh model faster. Every time is the median of --rounds rounds, in each of which every file is
+timed in turn.
 """
 import argparse
 import collections
+import functools
 import importlib.util
 import os
 import statistics
@@ -19,16 +22,24 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import numpy as np
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+THIS_SCRIPT = str(ROOT / "train_gpt.py")
 
 
-def load(ref: str, name: str):
-    """train_gpt.py of a commit or a path as a module, whose name is its operators' namespace: older files have one of their own."""
+def load_script(ref: str, name: str):
+    """train_gpt.py of a commit or a path as a module; its name is also the namespace of its operators."""
     path = Path(ref)
-    source = path.read_text() if path.is_file() else subprocess.run(
-        ["git", "-C", str(ROOT), "show", f"{ref}:train_gpt.py"], check=True, capture_output=True, text=True).stdout
+    if path.is_file():
+        source = path.read_text(encoding="utf-8")
+    else:
+        show = ["git", "-C", str(ROOT), "show", f"{ref}:train_gpt.py"]
+        source = subprocess.run(show, check=True, capture_output=True, text=True).stdout
     file = Path(tempfile.mkdtemp(), f"{name}.py")  # a real file: Triton reads the source of its kernels
-    file.write_text(source.replace("train_gpt::", f"{name}::"))
+    file.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,211 +47,264 @@ def load(ref: str, name: str):
 
 
 class Candidate:
-    """One file's model, optimizers and compiled operators, ready to be timed."""
+    """One file's model, optimizers and compiled functions, ready to be timed."""
 
     def __init__(self, ref: str, name: str, shards: list[Path], ranks):
-        import torch
-        t = self.t = load(ref, name)
-        self.name, self.cfg, self.ranks = ref, t.Config.from_env(), t.Ranks(ranks.rank, ranks.world, str(ranks.device))
-        self.local_buffers, total = t.split_step(self.cfg, ranks.world)
-        self.batches = [t.to_device(batch, ranks.device) for batch in self.buffers(shards, total)]
-        self.batch, self.spans = self.batches[0], len(self.batches[0].seqs.cu_seqlens.unique()) - 1
-        self.model = t.GPT(self.cfg).to(ranks.device)
+        self.name = ref
+        self.tg = tg = load_script(ref, name)
+        self.cfg = tg.Config.from_env()
+        self.ranks = tg.Ranks(ranks.rank, ranks.world_size, str(ranks.device))
+        self.local_buffers, buffer_tokens = tg.split_step(self.cfg, ranks.world_size)
+        batches = self.make_batches(shards, buffer_tokens)
+        self.batches = [tg.to_device(batch, ranks.device) for batch in batches]
+        self.batch = self.batches[0]
+        self.spans = len(self.batch.spans.cu_seqlens.unique()) - 1
+        self.model = tg.GPT(self.cfg).to(ranks.device)
         with torch.no_grad():
             for p in self.model.parameters():
                 p.add_(0.01 * torch.randn_like(p))
-        run = t.Run(self.cfg, self.ranks, None, t.Ops.choose(self.cfg, ranks.device))
-        self.trainer = t.Trainer(run, self.model, None)
+        run = tg.Run(self.cfg, self.ranks, None, tg.Backend.for_machine(self.cfg, ranks.device))
+        self.trainer = tg.Trainer(run, self.model, None)
 
-    def buffers(self, shards: list[Path], total: int) -> list:
+    def make_batches(self, shards: list[Path], buffer_tokens: int) -> list:
         """Those of two steps of real documents or, without shards, one of random tokens."""
-        import numpy as np
-        t, cfg, rng = self.t, self.cfg, np.random.default_rng(0)
+        tg, cfg = self.tg, self.cfg
         if shards:
-            loader = t.PackedLoader(shards, int(t.open_shard(shards[0])[0]), cfg, total)
-            return [loader.buffer(n) for n in range(2 * cfg.train_batch_tokens // total)]
-        starts = np.cumsum(np.append(0, np.maximum(20, rng.lognormal(6.2, 0.95, 40_000)).astype(int)))
-        bounds = t.span_bounds(starts[starts < total], total, cfg.train_seq_len)
-        tokens = rng.integers(0, cfg.vocab_size, total + 1)
-        return [t.make_batch(tokens[:-1], tokens[1:], bounds, len(bounds) + 3, cfg.train_seq_len)]
+            bos = int(tg.open_shard(shards[0])[0])
+            loader = tg.PackedLoader(shards, bos, cfg, buffer_tokens)
+            return [loader.buffer(n) for n in range(2 * cfg.train_batch_tokens // buffer_tokens)]
+        rng = np.random.default_rng(0)
+        lengths = np.maximum(20, rng.lognormal(6.2, 0.95, 40_000)).astype(int)
+        starts = np.cumsum(np.append(0, lengths))
+        bounds = tg.span_bounds(starts[starts < buffer_tokens], buffer_tokens, cfg.train_seq_len)
+        tokens = rng.integers(0, cfg.vocab_size, buffer_tokens + 1)
+        return [tg.make_batch(tokens[:-1], tokens[1:], bounds, len(bounds) + 3, cfg.train_seq_len)]
 
-    def each(self, looped: bool, rounds: int):
-        """Milliseconds of every micro-batch, (steps, buffers): eight GPUs wait for the slowest of a step's eight."""
-        import numpy as np
-        calls = {n: lambda batch=batch: self.micro_batch(looped, batch) for n, batch in enumerate(self.batches)}
+    def plan(self, looped: bool):
+        return self.tg.depth_plan(self.cfg, looped)
+
+    def micro_batch(self, looped: bool, batch=None) -> None:
+        """Forward and backward pass of one buffer."""
+        self.trainer.optimizers.zero_grad()
+        self.model(batch or self.batch, self.plan(looped), self.trainer.backend).mean().backward()
+
+    def every_micro_batch(self, looped: bool, rounds: int) -> np.ndarray:
+        """Milliseconds of all micro-batches, (steps, buffers): GPUs wait for the slowest of a step."""
+        calls = {n: functools.partial(self.micro_batch, looped, batch)
+                 for n, batch in enumerate(self.batches)}
         return np.array(list(medians(calls, rounds, 2, self.ranks).values())).reshape(2, -1)
 
-    def exchange(self):
-        """The collectives of the banks alone: gradients out, updates back."""
-        import torch.distributed as dist
-        for shard in self.trainer.optimizers.muon.shards.values():
-            dist.reduce_scatter_tensor(shard.mine, shard.full)
-        for shard in self.trainer.optimizers.muon.shards.values():
-            dist.all_gather_into_tensor(shard.full, shard.mine)
+    def step(self, looped: bool) -> None:
+        self.trainer.step([self.batch] * self.local_buffers, self.plan(looped), 0.01, 0.95)
 
-    def micro_batch(self, looped: bool, batch=None):
-        self.trainer.optimizers.zero_grad()
-        self.model(batch or self.batch, self.t.depth_plan(self.cfg, looped), self.trainer.ops).mean().backward()
-
-    def step(self, looped: bool):
-        self.trainer.step([self.batch] * self.local_buffers, self.t.depth_plan(self.cfg, looped), 0.01, 0.95)
-
-    def optimizer_step(self):
+    def optimizer_step(self) -> None:
         self.trainer.optimizers.step(0.01, 0.95)
+
+    def exchange_banks(self) -> None:
+        """The collectives of the banks alone: gradients out, updates back."""
+        shards = self.trainer.optimizers.muon.shards.values()
+        for shard in shards:
+            dist.reduce_scatter_tensor(shard.own, shard.full)
+        for shard in shards:
+            dist.all_gather_into_tensor(shard.full, shard.own)
 
 
 def medians(calls: dict, rounds: int, repeat: int, ranks) -> dict:
     """{name: median milliseconds of a call}, each round timing every call in turn; all ranks together."""
-    import torch
     times = collections.defaultdict(list)
-    for r in range(rounds + 1):
+    for number in range(rounds + 1):
         for name, call in calls.items():
             torch.cuda.synchronize()
-            ranks.max(0.0)
+            ranks.barrier()
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
             marks[0].record()
             for mark in marks[1:]:
                 call()
                 mark.record()
             torch.cuda.synchronize()
-            if r:  # the first round warms up
-                times[name] += [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
+            if number > 0:  # the first round warms up
+                times[name] += [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def ceilings(ranks):
-    """(a product of 8192^3 to call, the operations it does in a second, bytes copied in a second, read and written)."""
-    import torch
+    """(a product of 8192^3 to call, its operations in a second, bytes read and written in a second)."""
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    c = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-    product = lambda: a @ b
-    ms = medians({"product": product, "copy": lambda: c[: 2**29].copy_(c[2**29 :])}, 3, 10, ranks)
+    memory = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+
+    def product():
+        return a @ b
+
+    def copy():
+        memory[: 2**29].copy_(memory[2**29 :])
+
+    ms = medians({"product": product, "copy": copy}, 3, 10, ranks)
     return product, 2e3 * 8192**3 / ms["product"], 1e3 * 2**30 / ms["copy"]
 
 
-def kernel_times(call, times: int, ready=lambda: None) -> tuple[collections.Counter, collections.Counter, float]:
-    """Milliseconds and launches of every kernel by name, in one of `times` calls: without waiting for the host.
+def nothing() -> None:
+    pass
 
-    Third, milliseconds in which collectives run and nothing else does, with the wait for the slowest GPU. `ready`
-    is called after the profiler has started, for ranks to begin together.
+
+def kernel_times(call, times: int, ready=nothing) -> tuple[collections.Counter, collections.Counter, float]:
+    """Milliseconds and launches of every kernel by name, in one of `times` calls: without waits for the host.
+
+    Third, milliseconds in which collectives run and nothing else does, with the wait for the slowest GPU.
+    `ready` is called after the profiler has started, for ranks to begin together.
     """
-    import torch
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as prof:
+    cuda = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=cuda, acc_events=True) as profiler:
         ready()
         for _ in range(times):
             call()
         torch.cuda.synchronize()
     spent, count = collections.Counter(), collections.Counter()
-    kernels = [event for event in prof.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     for event in kernels:
         spent[event.name] += event.device_time / times / 1e3
         count[event.name] += 1 / times
-    return spent, count, exposed(kernels) / times / 1e3
+    return spent, count, exposed_collectives(kernels) / times / 1e3
 
 
-def exposed(kernels) -> float:
+def exposed_collectives(kernels) -> float:
     """Microseconds in which a collective runs and nothing else does, copies included."""
-    marks = sorted((at, step, "nccl" in event.name) for event in kernels
-                   for at, step in ((event.time_range.start, 1), (event.time_range.end, -1)))
-    running, since, total = [0, 0], 0.0, 0.0
-    for at, step, collective in marks:
-        total += (at - since) * (running[True] > 0 and not running[False])
-        running[collective] += step
+    changes = []
+    for event in kernels:
+        is_collective = "nccl" in event.name
+        changes += [(event.time_range.start, 1, is_collective), (event.time_range.end, -1, is_collective)]
+    running = {True: 0, False: 0}
+    since, total = 0.0, 0.0
+    for at, change, is_collective in sorted(changes):
+        if running[True] and not running[False]:
+            total += at - since
+        running[is_collective] += change
         since = at
     return total
 
 
 def profile(call, top: int, ranks) -> list[str]:
     """Lines "ms, launches, name" of the kernels that a call spends most of its time in."""
-    spent, count, unhidden = kernel_times(call, 3, lambda: ranks.max(0.0))
+    spent, count, exposed = kernel_times(call, 3, ranks.barrier)
     lines = [f"{sum(spent.values()):9.3f} ms in {sum(count.values()):.0f} kernels"]
-    if sent := sum(ms for name, ms in spent.items() if "nccl" in name):
-        lines.append(f"{sent:9.3f} ms of them in collectives, and {unhidden:.3f} with nothing else running")
+    in_collectives = sum(ms for name, ms in spent.items() if "nccl" in name)
+    if in_collectives:
+        lines.append(f"{in_collectives:9.3f} ms of them in collectives, and {exposed:.3f} with nothing else "
+                     "running")
     return lines + [f"{ms:9.3f} ms {count[name]:6.1f} x  {name[:110]}" for name, ms in spent.most_common(top)]
 
 
+def activation_memory(candidate: Candidate) -> float:
+    """Gigabytes that a looped micro-batch needs beside weights, gradients and optimizer state."""
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    candidate.micro_batch(True)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - held) / 1e9
+
+
+def measure(files: list[Candidate], args, ranks, product) -> list[tuple[str, dict]]:
+    """Rows of the table: what was measured, and its figure for every file."""
+    rows, alone = [], ranks.world_size == 1
+    for looped in (False, True):
+        form = "looped" if looped else "un-looped"
+        if alone:
+            # A product in turn with micro-batches, when the GPU is as hot as these make it.
+            calls = {file.name: functools.partial(file.micro_batch, looped) for file in files}
+            hot = medians({**calls, "product": product}, args.rounds, args.repeat, ranks)
+            rate = 2 * 8192**3 / hot.pop("product") / 1e9
+            rows.append((f"micro-batch {form}, ms", hot))
+            rows.append(("  8192^3 product meanwhile, TFLOP/s", dict.fromkeys(hot, rate)))
+        calls = {file.name: functools.partial(file.step, looped) for file in files}
+        steps = medians(calls, args.rounds, max(2, args.repeat // 4), ranks)
+        tokens = files[0].cfg.train_batch_tokens
+        rows.append((f"step {form}, ms", steps))
+        rows.append((f"step {form}, M tokens/s", {name: tokens / ms / 1e3 for name, ms in steps.items()}))
+        if alone and args.data:
+            every = {file.name: file.every_micro_batch(looped, args.rounds) for file in files}
+            rows.append((f"all micro-batches {form}, mean, ms",
+                         {name: ms.mean() for name, ms in every.items()}))
+            rows.append(("  slowest of a step over its mean",
+                         {name: (ms.max(1) / ms.mean(1)).mean() for name, ms in every.items()}))
+    if not alone:
+        calls = {file.name: file.exchange_banks for file in files}
+        rows.append(("collectives of the banks alone, ms", medians(calls, args.rounds, args.repeat, ranks)))
+    calls = {file.name: file.optimizer_step for file in files}
+    rows.append(("optimizer step, ms", medians(calls, args.rounds, args.repeat, ranks)))
+    rows.append(("activations of a looped micro-batch, GB",
+                 {file.name: activation_memory(file) for file in files}))
+    return rows
+
+
 def worker(args) -> None:
-    import torch
-    t = load(str(ROOT / "train_gpt.py"), "bench_now")
-    ranks, cfg = t.Ranks.join(), t.Config.from_env()
-    say = lambda *a: print(*a, flush=True) if ranks.is_main else None
+    """One of the processes that the command line starts."""
+    tg = load_script(THIS_SCRIPT, "bench_this")
+    ranks = tg.Ranks.join()
+
+    def say(*words):
+        if ranks.is_main:
+            print(*words, flush=True)
+
     if not ranks.on_gpu:
         raise SystemExit("error: this needs a GPU")
-    alone = ranks.world == 1
-    say(f"== {ranks.world} x {t.device_name(ranks.device)}, torch {torch.__version__}")
+    # 1) Ceilings of the machine.
+    say(f"== {ranks.world_size} x {tg.device_name(ranks.device)}, torch {torch.__version__}")
     product, operations, copied = ceilings(ranks)
     say(f"8192^3 bf16 product {operations / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s")
+    # 2) The files, compiled.
     shards = sorted(Path(args.data).glob("**/fineweb_train_*.bin")) if args.data else []
     if args.data and not shards:
         raise SystemExit(f"error: --data {args.data} has no fineweb_train_*.bin")
-    refs = [str(ROOT / "train_gpt.py"), *args.compare]
+    refs = [THIS_SCRIPT, *args.compare]
     files = [Candidate(ref, f"bench_{i}", shards, ranks) for i, ref in enumerate(refs)]
-    rows = []
     for looped in (False, True):
         for file in files:
             began = time.perf_counter()
             file.step(looped)
             torch.cuda.synchronize()
             say(f"first step{', looped' * looped}: {time.perf_counter() - began:.1f} s  {file.name}")
-    for looped in (False, True):
-        form, repeat = ("looped" if looped else "un-looped"), args.repeat
-        if alone:
-            hot = medians({f.name: lambda f=f: f.micro_batch(looped) for f in files} | {"": product},
-                          args.rounds, repeat, ranks)  # a product in turn with micro-batches, when the GPU is as hot
-            rows += [(f"micro-batch {form}, ms", hot),
-                     ("  8192^3 product meanwhile, TFLOP/s", dict.fromkeys(refs, 2 * 8192**3 / hot[""] / 1e9))]
-        steps = medians({f.name: lambda f=f: f.step(looped) for f in files}, args.rounds, max(2, repeat // 4), ranks)
-        rows += [(f"step {form}, ms", steps),
-                 (f"step {form}, M tokens/s", {n: cfg.train_batch_tokens / ms / 1e3 for n, ms in steps.items()})]
-        if alone and shards:
-            each = {file.name: file.each(looped, args.rounds) for file in files}
-            rows += [(f"all micro-batches {form}, mean, ms", {name: ms.mean() for name, ms in each.items()}),
-                     ("  slowest of a step over its mean", {n: (ms.max(1) / ms.mean(1)).mean() for n, ms in each.items()})]
-    if not alone:
-        rows.append(("collectives of the banks alone, ms", medians({f.name: f.exchange for f in files}, args.rounds,
-                                                                   args.repeat, ranks)))
-    rows.append(("optimizer step, ms", medians({f.name: f.optimizer_step for f in files}, args.rounds, args.repeat, ranks)))
-    memory = {}
-    for file in files:
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        file.micro_batch(True)
-        torch.cuda.synchronize()
-        memory[file.name] = (torch.cuda.max_memory_allocated() - held) / 1e9
-    rows.append(("activations of a looped micro-batch, GB", memory))
-    say(f"{len(files[0].batch.tokens)} tokens and {files[0].spans} spans a buffer, {files[0].local_buffers} buffers a rank and step")
-    for what, values in rows:
-        first = values[refs[0]]
-        say(f"{what:46}" + "".join(f"{values[ref]:10.3f}" + (f" (x {values[ref] / first:.3f})" if ref != refs[0] else "")
-                                   for ref in refs))
-    for file in files[: 1 + args.profile_all] if args.top else ():
+    # 3) The table, with every other file's ratio to this one.
+    rows = measure(files, args, ranks, product)
+    first = files[0]
+    say(f"{len(first.batch.tokens)} tokens and {first.spans} spans a buffer, {first.local_buffers} buffers a "
+        "rank and step")
+    for what, figures in rows:
+        base = figures[THIS_SCRIPT]
+        others = "".join(f"{figures[ref]:10.3f} (x {figures[ref] / base:.3f})" for ref in args.compare)
+        say(f"{what:46}{base:10.3f}{others}")
+    # 4) Kernels.
+    profiled = files if args.profile_all else files[:1]
+    for file in profiled if args.top else ():
         for looped in (False, True):
-            call = (lambda: file.micro_batch(looped)) if alone else (lambda: file.step(looped))
-            lines = profile(call, args.top, ranks)
+            alone = ranks.world_size == 1
+            call = file.micro_batch if alone else file.step
+            lines = profile(functools.partial(call, looped), args.top, ranks)
             say(f"kernels of a {'micro-batch' if alone else 'step'}{', looped' * looped}, {file.name}")
             say("\n".join(lines))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare", nargs="*", default=[], metavar="REF", help="commits or files to time in turn")
-    parser.add_argument("--gpus", default="", help="numbers of GPUs, with commas; default: 1, 2, 4, 8 as far as there are")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", nargs="*", default=[], metavar="REF",
+                        help="commits or files to time in turn")
+    parser.add_argument("--gpus", default="",
+                        help="numbers of GPUs, with commas; default: 1, 2, 4, 8 as far as there are")
     parser.add_argument("--data", default="", help="folder with fineweb_train_*.bin to take buffers from")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, default=8, help="micro-batches a round")
-    parser.add_argument("--top", type=int, default=25, help="kernels to list; 0: none")
-    parser.add_argument("--profile-all", action="store_true", help="list the kernels of every file, not of this one alone")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of a median (5)")
+    parser.add_argument("--repeat", type=int, default=8, help="micro-batches a round (8)")
+    parser.add_argument("--top", type=int, default=25, help="kernels to list; 0: none (25)")
+    parser.add_argument("--profile-all", action="store_true",
+                        help="list kernels of every file, not of this alone")
     args = parser.parse_args()
     if "RANK" in os.environ:
         return worker(args)
-    import torch
-    counts = [int(n) for n in args.gpus.split(",")] if args.gpus else [
-        n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()]
+    there = torch.cuda.device_count()
+    counts = [int(n) for n in args.gpus.split(",")] if args.gpus else [n for n in (1, 2, 4, 8) if n <= there]
     if not counts:
         raise SystemExit("error: this needs a GPU")
-    for n in counts:
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                               __file__, *sys.argv[1:]])
+    for count in counts:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        done = subprocess.run([*command, __file__, *sys.argv[1:]])
         if done.returncode:
             raise SystemExit(done.returncode)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write train_gpt.py as it is shipped and counted: minified, compressed, self-extracting. It needs no GPU and no data.
+"""Write train_gpt.py as it is shipped and counted: minified, compressed, self-extracting. No GPU, no data.
 
     python tools/pack.py -o train_gpt_packed.py
-    python tools/pack.py --check records/x/train_gpt.py    # exit status 1 if that is not what train_gpt.py packs to
+    python tools/pack.py --check FILE     # exit status 1 if FILE is not what train_gpt.py packs to
 
 The bytes depend on the versions of Python and python-minifier, so a submission ships those that its run left.
 """
@@ -22,7 +22,8 @@ def described(data: bytes) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=Path("train_gpt_packed.py"),
                         help="file to write (train_gpt_packed.py)")
     parser.add_argument("--check", type=Path, metavar="FILE",

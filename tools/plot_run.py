@@ -20,23 +20,45 @@ def read_run(path: pathlib.Path) -> dict:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {file}: not the metrics of a run ({error})") from error
-    of = lambda kind: [row for row in rows if row.get("kind") == kind]
-    run = {"name": file.parent.name if path.is_dir() or file.name == "metrics.jsonl" else file.stem, "steps": of("step"),
-           "validations": of("validation"), "settings": (of("settings") or [{}])[0], "result": (of("result") or [None])[-1]}
+
+    def rows_of(kind: str) -> list[dict]:
+        return [row for row in rows if row.get("kind") == kind]
+
+    in_folder_of_run = path.is_dir() or file.name == "metrics.jsonl"
+    settings = rows_of("settings")
+    results = rows_of("result")
+    run = {"name": file.parent.name if in_folder_of_run else file.stem,
+           "settings": settings[0] if settings else {},
+           "steps": rows_of("step"),
+           "validations": rows_of("validation"),
+           "result": results[-1] if results else None}
     if not run["steps"] and not run["result"]:
         raise SystemExit(f"error: {file} has neither steps nor a result")
     return run
 
 
+def scores_of(run: dict) -> dict[str, float]:
+    """The scores that the result of a run has, by their label."""
+    result = run["result"]
+    return {label: result[key] for key, label in BPB.items() if result.get(key) is not None}
+
+
 def speeds(run: dict) -> tuple[list[int], list[float]]:
     """(steps, tokens a second between each and the next), smoothed over 1/50 of the run."""
-    steps, tokens = run["steps"], run["settings"].get("train_batch_tokens", 0)
-    width = max(1, len(steps) // 50)
-    pairs = [(a, b) for a, b in zip(steps, steps[width:]) if b["seconds"] > a["seconds"]]
-    return [b["step"] for _, b in pairs], [tokens * (b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in pairs]
+    rows = run["steps"]
+    tokens_per_step = run["settings"].get("train_batch_tokens", 0)
+    width = max(1, len(rows) // 50)
+    steps, tokens_per_second = [], []
+    for before, after in zip(rows, rows[width:]):
+        seconds = after["seconds"] - before["seconds"]
+        if seconds > 0:
+            steps.append(after["step"])
+            tokens_per_second.append(tokens_per_step * (after["step"] - before["step"]) / seconds)
+    return steps, tokens_per_second
 
 
 def draw(runs: list[dict], out: pathlib.Path) -> None:
+    """Draw all runs into one picture of four parts."""
     try:
         import matplotlib
     except ImportError:
@@ -45,37 +67,53 @@ def draw(runs: list[dict], out: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, ((loss, rate), (speed, bpb)) = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
-    for color, run in zip(plt.cm.tab10.colors * len(runs), runs):
-        x = [row["step"] for row in run["steps"]]
-        loss.plot(x, [row["loss"] for row in run["steps"]], color=color, linewidth=0.8, label=run["name"])
-        if run["validations"]:
-            loss.plot([v["step"] for v in run["validations"]], [v["val_loss"] for v in run["validations"]], "o", color=color)
-        rate.plot(x, [row["lr"] for row in run["steps"]], color=color)
-        speed.plot(*speeds(run), color=color)
-        switch = next((row["step"] for row in run["steps"] if row["looped"]), None)
-        for axis in (loss, speed):
-            if switch and switch > 1:
-                axis.axvline(switch, color=color, linestyle=":", linewidth=0.8)
-    loss.set(title="train loss (dots: validation; dotted line: loops begin)", xlabel="step", ylabel="nats a token")
-    every = sorted(row["loss"] for run in runs for row in run["steps"])
-    if every:
-        loss.set_ylim(every[0] - 0.1, every[int(0.98 * (len(every) - 1))] + 0.3)
+    colors = plt.cm.tab10.colors * len(runs)
+    for color, run in zip(colors, runs):
+        draw_training(run, color, loss, rate, speed)
+    loss.set(title="train loss (dots: validation; dotted line: loops begin)", xlabel="step",
+             ylabel="nats a token")
+    losses = sorted(row["loss"] for run in runs for row in run["steps"])
+    if losses:
+        loss.set_ylim(losses[0] - 0.1, losses[int(0.98 * (len(losses) - 1))] + 0.3)
         loss.legend()
     rate.set(title="learning rate", xlabel="step", ylabel="of its peak", ylim=(0, 1.05))
     speed.set(title="speed", xlabel="step", ylabel="tokens a second", ylim=(0, None))
-    finished = [run for run in runs if run["result"]]
-    for i, run in enumerate(finished):
-        values = [(label, run["result"][key]) for key, label in BPB.items() if run["result"].get(key) is not None]
-        bars = bpb.bar([j + i * 0.8 / len(finished) for j, _ in enumerate(values)], [v for _, v in values],
-                       width=0.8 / len(finished), label=run["name"])
-        bpb.bar_label(bars, fmt="%.4f", fontsize=8)
-        bpb.set_xticks([j + 0.4 - 0.4 / len(finished) for j in range(len(values))], [label for label, _ in values])
-    scores = [run["result"][key] for run in finished for key in BPB if run["result"].get(key) is not None]
-    if scores:
-        margin = 0.4 * (max(scores) - min(scores)) + 0.002
-        bpb.set_ylim(min(scores) - margin, max(scores) + margin)
-    bpb.set(title="validation", ylabel="bits per byte (axis does not begin at 0)")
+    draw_scores([run for run in runs if run["result"]], bpb)
     save(figure, out)
+
+
+def draw_training(run: dict, color, loss, rate, speed) -> None:
+    """Draw the steps of a run into three axes."""
+    rows = run["steps"]
+    steps = [row["step"] for row in rows]
+    loss.plot(steps, [row["loss"] for row in rows], color=color, linewidth=0.8, label=run["name"])
+    validations = run["validations"]
+    if validations:
+        loss.plot([row["step"] for row in validations], [row["val_loss"] for row in validations], "o",
+                  color=color)
+    rate.plot(steps, [row["lr"] for row in rows], color=color)
+    speed.plot(*speeds(run), color=color)
+    loops_begin = next((row["step"] for row in rows if row["looped"]), None)
+    if loops_begin and loops_begin > 1:
+        for axis in (loss, speed):
+            axis.axvline(loops_begin, color=color, linestyle=":", linewidth=0.8)
+
+
+def draw_scores(runs: list[dict], bpb) -> None:
+    """Draw the scores of finished runs side by side."""
+    for i, run in enumerate(runs):
+        scores = scores_of(run)
+        width = 0.8 / len(runs)
+        places = [place + i * 0.8 / len(runs) for place in range(len(scores))]
+        bars = bpb.bar(places, list(scores.values()), width=width, label=run["name"])
+        bpb.bar_label(bars, fmt="%.4f", fontsize=8)
+        middles = [place + 0.4 - 0.4 / len(runs) for place in range(len(scores))]
+        bpb.set_xticks(middles, list(scores))
+    every_score = [score for run in runs for score in scores_of(run).values()]
+    if every_score:
+        margin = 0.4 * (max(every_score) - min(every_score)) + 0.002
+        bpb.set_ylim(min(every_score) - margin, max(every_score) + margin)
+    bpb.set(title="validation", ylabel="bits per byte (axis does not begin at 0)")
 
 
 def save(figure, out: pathlib.Path) -> None:
@@ -87,9 +125,11 @@ def save(figure, out: pathlib.Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", type=pathlib.Path, help="folder of a run, or its metrics.jsonl")
-    parser.add_argument("-o", "--out", type=pathlib.Path, default=pathlib.Path("run.png"), help="PNG to write (run.png)")
+    parser.add_argument("-o", "--out", type=pathlib.Path, default=pathlib.Path("run.png"),
+                        help="PNG to write (run.png)")
     args = parser.parse_args(argv)
     draw([read_run(path) for path in args.run], args.out)
     print(args.out)

@@ -1,168 +1,57 @@
 #!/usr/bin/env python3
-"""Check that the runs of a submission add up, and make of them submission.json, the README's table and the t-tests.
+"""Check finished runs, print their scores as a table, and make of them what is submitted to the challenge.
 
-    python tools/submission.py runs/seed0 runs/seed1 runs/seed2 --table --write submission.json
-    python tools/submission.py runs/seed* --baseline 1.0728,1.0726,1.0747 --baseline-loss 2.7710,2.7705,2.7759
+    python tools/submission.py check runs/seed0 runs/seed1 runs/seed2
+    python tools/submission.py check runs/seed* --baseline 1.0728,1.0726,1.0747 --write submission.json
+    python tools/submission.py table runs/seed*
+    python tools/submission.py record 2026-11-21_Name runs/seed* --author Me --github-id me
 
-A run is a folder that train_gpt.py left (its ARTIFACT_DIR), or its log alone. One line names the first thing that does
-not add up: another script, settings, machine, training or validation set than the other runs', a seed twice, a source
-that is not what the log says it is, a clock or the cap exceeded, documents left out, a result that differs from the log
-or from the files beside it. It finds mistakes; a log that was forged as a whole only a run can tell.
-
-author, github_id and name are kept from the file that is written over, which is said, and corpus if the validation set
-is the same.
+A run is a folder that train_gpt.py left (its ARTIFACT_DIR), or its log alone. Every command checks the runs
+first. If they do not add up, it makes nothing and ends with status 2 and one line that names the first
+fault: another script, settings, machine, training or validation set than the other runs'; a seed twice; a
+source that is not what the log says it is; a clock or the cap exceeded; documents left out; a result that
+differs from the log or from the files beside it. That finds mistakes; only another run can tell a log that
+was forged as a whole.
 """
 import argparse
 import datetime
-import hashlib
+import inspect
 import json
 import math
 import os
-import re
+import shlex
+import shutil
 import statistics
 import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600  # the challenge's
+from finished_runs import (
+    CAP_BYTES,
+    CLOCK_SECONDS,
+    OWN_SETTINGS,
+    Refused,
+    Run,
+    load,
+    nats_per_bpb,
+    parse_object,
+    read,
+    sha256,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
 MARGIN_NATS, SIGNIFICANT = 0.005, 0.01  # a record improves the mean by so much, with a p below that
-FINEWEB_DOCUMENTS, FINEWEB_BYTES = 50_000, 151_078_222  # of its validation, as published, where the tail is cut
 BY_MARGIN = f"p_improves_by_{MARGIN_NATS}_nats"
-BAR = "=" * 100 + "\n"
-OWN_SETTINGS = "seed run_id artifact_dir data_dir save_scores train_log_every".split()  # each run may have its own
-SHARED = """code_sha256 packed_sha256 code_bytes hardware versions tokenizer_sha256 val_sha256 documents tokens
-    bytes""".split()
-STAGES = "", "_quantized", "_unquantized"
-NEEDED = SHARED + """seed settings mode steps model_bytes total_bytes unadapted_tokens clocks seconds caveats""".split()
-NEEDED += [f"val_{unit}{stage}" for unit in ("loss", "bpb") for stage in STAGES]
+FINEWEB_DOCUMENTS, FINEWEB_BYTES = 50_000, 151_078_222  # of its validation, as published, with its tail cut
 
 
-class Refused(Exception):
-    """Runs that do not add up, or cannot be read. Its text is one line that says which file and why."""
-
-
-class Run(NamedTuple):
-    log: Path
-    text: str  # of the log
-    source: str  # of the script, from the log
-    result: dict
-    packed: bytes | None  # the packed script if it is beside the log
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Refused(f"cannot read {path}: {error.strerror}") from error
-
-
-def parse(path: Path, text: str | bytes) -> dict:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise Refused(f"{path}: not the result of a run ({error})") from error
-
-
-def read_run(path: Path) -> Run:
-    """A finished run of which every file says the same."""
-    log = path / "log.txt" if path.is_dir() else path
-    text = read(log).decode(errors="replace")
-    _, *rest = text.split(BAR)
-    last = text.rstrip("\n").rsplit("\n", 1)[-1]
-    if len(rest) < 2 or not last.startswith("RESULT "):
-        raise Refused(f"{log}: not the log of a finished run, which holds its source and ends with a RESULT line")
-    source, result = rest[0][:-1], parse(log, last.removeprefix("RESULT "))
-    if path.is_dir():
-        copies = {path / "result.json": parse(path / "result.json", read(path / "result.json"))}
-        if (metrics := path / "metrics.jsonl").exists():
-            copies[metrics] = parse(metrics, read(metrics).decode(errors="replace").rstrip("\n").rsplit("\n", 1)[-1])
-            copies[metrics].pop("kind", None)
-        for file, copy in copies.items():
-            if other := [key for key in {**result, **copy} if result.get(key) != copy.get(key)]:
-                raise Refused(f"{file}: {', '.join(other)} not as in the RESULT line of {log}")
-    if lacking := [key for key in NEEDED if key not in result]:
-        raise Refused(f"{log}: its RESULT lacks {', '.join(lacking)}: not a run that trained, or one of another script")
-    packed, model = (read(path / name) if path.is_dir() and (path / name).exists() else None
-                     for name in ("train_gpt_packed.py", "final_model.int6.ptz"))
-    run = Run(log, text, source, result, packed)
-    try:
-        check(run, model)
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise Refused(f"{log}: its RESULT holds values of another kind than a run's ({error!r:.120})") from error
-    return run
-
-
-def lines_of(r: dict) -> tuple[list[str], list[str]]:
-    """What the log has to hold, before its source and after it, if its RESULT is true."""
-    gpus, device = r["hardware"].split(" x ", 1)
-    listed = lambda values: " ".join(f"{name}:{value}" for name, value in values.items()) or "none"
-    before = [f"versions: {listed(r['versions'])}\n", f"settings other than the record's: {listed(r['settings'])}\n",
-              f"device:{device} world_size:{int(gpus)} "]
-    after = [f"train: steps:{r['steps']:d} tokens:",
-             f"bytes: code:{r['code_bytes']:d} model:{r['model_bytes']:d} total:{r['total_bytes']:d} cap:",
-             f"validation: documents:{r['documents']:d} tokens:{r['tokens']:d} bytes:{r['bytes']:d} ",
-             f"caveats: {'; '.join(list(r['caveats'])) or 'none'}\n"]
-    after += [f"{name} val_loss:{r[f'val_loss{stage}']:.8f} val_bpb:{r[f'val_bpb{stage}']:.8f}\n"
-              for name, stage in (("final", ""), ("quantized", "_quantized"), ("unquantized", "_unquantized"))]
-    return before, after + [f"clock {name:20}{clock['seconds']:9.1f} s" for name, clock in r["clocks"].items()]
-
-
-def check(run: Run, model: bytes | None) -> None:
-    """Refuse a run whose numbers do not follow from each other, or that the challenge's limits exclude."""
-    log, r, sha256 = run.log, run.result, lambda data: hashlib.sha256(data).hexdigest()
-    nats = r["bytes"] * math.log(2) / r["tokens"]  # of a token, per bit of a byte
-    head, *_, tail = run.text.split(BAR)
-    parts = zip((f"\n{head}", f"\n{tail}"), lines_of(r))
-    for wrong, why in (
-        (sha256(run.source.encode()) != r["code_sha256"], "the source in it has not the code_sha256 of its RESULT"),
-        (run.packed is not None and sha256(run.packed) != r["packed_sha256"],
-         "train_gpt_packed.py beside it has not the packed_sha256 of its RESULT"),
-        (model is not None and len(model) != r["model_bytes"], f"final_model.int6.ptz beside it has {len(model or b'')} "
-                                                               f"bytes, its RESULT says {r['model_bytes']}"),
-        (model is not None and "model_sha256" in r and sha256(model) != r["model_sha256"],
-         "final_model.int6.ptz beside it has not the model_sha256 of its RESULT"),
-        *((f"\n{line}" not in part, f"it has no line `{line.strip()}`, as its RESULT has it")
-          for part, lines in parts for line in lines),
-        (not re.search(rf"^all settings: .*\bseed:{r['seed']:d} ", head, flags=re.M), f"seed {r['seed']} is not its own"),
-        (not all(math.isclose(r[f"val_loss{s}"], r[f"val_bpb{s}"] * nats, rel_tol=1e-9) for s in STAGES),
-         "val_loss, val_bpb, tokens and bytes of its RESULT contradict each other"),
-        (r["mode"] != "train", f"mode {r['mode']}: its model was not trained by it"),
-        (r["settings"].get("val_doc_fraction", 1) < 1, "VAL_DOC_FRACTION: not all documents were scored"),
-        (r["unadapted_tokens"], f"{r['unadapted_tokens']} targets were not adapted"),
-        (r["total_bytes"] != r["code_bytes"] + r["model_bytes"], "total_bytes are not code_bytes + model_bytes"),
-        (r["total_bytes"] > CAP_BYTES, f"{r['total_bytes']} bytes of {CAP_BYTES}"),
-        *((clock["seconds"] > (limit := min(CLOCK_SECONDS, clock["budget"] or CLOCK_SECONDS)),
-           f"{name} took {clock['seconds']} s of {limit:g}") for name, clock in r["clocks"].items()),
-        (not {"training", "scoring"} <= set(r["clocks"]), "its RESULT lacks a clock"),
-    ):
-        if wrong:
-            raise Refused(f"{log}: {why}")
-
-
-def load(paths: list[Path]) -> list[Run]:
-    """The runs by seed; Refused if one does not add up, or not with the others."""
-    first, *others = runs = [read_run(path) for path in paths]
-    shared = lambda run: {**{f"setting {name}": value for name, value in run.result["settings"].items()
-                             if name not in OWN_SETTINGS}, **{name: run.result.get(name) for name in (*SHARED, "train_sha256")}}  # older runs lack the last
-    for run in others:
-        ours, theirs = shared(run), shared(first)
-        for name in {**theirs, **ours}:
-            if ours.get(name) != theirs.get(name):
-                a, b = ours.get(name, "the default"), theirs.get(name, "the default")
-                raise Refused(f"{run.log}: {name} is {a}, but {b} in {first.log}")
-    by_seed: dict[int, Run] = {}
-    for run in runs:
-        seed = run.result["seed"]
-        if seed in by_seed:
-            raise Refused(f"{run.log}: seed {seed} is that of {by_seed[seed].log}, too")
-        by_seed[seed] = run
-    return [by_seed[seed] for seed in sorted(by_seed)]
-
-
-# ---- The tests -------------------------------------------------------------------------------------------------------
+# ---- Significance ------------------------------------------------------------------------------------------
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
-    """I_x(a, b), regularized, from its continued fraction (Lentz), which converges fast on this side of its mean."""
+    """I_x(a, b), regularized, from its continued fraction (Lentz), which converges fast below its mean."""
     if x <= 0:
         return 0.0
     if x > (a + 1) / (a + b + 2):
@@ -187,7 +76,7 @@ def t_tail(t: float, df: float) -> float:
 
 
 def welch(new: list[float], old: list[float], margin: float = 0.0) -> tuple[float, float, float]:
-    """(t, degrees of freedom, p): one-sided, against `the mean of new is not below that of old by more than margin`."""
+    """(t, degrees of freedom, p), one-sided: is the mean of new lower than old's by more than margin?"""
     if min(len(new), len(old)) < 2:
         raise Refused(f"a t-test needs two seeds or more on each side: {len(new)} v {len(old)}")
     a, b = (statistics.variance(values) / len(values) for values in (new, old))
@@ -198,19 +87,112 @@ def welch(new: list[float], old: list[float], margin: float = 0.0) -> tuple[floa
     return t, df, t_tail(t, df)
 
 
-def significance(runs: list[Run], bpb: list[float] | None, loss: list[float] | None) -> dict:
-    """The p-values against a baseline's scores; if only one kind is given, the other by these runs' bytes per token."""
+def significance(runs: list[Run], bpb: list[float] | None, loss: list[float] | None) -> dict[str, Any]:
+    """The p-values against a baseline's scores.
+
+    If only one kind of score is given, these runs' bytes per token give the other.
+    """
     if not bpb and not loss:
         return {}
-    r = runs[0].result
-    nats = r["bytes"] * math.log(2) / r["tokens"]
-    bpb, loss = bpb or [value / nats for value in loss], loss or [value * nats for value in bpb]
-    ours = {unit: [run.result[f"val_{unit}"] for run in runs] for unit in ("loss", "bpb")}
-    return {"baseline_val_bpb": bpb, "baseline_val_loss": loss, "p_improves": welch(ours["bpb"], bpb)[2],
-            BY_MARGIN: welch(ours["loss"], loss, MARGIN_NATS)[2]}
+    nats_a_bit = nats_per_bpb(runs[0].result)
+    bpb = bpb or [value / nats_a_bit for value in loss]
+    loss = loss or [value * nats_a_bit for value in bpb]
+    our_bpb = [run.result["val_bpb"] for run in runs]
+    our_loss = [run.result["val_loss"] for run in runs]
+    return {"baseline_val_bpb": bpb, "baseline_val_loss": loss,
+            "p_improves": welch(our_bpb, bpb)[2],
+            BY_MARGIN: welch(our_loss, loss, MARGIN_NATS)[2]}
 
 
-# ---- What is written -------------------------------------------------------------------------------------------------
+# ---- submission.json ---------------------------------------------------------------------------------------
+
+def make_submission(runs: list[Run], logs: list[str], described: dict, compared: dict) -> dict[str, Any]:
+    """What submission.json holds: the challenge's fields and what they follow from.
+
+    `logs` are the runs' logs as it names them, `described` is what no log can say, `compared` the
+    significance.
+    """
+    results = [run.result for run in runs]
+    first = results[0]
+    largest = max(results, key=lambda r: r["total_bytes"])
+    # 1) Is it a record?
+    caveats = list(dict.fromkeys(why for r in results for why in r["caveats"]))
+    rules = compliance(results)
+    fit = all(rules.values()) and not caveats
+    better = compared.get(BY_MARGIN, 1) < SIGNIFICANT
+
+    # 2) Who and what.
+    submission = {name: described.get(name, "") for name in ("author", "github_id", "name")}
+    submission["date"] = described["date"]
+    submission["track"] = "10min_16mb" if fit else "non-record-16mb"
+    submission["record"] = fit and better
+    submission["corpus"] = corpus_of(first, described.get("corpus"))
+
+    # 3) Scores.
+    losses = [r["val_loss"] for r in results]
+    bpbs = [r["val_bpb"] for r in results]
+    submission |= {"val_loss": mean(losses), "val_bpb": mean(bpbs),
+                   "val_loss_std": deviation(losses), "val_bpb_std": deviation(bpbs)}
+    submission["seeds"] = [r["seed"] for r in results]
+    submission["seed_results"] = {str(r["seed"]): seed_row(r, log) for r, log in zip(results, logs)}
+
+    # 4) What ran, and what holds.
+    submission["artifact_bytes"] = largest["total_bytes"]
+    submission["code_bytes"] = largest["code_bytes"]
+    submission["model_bytes"] = largest["model_bytes"]
+    for name in ("code_sha256", "packed_sha256", "val_sha256", "hardware", "versions"):
+        submission[name] = first[name]
+    if compared:
+        submission["significance"] = compared
+    return submission | {"compliance": rules, "caveats": caveats}
+
+
+def compliance(results: list[dict]) -> dict[str, bool]:
+    """The challenge's rules, and whether these results keep them."""
+    first = results[0]
+    training_seconds = max(r["clocks"]["training"]["seconds"] for r in results)
+    scoring_seconds = max(r["clocks"]["scoring"]["seconds"] for r in results)
+    return {
+        "artifact_under_16000000_bytes": max(r["total_bytes"] for r in results) <= CAP_BYTES,
+        "training_under_600s": training_seconds <= CLOCK_SECONDS,
+        "scoring_under_600s": scoring_seconds <= CLOCK_SECONDS,
+        "eight_gpus": first["hardware"].startswith("8 x NVIDIA"),
+        "h100": "H100" in first["hardware"],
+        "fineweb": is_fineweb(first),
+        "three_seeds": len(results) >= 3,
+        # no log can show the next four: tests/test_legality.py holds the script to them
+        "score_before_update": True,
+        "documents_independent": True,
+        "every_target_once": True,
+        "full_distribution": True,
+        "validation_read_only_after_export": not first["settings"].get("val_loss_every", 0),
+    }
+
+
+def seed_row(r: dict, log: str) -> dict[str, Any]:
+    """What submission.json holds of one run."""
+    names = "val_loss", "val_bpb", "val_bpb_quantized", "val_bpb_unquantized", "steps"
+    row = {name: r[name] for name in names}
+    row["artifact_bytes"] = r["total_bytes"]
+    row["training_seconds"] = r["clocks"]["training"]["seconds"]
+    row["scoring_seconds"] = r["clocks"]["scoring"]["seconds"]
+    row["seconds"] = r["seconds"]
+    row["caveats"] = r["caveats"]
+    row["log"] = log
+    return row
+
+
+def corpus_of(r: dict, described: str | None) -> str:
+    if is_fineweb(r):
+        return "FineWeb"
+    corpus = described or f"{r['documents']:,} validation documents"
+    return corpus if "not FineWeb" in corpus else f"{corpus}; not FineWeb"
+
+
+def is_fineweb(r: dict) -> bool:
+    """Whether the validation set has FineWeb's number of documents and, within 0.1 %, of bytes."""
+    return r["documents"] == FINEWEB_DOCUMENTS and abs(r["bytes"] / FINEWEB_BYTES - 1) < 1e-3
+
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
@@ -220,80 +202,372 @@ def deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def submission(runs: list[Run], logs: list[str], about: dict, tests: dict) -> dict:
-    """submission.json: the challenge's fields and what they follow from; `logs` are the runs' logs as it names them."""
-    results = [run.result for run in runs]
-    r, largest = results[0], max(results, key=lambda r: r["total_bytes"])
-    caveats = list(dict.fromkeys(why for r in results for why in r["caveats"]))
-    fineweb = r["documents"] == FINEWEB_DOCUMENTS and abs(r["bytes"] / FINEWEB_BYTES - 1) < 1e-3
-    seconds = {clock: max(r["clocks"][clock]["seconds"] for r in results) for clock in ("training", "scoring")}
-    compliance = {
-        "artifact_under_16000000_bytes": largest["total_bytes"] <= CAP_BYTES,
-        "training_under_600s": seconds["training"] <= CLOCK_SECONDS,
-        "scoring_under_600s": seconds["scoring"] <= CLOCK_SECONDS,
-        "eight_gpus": r["hardware"].startswith("8 x NVIDIA"),
-        "h100": "H100" in r["hardware"],
-        "fineweb": fineweb,
-        "three_seeds": len(runs) >= 3,
-        "score_before_update": True,  # this one and the next three: tests/test_legality.py holds the script to them
-        "documents_independent": True,
-        "every_target_once": True,
-        "full_distribution": True,
-        "validation_read_only_after_export": not r["settings"].get("val_loss_every", 0),
-    }
-    fit = all(compliance.values()) and not caveats
-    corpus = about.get("corpus") or f"{r['documents']:,} validation documents"
-    values = {name: [r[name] for r in results] for name in ("val_loss", "val_bpb")}
-    return {
-        "author": about.get("author", ""), "github_id": about.get("github_id", ""), "name": about.get("name", ""),
-        "date": about["date"], "track": "10min_16mb" if fit else "non-record-16mb",
-        "record": fit and tests.get(BY_MARGIN, 1) < SIGNIFICANT,
-        "corpus": "FineWeb" if fineweb else corpus if "not FineWeb" in corpus else f"{corpus}; not FineWeb",
-        "val_loss": mean(values["val_loss"]), "val_bpb": mean(values["val_bpb"]),
-        "val_loss_std": deviation(values["val_loss"]), "val_bpb_std": deviation(values["val_bpb"]),
-        "seeds": [r["seed"] for r in results],
-        "seed_results": {str(r["seed"]): {
-            **{name: r[name] for name in ("val_loss", "val_bpb", "val_bpb_quantized", "val_bpb_unquantized", "steps")},
-            "artifact_bytes": r["total_bytes"], "training_seconds": r["clocks"]["training"]["seconds"],
-            "scoring_seconds": r["clocks"]["scoring"]["seconds"], "seconds": r["seconds"], "caveats": r["caveats"],
-            "log": log} for r, log in zip(results, logs)},
-        "artifact_bytes": largest["total_bytes"], "code_bytes": largest["code_bytes"],
-        "model_bytes": largest["model_bytes"], "code_sha256": r["code_sha256"], "packed_sha256": r["packed_sha256"],
-        "val_sha256": r["val_sha256"], "hardware": r["hardware"], "versions": r["versions"],
-        **({"significance": tests} if tests else {}), "compliance": compliance, "caveats": caveats,
-    }
+def as_json(submission: dict) -> str:
+    return json.dumps(submission, indent=1, ensure_ascii=False) + "\n"
 
 
-def table(made: dict) -> str:
-    """Markdown of a submission's scores, seed by seed."""
-    rows = ["| seed | val_bpb | val_loss | quantized | unquantized | steps | training s | scoring s | bytes | log |",
+# ---- Table and verdicts ------------------------------------------------------------------------------------
+
+def table(submission: dict) -> str:
+    """Markdown table of a submission's scores, seed by seed."""
+    seeds = submission["seed_results"]
+    rows = ["| seed | val_bpb | val_loss | quantized | unquantized | steps "
+            "| training s | scoring s | bytes | log |",
             "|---|---|---|---|---|---|---|---|---|---|"]
-    for seed, r in made["seed_results"].items():
-        rows.append(f"| {seed} | {r['val_bpb']:.5f} | {r['val_loss']:.5f} | {r['val_bpb_quantized']:.5f} | "
-                    f"{r['val_bpb_unquantized']:.5f} | {r['steps']:,} | {r['training_seconds']:.1f} | "
-                    f"{r['scoring_seconds']:.1f} | {r['artifact_bytes']:,} | [log]({r['log']}) |")
-    if made["val_bpb_std"] is not None:
-        of = lambda name: mean([r[name] for r in made["seed_results"].values()])
-        rows.append(f"| **mean** | **{made['val_bpb']:.5f}** | {made['val_loss']:.5f} | "
-                    f"{of('val_bpb_quantized'):.5f} | {of('val_bpb_unquantized'):.5f} | {of('steps'):,.0f} | "
-                    f"{of('training_seconds'):.1f} | {of('scoring_seconds'):.1f} | "
-                    f"at most {made['artifact_bytes']:,} | |")
-        rows.append(f"| std | {made['val_bpb_std']:.5f} | {made['val_loss_std']:.5f} | | | | | | | |")
+    for seed, r in seeds.items():
+        rows.append(f"| {seed} | {r['val_bpb']:.5f} | {middle_cells(r)} "
+                    f"| {r['artifact_bytes']:,} | [log]({r['log']}) |")
+    if submission["val_bpb_std"] is not None:
+        names = ("val_loss", "val_bpb_quantized", "val_bpb_unquantized", "steps", "training_seconds",
+                 "scoring_seconds")
+        means = {name: mean([r[name] for r in seeds.values()]) for name in names}
+        rows.append(f"| **mean** | **{submission['val_bpb']:.5f}** | {middle_cells(means)} "
+                    f"| at most {submission['artifact_bytes']:,} | |")
+        rows.append(f"| std | {submission['val_bpb_std']:.5f} | {submission['val_loss_std']:.5f} "
+                    "| | | | | | | |")
     return "\n".join(rows)
 
 
-def verdicts(made: dict) -> list[str]:
-    """What the t-tests say, in words."""
-    if not (tests := made.get("significance")):
+def middle_cells(r: dict) -> str:
+    """The columns from val_loss to the scoring clock."""
+    return (f"{r['val_loss']:.5f} | {r['val_bpb_quantized']:.5f} | {r['val_bpb_unquantized']:.5f} "
+            f"| {r['steps']:,.0f} | {r['training_seconds']:.1f} | {r['scoring_seconds']:.1f}")
+
+
+def verdicts(submission: dict) -> list[str]:
+    """What the t-tests say, in words; nothing without a baseline."""
+    if "significance" not in submission:
         return []
-    p, old_bpb, old_loss = (tests[name] for name in (BY_MARGIN, "baseline_val_bpb", "baseline_val_loss"))
-    return [f"val_bpb {made['val_bpb']:.5f} v {mean(old_bpb):.5f} lower at all: p = {tests['p_improves']:.3g} "
-            f"(one-sided Welch t-test, {len(made['seeds'])} v {len(old_bpb)} seeds)",
-            f"val_loss {made['val_loss']:.5f} v {mean(old_loss):.5f} lower by {MARGIN_NATS} nats or more: p = {p:.3g}, "
-            f"{'' if p < SIGNIFICANT else 'not '}below the {SIGNIFICANT} that the challenge asks of a record"]
+    compared = submission["significance"]
+    their_bpb, their_loss = compared["baseline_val_bpb"], compared["baseline_val_loss"]
+    p = compared[BY_MARGIN]
+    below = "below" if p < SIGNIFICANT else "not below"
+    seeds = f"{len(submission['seeds'])} v {len(their_bpb)} seeds"
+    return [f"val_bpb {submission['val_bpb']:.5f} v {mean(their_bpb):.5f} lower at all: "
+            f"p = {compared['p_improves']:.3g} (one-sided Welch t-test, {seeds})",
+            f"val_loss {submission['val_loss']:.5f} v {mean(their_loss):.5f} lower by {MARGIN_NATS} nats "
+            f"or more: p = {p:.3g}, {below} the {SIGNIFICANT} that the challenge asks of a record"]
 
 
-# ---- The command line ------------------------------------------------------------------------------------------------
+# ---- The folder of a record --------------------------------------------------------------------------------
+
+README = """\
+# {title}
+
+val_bpb **{score}**{spread}, val_loss {loss}, at most {artifact_bytes:,} bytes of code and model,
+on {hardware}. {verdict}
+
+`train_gpt.py` trains a small GPT, quantizes and compresses it, reads the artifact back and scores the
+validation documents with it, in bits per byte. While it scores, adapters learn from each document: every
+token is scored before anything learns from it, and nothing is shared between documents.
+`train_gpt_readable.py` is the source that it was packed from, and begins with an overview. Bytes in the
+table are those of code and model.
+
+{table}
+
+{verdicts}## Run it again
+
+    pip install -r requirements.txt
+    {command}
+
+Data are looked for in `DATA_DIR`, by default `./data`, from the working directory and then beside the script:
+shards in `datasets/fineweb10B_sp{vocab_size}/`, the tokenizer in `tokenizers/`. The last line of the log is
+`RESULT` with every number above. `EVAL_ONLY_PATH=final_model.int6.ptz` before the same command scores a run's
+artifact again. Corpus: {corpus}.
+
+| file | what it is |
+|---|---|
+| `train_gpt.py` | the script as it runs and is counted, {code_bytes:,} bytes; sha256 `{packed_sha256}` |
+| `train_gpt_readable.py` | what it was packed from; only to be read |
+| `train_seed*.log` | of every run: settings, versions, source (sha256 `{code_sha256}`), all lines, RESULT |
+| `submission.json` | what follows from the logs |
+| `requirements.txt` | the versions that ran |
+
+## What holds, and what does not
+
+{rules}
+
+The script's tests hold it to the four rules that begin with `score_before_update`; the others follow from the
+logs. Caveats that the runs themselves state: {caveats}.
+"""
+
+
+def write_record(name: str, runs: list[Run], out: Path, args: argparse.Namespace) -> tuple[Path, dict]:
+    """Write the folder out/name; returns its path and what its submission.json holds."""
+    # 1) Check the name.
+    if not name or Path(name).name != name or name.startswith("."):
+        raise Refused(f"{name!r} is no name for a folder")
+    target = out / name
+    if target.exists():
+        raise Refused(f"{target} is there already: remove it or take another name")
+
+    # 2) Make all files.
+    first = runs[0]
+    packed, source = scripts_of(runs)
+    logs = {f"train_seed{run.result['seed']}.log": read(run.log) for run in runs}
+    older = read_older(ROOT / "submission.json")
+    described = describe(args, older, first.result["val_sha256"]) | {"name": args.title or name}
+    compared = significance(runs, args.baseline, args.baseline_loss)
+    submission = make_submission(runs, list(logs), described, compared)
+    texts = {"train_gpt_readable.py": source,
+             "README.md": record_readme(name, submission, first.result),
+             "requirements.txt": requirements(submission["versions"], first.text),
+             "submission.json": as_json(submission)}
+    files = {file: text.encode() for file, text in texts.items()}
+
+    # 3) Write them.
+    write_folder(target, {"train_gpt.py": packed, **files, **logs})
+    return target, submission
+
+
+def write_folder(target: Path, files: dict[str, bytes]) -> None:
+    """Write a folder under another name and rename it, so that it appears whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        for file, content in files.items():
+            (part / file).write_bytes(content)
+        part.chmod(0o755)
+        part.rename(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def scripts_of(runs: list[Run]) -> tuple[bytes, str]:
+    """(packed, source) of the runs: the bytes that their logs counted, and what these were packed from."""
+    log, source, result = runs[0].log, runs[0].source, runs[0].result
+    packed = next((run.packed for run in runs if run.packed), None) or pack_own_script()[0]
+    if sha256(packed) != result["packed_sha256"]:
+        raise Refused(f"{log}: train_gpt_packed.py is not beside it, and train_gpt.py does not pack to "
+                      f"the bytes of its packed_sha256, {result['packed_sha256']}")
+    if len(packed) != result["code_bytes"]:
+        raise Refused(f"{log}: code_bytes are {result['code_bytes']}, but the packed script "
+                      f"has {len(packed)}")
+    if not source.startswith('"""'):  # minified: it was the packed script that ran
+        own_packed, source = pack_own_script()
+        if own_packed != packed:
+            raise Refused(f"{log}: the packed script ran, and train_gpt.py is not what that was "
+                          "packed from")
+    return packed, source
+
+
+def pack_own_script() -> tuple[bytes, str]:
+    """(packed, source) of this repository's train_gpt.py, which needs PyTorch to be imported."""
+    try:
+        sys.path.insert(0, str(ROOT))
+        import train_gpt as tg
+    except ImportError as error:
+        raise Refused(f"train_gpt.py has to be packed and cannot be imported: {error}") from error
+    try:
+        return tg.pack_script(), read(ROOT / "train_gpt.py").decode()
+    except tg.UserError as error:
+        raise Refused(str(error)) from error
+
+
+def record_readme(name: str, submission: dict, result: dict) -> str:
+    """README.md of a record's folder."""
+    spread = " (one seed)"
+    if submission["val_bpb_std"] is not None:
+        spread = (f" (mean of {len(submission['seeds'])} seeds, "
+                  f"standard deviation {submission['val_bpb_std']:.5f})")
+    fit = submission["track"] == "10min_16mb"
+    rules = submission["compliance"].items()
+    texts = {
+        "title": submission["name"] or name,
+        "score": f"{submission['val_bpb']:.5f}",
+        "spread": spread,
+        "loss": f"{submission['val_loss']:.5f}",
+        "verdict": "" if fit else "**Not a record run**: the end of this file says why.",
+        "table": table(submission),
+        "verdicts": "".join(f"{line}.\n\n" for line in verdicts(submission)),
+        "command": launch_command(result),
+        "vocab_size": result["settings"].get("vocab_size", 8192),
+        "rules": "\n".join(f"- {'yes' if holds else '**no**'}: {rule}" for rule, holds in rules),
+        "caveats": "; ".join(submission["caveats"]) or "none",
+    }
+    return README.format(**{**submission, **texts})
+
+
+def launch_command(result: dict) -> str:
+    """How to start such a run: the settings that are not the script's defaults, and as many processes."""
+    settings = {"seed": result["seed"]}
+    settings |= {name: value for name, value in result["settings"].items() if name not in OWN_SETTINGS}
+    variables = []
+    for name, value in settings.items():
+        shown = int(value) if isinstance(value, bool) else value
+        variables.append(f"{name.upper()}={shlex.quote(str(shown))}")
+    processes = result["hardware"].split()[0]
+    line = f"{' '.join(variables)} torchrun --standalone --nproc_per_node={processes} train_gpt.py"
+    return " \\\n      ".join(textwrap.wrap(line, 110, break_long_words=False, break_on_hyphens=False))
+
+
+def requirements(versions: dict[str, str], log: str) -> str:
+    """The versions that ran, for pip; builds for the same CUDA come from PyTorch's index."""
+    cuda = "cpu" if versions["cuda"] == "None" else "cu" + versions["cuda"].replace(".", "")
+    lines = [f"# What the logged runs had, with Python {versions['python']} and CUDA {versions['cuda']}.",
+             f"--extra-index-url https://download.pytorch.org/whl/{cuda}"]
+    for name, version in versions.items():
+        if name not in ("python", "cuda"):
+            lines.append(f"{name.replace('_', '-')}=={version.partition('+')[0]}")
+    if "attention:flash3_attention" in log and "flash_attn_3" not in versions:
+        lines.append("flash-attn-3  # ran from a copy that does not tell its version")
+    return "\n".join(lines) + "\n"
+
+
+# ---- What no log can say -----------------------------------------------------------------------------------
+
+def read_older(path: Path) -> dict[str, Any]:
+    """What a submission.json holds, if there is one."""
+    return parse_object(path, read(path)) if path.is_file() else {}
+
+
+def describe(args: argparse.Namespace, older: dict, val_sha256: str) -> dict[str, str]:
+    """Author, names, corpus and date: from the options, else from an older submission.json."""
+    described = {"date": datetime.date.today().isoformat()}
+    described |= {name: older[name] for name in ("author", "github_id", "name") if name in older}
+    if older.get("val_sha256") == val_sha256 and "corpus" in older:
+        described["corpus"] = older["corpus"]
+    given = {"author": args.author, "github_id": args.github_id, "name": args.title, "corpus": args.corpus,
+             "date": args.date}
+    return described | {name: value for name, value in given.items() if value is not None}
+
+
+def kept_names(args: argparse.Namespace, submission: dict) -> list[str]:
+    """A line about the names that the command did not give, as they could be somebody else's."""
+    given = {"author": args.author, "github_id": args.github_id}
+    kept = [f"{name} {submission[name]!r}" for name in given if submission[name] and given[name] is None]
+    return [f"kept from an older submission.json: {', '.join(kept)}"] if kept else []
+
+
+# ---- Commands: each returns the lines to print; its docstring is its --help --------------------------------
+
+def check_command(args: argparse.Namespace) -> list[str]:
+    """Say whether runs add up; if so, their mean, what t-tests against --baseline say, and the runs' caveats.
+
+    With --write FILE, also write the submission.json of these runs; without it, nothing is written. If FILE
+    is there, author, github_id and title that the command does not give are kept from it, and the first two
+    are named; the corpus is kept if the validation set is the same, and the date if the runs are.
+    """
+    # 1) Make the submission.
+    runs = load(args.runs)
+    file = args.write or Path("submission.json")
+    older = read_older(file)
+    described = describe(args, older, runs[0].result["val_sha256"])
+    compared = significance(runs, args.baseline, args.baseline_loss)
+    submission = make_submission(runs, links_from(file.parent, runs), described, compared)
+    if args.date is None and older.get("seed_results") == submission["seed_results"]:
+        submission["date"] = older.get("date", submission["date"])  # the same submission, made again
+
+    # 2) Write it, and say what it comes to.
+    if args.write:
+        write_whole(file, as_json(submission))
+    std = submission["val_bpb_std"]
+    spread = "" if std is None else f" +- {std:.5f}"
+    summary = (f"no contradiction, seeds {submission['seeds']}: val_bpb {submission['val_bpb']:.5f}{spread}, "
+               f"{submission['artifact_bytes']:,} bytes, track {submission['track']}")
+    written = [str(file)] if args.write else []
+    return [summary] + remarks(submission) + kept_names(args, submission) + written
+
+
+def table_command(args: argparse.Namespace) -> list[str]:
+    """Print the runs' scores as a table in Markdown, and below it what `check` says of tests and caveats.
+
+    Links to the logs start from the working directory. To have them in a submission.json: `check --write`.
+    """
+    runs = load(args.runs)
+    compared = significance(runs, args.baseline, args.baseline_loss)
+    submission = make_submission(runs, links_from(Path(), runs), {"date": ""}, compared)
+    return [table(submission)] + remarks(submission)
+
+
+def record_command(args: argparse.Namespace) -> list[str]:
+    """Make a folder to add to a fork of the challenge.
+
+    It holds scripts, logs, README.md, requirements.txt and submission.json. Its train_gpt.py is the packed
+    script, byte for byte the one that the logs counted: that beside a log, else what this repository's
+    train_gpt.py packs to. An author and a github_id that the command does not give are kept from this
+    repository's submission.json, which is said, and so is the corpus if the validation set is the same. The
+    folder appears whole or not at all, and none is written over.
+    """
+    target, submission = write_record(args.name, load(args.runs), args.out, args)
+    sizes = [f"{file.stat().st_size:>10,} {file}" for file in sorted(target.iterdir())]
+    return sizes + kept_names(args, submission)
+
+
+def links_from(folder: Path, runs: list[Run]) -> list[str]:
+    """The runs' logs as a file in this folder names them."""
+    return [Path(os.path.relpath(run.log, folder)).as_posix() for run in runs]
+
+
+def remarks(submission: dict) -> list[str]:
+    """What is said of a submission below its score or its table."""
+    return verdicts(submission) + [f"caveat: {why}" for why in submission["caveats"]]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write all of a file or nothing."""
+    if path.is_dir():
+        raise Refused(f"cannot write {path}: it is a folder")
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+# ---- The command line --------------------------------------------------------------------------------------
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+
+    def add_command(name: str, run: Callable, summary: str) -> argparse.ArgumentParser:
+        description = inspect.getdoc(run)
+        command = commands.add_parser(name, help=summary, description=description, formatter_class=raw)
+        command.set_defaults(run=run)
+        return command
+
+    check = add_command("check", check_command, "say whether runs add up; --write makes submission.json")
+    add_runs(check)
+    check.add_argument("--write", type=Path, metavar="FILE", help="submission.json to write (default: none)")
+    add_baseline(check)
+    add_description(check)
+
+    table_parser = add_command("table", table_command, "print their scores as a table in Markdown")
+    add_runs(table_parser)
+    add_baseline(table_parser)
+
+    record = add_command("record", record_command, "make a folder to add to a fork of the challenge")
+    record.add_argument("name", metavar="NAME", help="name of the folder, by custom DATE_NAME")
+    add_runs(record)
+    record.add_argument("--out", type=Path, default=Path("records"), metavar="FOLDER",
+                        help="folder to put it in (default: records)")
+    add_baseline(record)
+    add_description(record)
+    return parser
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its log")
+
+
+def add_baseline(parser: argparse.ArgumentParser) -> None:
+    """What the runs are compared with."""
+    group = parser.add_argument_group("comparison with a baseline, by Welch's t-test")
+    group.add_argument("--baseline", type=numbers, metavar="BPB,...", help="val_bpb of its seeds")
+    group.add_argument("--baseline-loss", type=numbers, metavar="LOSS,...",
+                       help="val_loss of its seeds (default: from --baseline by these runs' bytes per token)")
+
+
+def add_description(parser: argparse.ArgumentParser) -> None:
+    """What no log can say."""
+    group = parser.add_argument_group("what no log can say")
+    group.add_argument("--author", help="who submits")
+    group.add_argument("--github-id", metavar="ID", help="and as whom on GitHub")
+    group.add_argument("--title", help="name of the submission")
+    group.add_argument("--corpus", help="what it was trained and scored on, if not FineWeb")
+    group.add_argument("--date", type=day, help="of the submission, as 2026-11-21 (default: today)")
+
 
 def numbers(text: str) -> list[float]:
     values = [float(value) for value in text.split(",")]
@@ -302,80 +576,24 @@ def numbers(text: str) -> list[float]:
     return values
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What this tool and make_record.py ask alike."""
-    parser.add_argument("log", nargs="+", type=Path, help="folder of a run, or its log")
-    parser.add_argument("--baseline", type=numbers, metavar="BPB,...", help="val_bpb of the seeds to compare with")
-    parser.add_argument("--baseline-loss", type=numbers, metavar="LOSS,...",
-                        help="their val_loss; default: from --baseline by these runs' bytes per token")
-    for name, what in (("author", "who submits"), ("github-id", "and as whom"), ("title", "name of the submission"),
-                       ("corpus", "what it was trained and scored on, if not FineWeb"), ("date", "default: today")):
-        parser.add_argument(f"--{name}", help=what, type=day if name == "date" else str)
-
-
 def day(text: str) -> str:
     return datetime.date.fromisoformat(text).isoformat()
 
 
-def about(args: argparse.Namespace, old: Path, val_sha256: str) -> dict:
-    """What no log can say: from the options, else from the submission.json there was."""
-    kept = parse(old, read(old)) if old.is_file() else {}
-    kept = {name: kept[name] for name in ("author", "github_id", "name") if name in kept} | (
-        {"corpus": kept["corpus"]} if kept.get("val_sha256") == val_sha256 and "corpus" in kept else {})
-    given = dict(author=args.author, github_id=args.github_id, name=args.title, corpus=args.corpus, date=args.date)
-    return {"date": datetime.date.today().isoformat(), **kept, **{k: v for k, v in given.items() if v is not None}}
-
-
-def signed(args: argparse.Namespace, made: dict) -> list[str]:
-    """A line about the names that the command did not give."""
-    kept = [f"{name} {made[name]!r}" for name in ("author", "github_id") if made[name] and getattr(args, name) is None]
-    return [f"kept from an older submission.json: {', '.join(kept)}"] if kept else []
-
-
-def write(path: Path, text: str) -> None:
-    """All of a file or nothing."""
-    if path.is_dir():
-        raise Refused(f"cannot write {path}: it is a folder")
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def said(error: Exception) -> str:
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-
-
-def as_json(made: dict) -> str:
-    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="submission.json to write")
-    parser.add_argument("--table", action="store_true", help="print the README's table")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
-        runs, out = load(args.log), args.write or Path("submission.json")
-        logs = [Path(os.path.relpath(run.log, out.parent)).as_posix() for run in runs]
-        made = submission(runs, logs, about(args, out, runs[0].result["val_sha256"]),
-                          significance(runs, args.baseline, args.baseline_loss))
-        old = parse(out, read(out)) if out.is_file() else {}
-        if args.date is None and old.get("seed_results") == made["seed_results"]:  # the same submission, made again
-            made["date"] = old.get("date", made["date"])
-        if args.write:
-            write(out, as_json(made))
+        lines = args.run(args)
     except (Refused, OSError) as error:
-        print(f"error: {said(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    spread = "" if made["val_bpb_std"] is None else f" +- {made['val_bpb_std']:.5f}"
-    print(table(made) if args.table else
-          f"no contradiction, seeds {made['seeds']}: val_bpb {made['val_bpb']:.5f}{spread}, "
-          f"{made['artifact_bytes']:,} bytes, track {made['track']}")
-    for line in verdicts(made) + [f"caveat: {why}" for why in made["caveats"]] + signed(args, made):
-        print(line)
-    if args.write:
-        print(out)
+    print("\n".join(lines))
     return 0
 
 

@@ -1,0 +1,3715 @@
+"""Train, quantize and score a small GPT for the 16 MB / 10 minute language-model challenge, in one file.
+
+    SEED=0 torchrun --standalone --nproc_per_node=8 train_gpt.py     # a record run on 8 Hopper GPUs
+    PRESET=smoke python train_gpt.py                                 # the same pipeline, tiny, on a CPU
+    EVAL_ONLY_PATH=runs/x/final_model.pt torchrun ... train_gpt.py   # score a checkpoint or an artifact again
+    python train_gpt.py --help                                       # list all settings
+
+Every setting is an environment variable, and the defaults are those of a record run. A run is a list of
+phases, and `run_phases` near the end of the file reads like this table. Two clocks of 600 s count:
+
+    setup      check settings, files and packages; pack the script, so that its size is known
+    warm-up    compile and run every training shape on random tokens, then restore all state bitwise
+    train      Muon and AdamW; layers 3 to 5 are repeated from 35 % of the clock on          | training clock
+    calibrate  collect statistics of activations and gradients on training batches           |
+    export     quantize and compress, write the artifact, read it back
+    score      open the validation files, only now; plain scores before and after export     | scoring clock
+    adapt      score-first test-time training of adapters for each document: the headline    |
+
+Three things make the score count. Validation files are opened after the artifact has been written. `adapt`
+scores a chunk of a document and only then learns from it. `Tally` ends the run unless every target was scored
+exactly once.
+
+    1 Settings               5 Hooks            9 Artifact                  A Appendix: attention backends
+    2 Processes, log, files  6 Optimizers      10 Scores                      and Triton kernels, each beside
+    3 Data                   7 Training        11 Score-first adaptation      the PyTorch that it replaces
+    4 Model                  8 Quantization    12 The run
+
+Letters in shapes and formulas, with their sizes in a record run:
+
+    T  tokens of a buffer (98,304)   D  model width (512)   H  query heads (8)       V  vocabulary (8192)
+    L  layers (11)                   M  MLP width (2048)    K  key/value heads (4)   E  width of a head (64)
+
+Arguments and results without a type are tensors or NumPy arrays, of shapes that the docstring gives.
+#1530 and the like are pull requests of https://github.com/openai/parameter-golf, the challenge.
+"""
+import time
+
+PROCESS_START = time.perf_counter()  # before torch is loaded, so that phases count from here
+
+import base64
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import traceback
+import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CAP_BYTES = 16_000_000  # code + model as files; decimal megabytes
+CLOCK_SECONDS = 600  # of training, and again of scoring
+BUFFERS_PER_STEP = 8  # a step's tokens are packed into so many buffers, which the ranks share
+
+class UserError(Exception):
+    """A mistake in settings, files or machine. Its text is one line that names what to change."""
+
+@contextlib.contextmanager
+def parsing(what: str) -> Iterator[None]:
+    """Turn whatever foreign or damaged bytes raise into a UserError that names `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} was not made by this script, or is damaged: {error!r:.200}") from error
+
+def lazy_import(name: str, remedy: str = "pip install -r requirements.txt") -> Any:
+    """Import a package at its first use, so that importing this file takes torch and numpy alone."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{name} cannot be imported ({error}): {remedy}") from error
+
+# ---- 1 Settings --------------------------------------------------------------------------------------------
+
+PRESETS = {  # sets of defaults; any variable overrides them
+    "": {},
+    "smoke": dict(  # the whole pipeline on the bundled Wikipedia text, four minutes on two CPU cores
+        DATA_DIR="data/smoke", VOCAB_SIZE=1024, NUM_LAYERS=7, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2,
+        ROPE_DIMS=8, LOOP_START=2, LOOP_END=3, PARALLEL_START_LAYER=5, TRAIN_BATCH_TOKENS=2048,
+        TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400,
+        MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08, MUON_MOMENTUM=0.9,
+        MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8,
+        TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004, TTT_SITES="qkv,attn,mlp,head"),
+}
+DROPPED = {  # settings of earlier scripts of this lineage that would change nothing here, and so are refused
+    "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE",
+    "replaced by TTT_SITES": "TTT_K_LORA TTT_MLP_LORA TTT_O_LORA",
+    "not part of this system": "ROPE_TRAIN_SEQ_LEN ROPE_YARN PARALLEL_FINAL_LANE MUON_BETA2 TTT_OPTIMIZER "
+                               "TTT_BETA1 TTT_GRAD_STEPS COMPRESSOR CONTROL_TENSOR_NAME_PATTERNS",
+    "replaced by MODEL_DIM": "EMBEDDING_DIM",
+    "replaced by TIED_EMBED_LR": "EMBED_LR HEAD_LR",
+    "replaced by the windows of test-time training (TTT_CHUNK_SIZE)": "SLIDING_WINDOW_ENABLED EVAL_STRIDE",
+    "replaced by VAL_DOC_FRACTION": "TTT_EVAL_BATCHES",
+    "replaced by SAVE_SCORES": "TTT_OUTPUT_DIR",
+    "bin widths follow from sensitivity and cap": "MATRIX_BITS EMBED_BITS MATRIX_CLIP_SIGMAS "
+                                                  "ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS",
+}
+ADAPTER_SITES = {  # where a layer can have adapters in test-time training, and what they are called there
+    "qkv": ("q", "k", "v"),
+    "attn": ("attn",),
+    "mlp": ("mlp",),
+    "head": ("head",),
+}
+
+def knob(default, low=None, high=math.inf, *, kind="", choices=()):
+    """A setting: its default, the range or the choices of its value, and of which kind it is.
+
+    kind "run": concerns this run alone and is not saved with a model. "model": saved weights mean nothing
+    with another value. "quantization": the same weights would give another artifact. Any other setting is
+    saved with a model and may be changed when that is scored again.
+    """
+    return dataclasses.field(default=default, metadata=dict(low=low, high=high, kind=kind, choices=choices))
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting. The field train_seq_len is the environment variable TRAIN_SEQ_LEN, and so on."""
+
+    # the run
+    preset: str = knob("", kind="run")  # smoke: tiny settings for a CPU; any variable overrides them
+    seed: int = knob(1337, 0, 2**63 - 1, kind="model quantization")  # of weights, shard order and adapters
+    run_id: str = knob("", kind="run")  # name of the run; default: date, time and seed
+    artifact_dir: str = knob("", kind="run")  # folder for the run's files; default: runs/RUN_ID
+    data_dir: str = knob("./data", kind="run")  # looked up from the working directory, then beside the script
+    eval_only_path: str = knob("", kind="run")  # artifact (.int6.ptz) or checkpoint (.pt) to score again
+    save_scores: str = knob("", kind="run")  # write the loss of every target to this .npz file
+    attention: str = knob("auto", choices=("auto", "flash3", "varlen", "sdpa"), kind="run")  # implementation
+    # data and batches
+    vocab_size: int = knob(8192, 1, 65536, kind="model")  # pieces of the tokenizer; part of data file names
+    train_batch_tokens: int = knob(786_432, 8, kind="quantization")  # tokens of an optimizer step, all ranks
+    train_seq_len: int = knob(2048, 1, kind="quantization")  # longest span of a document seen as one context
+    val_batch_tokens: int = knob(524_288, 1)  # plain evaluation: 8 forwards of one rank, or one of 8 ranks
+    eval_seq_len: int = knob(2048, 1)  # longest span of a document in plain evaluation
+    val_doc_fraction: float = knob(1.0, 1e-9, 1.0, kind="run")  # score this first part of the documents only
+    # model
+    num_layers: int = knob(11, 1, 1000, kind="model")  # layers with weights of their own
+    model_dim: int = knob(512, 1, kind="model")  # width of the residual stream
+    num_heads: int = knob(8, 1, kind="model")  # query heads
+    num_kv_heads: int = knob(4, 1, kind="model")  # key/value heads
+    mlp_mult: float = knob(4.0, 1e-3, kind="model")  # hidden width of the MLP over MODEL_DIM
+    rope_dims: int = knob(16, 0, kind="model")  # dimensions of each head that are rotated by position
+    rope_base: float = knob(10_000.0, 1.0, kind="model")  # longest wavelength of the rotation over 2 pi
+    qk_gain_init: float = knob(5.0, 0.0)  # initial gain of each query head
+    logit_softcap: float = knob(30.0, 1e-3, 40.0, kind="model")  # logits stay within plus and minus this
+    tied_embed_init_std: float = knob(0.005, 0.0)  # initial standard deviation of the embedding
+    num_loops: int = knob(2, 0, 100, kind="model")  # extra passes over layers LOOP_START to LOOP_END
+    loop_start: int = knob(3, 0, kind="model")  # first layer of the loop
+    loop_end: int = knob(5, 0, kind="model")  # last layer of the loop
+    enable_looping_at: float = knob(0.35, 0.0, 1.0, kind="model")  # fraction of training before; 1: never
+    parallel_start_layer: int = knob(8, 0, kind="model")  # first layer with a lane each for both sublayers
+    # schedule
+    iterations: int = knob(20_000, 1)  # most optimizer steps
+    max_wallclock_seconds: float = knob(600.0, 0.0)  # training clock, calibration included; 0: count steps
+    warmup_steps: int = knob(3, 1)  # untimed steps of each loop form before training, undone afterwards
+    warmdown_frac: float = knob(0.85, 0.0, 1.0)  # last fraction of training, in which learning rates fall
+    min_lr: float = knob(0.1, 0.0, 1.0)  # floor of the learning rates, relative to their peak
+    train_log_every: int = knob(500, 1, kind="run")  # steps between log lines
+    val_loss_every: int = knob(0, 0, kind="run")  # steps between plain validations in training; 0: never
+    # optimizers
+    matrix_lr: float = knob(0.026, 0.0)  # Muon, for all matrices of the layers
+    muon_momentum: float = knob(0.97, 0.0, 1.0)  # Nesterov momentum
+    muon_momentum_warmup_start: float = knob(0.92, 0.0, 1.0)  # momentum of the first step
+    muon_momentum_warmup_steps: int = knob(1500, 0)  # steps to full momentum; in short runs .31 of the run
+    muon_backend_steps: int = knob(5, 1)  # Newton-Schulz iterations
+    muon_wd: float = knob(0.095, 0.0)  # weight decay, decoupled as everywhere
+    tied_embed_lr: float = knob(0.03, 0.0)  # AdamW, for the embedding
+    embed_wd: float = knob(0.085, 0.0)  # weight decay of the embedding
+    scalar_lr: float = knob(0.02, 0.0)  # AdamW, for gains, scales, gates and mixes
+    adam_wd: float = knob(0.02, 0.0)  # weight decay of these
+    beta1: float = knob(0.9, 0.0, 0.999999)  # AdamW
+    beta2: float = knob(0.99, 0.0, 0.999999)  # AdamW
+    adam_eps: float = knob(1e-8, 0.0)  # AdamW
+    grad_clip_norm: float = knob(0.3, 0.0)  # limit of the global gradient's norm after reduction; 0: none
+    ema_decay: float = knob(0.9965, 0.0, 0.999999)  # decay of the exported average of weights; less at first
+    # quantization
+    quant_states: int = knob(64, choices=(1, 4, 8, 16, 32, 64), kind="quantization")  # states of the trellis
+    gptq_calibration_batches: int = knob(16, 1, kind="quantization")  # training buffers, over all ranks
+    gptq_reserve_seconds: float = knob(4.0, 0.0)  # of the clock, kept for calibration; 1 GPU needs 10
+    # test-time training
+    ttt_enabled: bool = knob(True)  # 0: the plain score of the quantized model is the headline
+    ttt_sites: str = knob("qkv,attn,head")  # which of qkv, attn, mlp and head have adapters, in this order
+    ttt_lora_rank: int = knob(80, 1)  # rank of every adapter
+    ttt_lora_lr: float = knob(2e-4, 0.0)  # AdamW, for adapters
+    ttt_chunk_size: int = knob(24, 1)  # tokens scored between two updates, at the beginning of a document
+    ttt_chunk_growth: float = knob(1 / 64, 0.0, 1.0)  # or this fraction of the tokens before, if that is more
+    ttt_eval_seq_len: int = knob(3072, 1)  # longest window, chunk included
+    ttt_batch_size: int = knob(64, 1)  # documents that advance together on a rank
+    ttt_weight_decay: float = knob(0.5, 0.0)  # weight decay of adapters
+    ttt_beta2: float = knob(0.99, 0.0, 0.999999)  # AdamW, for adapters; beta 1 is 0
+    eval_max_seconds: float = knob(600.0, 0.0, kind="run")  # scoring clock; adaptation ends at 99 %; 0: none
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ, saved: Mapping[str, Any] = {}) -> "Config":
+        """Settings from `env`, else as `saved` with a model, else from the preset, else the defaults.
+
+        UserError names a variable that was dropped, is misspelt or has an impossible value.
+        """
+        knobs = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        refuse_unknown_variables(env, knobs)
+        for name in saved:
+            if name.upper() not in knobs:
+                raise UserError(f"EVAL_ONLY_PATH: another version of this script made it: what is {name}?")
+        preset = env.get("PRESET", "")
+        if preset not in PRESETS:
+            raise UserError(f"PRESET={preset!r} is none of {[*PRESETS]}")
+        values = dict(PRESETS[preset])
+        values.update((name.upper(), value) for name, value in saved.items())
+        values.update((name, env[name]) for name in knobs if env.get(name))
+        return cls(**{name.lower(): parse_setting(name, values[name], type(knobs[name].default))
+                      for name in values})
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_setting(field, getattr(self, field.name))
+        buffer = self.train_batch_tokens // BUFFERS_PER_STEP
+        sites = self.ttt_sites.split(",")
+        for wrong, names, why in (
+            (self.model_dim % self.num_heads or self.num_heads % self.num_kv_heads,
+             "model_dim num_heads num_kv_heads", "must each be a multiple of the next"),
+            (self.rope_dims % 2 or self.rope_dims > self.head_dim, "rope_dims model_dim num_heads",
+             "must give an even number of dimensions of a head"),
+            (self.model_dim * self.mlp_mult % 1, "model_dim mlp_mult", "give a fractional width"),
+            (self.num_loops and not
+             self.loop_start <= self.loop_end < min(self.num_layers, self.parallel_start_layer),
+             "loop_start loop_end num_layers parallel_start_layer", "must be in this order, the loop apart"),
+            (self.train_batch_tokens % BUFFERS_PER_STEP or self.train_seq_len > buffer,
+             "train_batch_tokens train_seq_len", "a step must be 8 buffers of at least a span each"),
+            (self.eval_seq_len > self.val_batch_tokens, "val_batch_tokens eval_seq_len",
+             "a batch must hold a span"),
+            (self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_eval_seq_len ttt_chunk_size",
+             "a window must hold a chunk"),
+            (sites != [site for site in ADAPTER_SITES if site in sites], "ttt_sites",
+             "is none of qkv,attn,mlp,head, or not in this order"),
+            (0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds,
+             "max_wallclock_seconds gptq_reserve_seconds", "the reserve leaves nothing to train in"),
+        ):
+            if wrong:
+                given = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names.split())
+                raise UserError(f"{given}: {why}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.model_dim * self.mlp_mult)
+
+    @property
+    def loops_at_end(self) -> bool:
+        return self.num_loops > 0 and self.enable_looping_at < 1
+
+    @classmethod
+    def names(cls, kind: str) -> list[str]:
+        """The settings of a kind, in order."""
+        return [field.name for field in dataclasses.fields(cls) if kind in field.metadata["kind"].split()]
+
+    def pick(self, kind: str) -> dict[str, Any]:
+        """The values of the settings of a kind."""
+        return {name: getattr(self, name) for name in self.names(kind)}
+
+    def to_save(self) -> dict[str, Any]:
+        """What is saved with a model, so that it can be scored again as it was."""
+        not_saved = self.names("run")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in not_saved}
+
+def refuse_unknown_variables(env: Mapping[str, str], knobs: Mapping[str, Any]):
+    """UserError for a variable that is no setting but was one once, or looks as if it was meant to be one."""
+    for why, names in DROPPED.items():
+        for name in names.split():
+            if name in env:
+                raise UserError(f"{name} is not a setting of this script ({why}): unset it")
+    for name in set(env) - set(knobs):
+        close = difflib.get_close_matches(name.upper(), knobs, 1, cutoff=0.9)
+        if close or name.startswith(("TTT_", "GPTQ_", "MUON_")):
+            hint = f"did you mean {close[0]}?" if close else "unset it or look up its name"
+            raise UserError(f"{name} is not a setting of this script: {hint}")
+
+def parse_setting(name: str, value: Any, kind: type) -> Any:
+    """The value of a variable, a preset or a saved setting as bool, int, float or str."""
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    with contextlib.suppress(KeyError, ValueError):
+        parsed = {"0": False, "1": True}[text] if kind is bool else kind(text)
+        if kind is not float or math.isfinite(parsed):
+            return parsed
+    wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"{name}={text!r} is not {wanted}")
+
+def check_setting(field: dataclasses.Field, value: Any):
+    """UserError if the value is out of the range, or none of the choices, of its knob."""
+    name = field.name.upper()
+    low = field.metadata["low"]
+    high = field.metadata["high"]
+    choices = field.metadata["choices"]
+    if low is not None and not low <= value <= high:
+        raise UserError(f"{name}={value} is out of range, from {low} to {high}")
+    if choices and value not in choices:
+        raise UserError(f"{name}={value} is none of {[*choices]}")
+
+def setting_comments() -> dict[str, str]:
+    """What the comment beside each field of Config says, by the field's name; a packed script has none."""
+    source = script_path().read_text(encoding="utf-8")
+    return dict(re.findall(r"^    (\w+): \w+ = knob\(.*\)  # (.+)$", source, flags=re.M))
+
+def settings_help() -> str:
+    """The settings as --help prints them: variable, default, meaning."""
+    comments = setting_comments()
+    rows = ["settings, which are environment variables, with their defaults:"]
+    for field in dataclasses.fields(Config):
+        comment = comments.get(field.name, "")
+        rows.append(f"  {field.name.upper():27} {field.default!s:15} {comment}".rstrip())
+    return "\n".join(rows)
+
+# ---- 2 Processes, log, files -------------------------------------------------------------------------------
+
+class Ranks:
+    """The processes of a run: which one this is, its device, and the collectives that the script needs.
+
+    A single process is the degenerate case of the same code: its collectives return what they are given.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, device: str = "cpu"):
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.is_main = rank == 0
+        self.on_gpu = self.device.type == "cuda"
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """Take the place that torchrun assigned to this process; without torchrun, be alone."""
+        rank = int(os.environ.get("RANK", 0))
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        gpus = torch.cuda.device_count()
+        if gpus and local_rank >= gpus:
+            raise UserError(f"--nproc_per_node is too large: this machine has {gpus} GPUs, none for "
+                            f"{local_rank}")
+        if gpus:
+            torch.cuda.set_device(local_rank)
+        if world_size > 1:  # gloo beside NCCL: what the host has to know must not wait for the GPU
+            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        return cls(rank, world_size, f"cuda:{local_rank}" if gpus else "cpu")
+
+    def synchronize(self):
+        """Wait until the device has done all that it was sent."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def all_reduce_(self, tensor):
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_(self, tensor, source: int = 0):
+        """The values of rank `source` on all ranks, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
+    def all_reduce_max(self, value: float) -> float:
+        """The largest value of any rank, through the host."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def barrier(self):
+        """Wait until all ranks are here."""
+        self.all_reduce_max(0.0)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The object of rank 0, on every rank."""
+        objects = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(objects, src=0, device=torch.device("cpu"))
+        return objects[0]
+
+def assign_balanced(costs: Iterable[float], parts: int):
+    """The part that each item goes to, (items,): in order, the one whose costs so far are least."""
+    load = np.zeros(parts)
+    assigned = []
+    for cost in costs:
+        lightest = load.argmin()
+        load[lightest] += cost
+        assigned.append(lightest)
+    return np.array(assigned, dtype=np.int64)
+
+def write_file(path: Path, data: bytes):
+    """Write all of a file or nothing: to another name, through to the disk, then rename."""
+    path = path.resolve()
+    part = path.with_name(path.name + ".part")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is not a file")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+def read_file(path: Path) -> bytes:
+    """All of a file; UserError names one that cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+def script_path() -> Path:
+    """The source that runs: this file or, of a packed script, the file that it unpacked itself to."""
+    return Path(globals().get("UNPACKED", __file__))
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+@dataclasses.dataclass
+class Phase:
+    """A part of the run, and the clock it counts against: "training", "scoring" or none."""
+    name: str
+    clock: str
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    seconds: float = 0.0  # once it has ended
+    graphs: int = 0  # compiled in it, once it has ended
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the phase's clock stand still."""
+        since = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - since
+
+class RunLog:
+    """What a run leaves to read, written by rank 0: log.txt, metrics.jsonl, some 60 lines on the console."""
+
+    def __init__(self, cfg: Config, ranks: Ranks):
+        self.ranks = ranks
+        default_id = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-seed{cfg.seed}"
+        self.run_id = ranks.broadcast_object(cfg.run_id or default_id)
+        self.folder = Path(cfg.artifact_dir or Path("runs", self.run_id))
+        self.phases = [Phase("imports", "", PROCESS_START, time.perf_counter() - PROCESS_START)]
+        self.files = {}
+        problem = None
+        try:
+            if ranks.is_main:
+                self.open_files()
+        except OSError as error:
+            problem = f"ARTIFACT_DIR={self.folder} cannot be used: {error.strerror}"
+        problem = ranks.broadcast_object(problem)
+        if problem:
+            raise UserError(problem)
+
+    def open_files(self):
+        """Create the folder and its log files; OSError if that fails, or another run has its result there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "result.json").exists():
+            raise OSError(0, "it holds the result of another run")
+        for name in ("log.txt", "metrics.jsonl"):
+            self.files[name] = open(self.folder / name, "w")
+
+    def write(self, name: str, line: str):
+        if self.files:
+            try:
+                print(line, file=self.files[name], flush=True)
+            except OSError as error:
+                raise UserError(f"cannot write {self.folder / name}: {error.strerror}") from error
+
+    def __call__(self, message: str, console: bool = True):
+        """Add lines to the log and, unless told otherwise, to the console."""
+        self.write("log.txt", message)
+        if console and self.files:
+            with contextlib.suppress(BrokenPipeError):  # whoever read the console has gone
+                print(message, flush=True)
+
+    def metrics(self, kind: str, **values: Any):
+        """Add a row to metrics.jsonl."""
+        self.write("metrics.jsonl", json.dumps({"kind": kind, **values}))
+
+    @contextlib.contextmanager
+    def phase(self, name: str, clock: str = "") -> Iterator[Phase]:
+        """A phase of the run. One on a clock lasts from when all ranks are here to when all are done."""
+        if clock:
+            self.ranks.barrier()
+        phase = Phase(name, clock)
+        graphs_before = compiled_graphs()
+        self.phases.append(phase)
+        yield phase
+        self.ranks.synchronize()
+        phase.seconds = self.ranks.all_reduce_max(phase.elapsed()) if clock else phase.elapsed()
+        phase.graphs = compiled_graphs() - graphs_before
+
+    def spent(self, clock: str) -> float:
+        """Seconds of all phases of a clock that have ended."""
+        return sum(phase.seconds for phase in self.phases if phase.clock == clock)
+
+class Run(NamedTuple):
+    """What every phase needs."""
+    cfg: Config
+    ranks: Ranks
+    log: RunLog
+    backend: "Backend"
+
+# ---- 3 Data ------------------------------------------------------------------------------------------------
+# A shard is a header of 256 little-endian int32 (magic number, version, count of tokens) and then that many
+# uint16 tokens. Every document starts with BOS. A span is what attention sees as one context: a document, or
+# a piece of a long one. Spans are packed end to end into flat buffers, with no padding between them.
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_BYTES = 1024
+IGNORE = -1  # the target of a position that predicts nothing
+
+class DataFiles(NamedTuple):
+    """Where the data of a run are."""
+    tokenizer: Path
+    train: list[Path]
+    val: list[Path]
+
+def find_data(cfg: Config, need_train: bool) -> DataFiles:
+    """Locate tokenizer and shards by name, without opening any. UserError says what is missing, and where."""
+    roots = dict.fromkeys(root / cfg.data_dir for root in (Path.cwd(), Path(__file__).resolve().parent))
+    name = f"datasets/fineweb10B_sp{cfg.vocab_size}"
+    root = next((root for root in roots if (root / name).is_dir()), None)
+    if root is None:
+        raise UserError(f"DATA_DIR={cfg.data_dir}: no {name} in any of {[*map(str, roots)]}; fetch it by "
+                        "data/download.py or make it by data/prepare.py")
+    folder = root / name
+    files = DataFiles(
+        tokenizer=root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model",
+        train=sorted(folder.glob("fineweb_train_*.bin")),
+        val=sorted(folder.glob("fineweb_val_*.bin")))
+    missing = []
+    if not files.tokenizer.is_file():
+        missing.append(f"tokenizer {files.tokenizer}")
+    if need_train and not files.train:
+        missing.append(f"{folder}/fineweb_train_*.bin")
+    if not files.val:
+        missing.append(f"{folder}/fineweb_val_*.bin")
+    if missing:
+        raise UserError(f"DATA_DIR={cfg.data_dir}: there is no {missing[0]}")
+    if [path.name for path in files.val] != [f"fineweb_val_{i:06}.bin" for i in range(len(files.val))]:
+        raise UserError(f"{folder}/fineweb_val_*.bin are not numbered from 000000 without a gap")
+    return files
+
+def open_shard(path: Path):
+    """Memory-map the tokens of a shard, (count,) uint16. UserError if it is not what its header says."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is not a token shard: it does not start with {SHARD_MAGIC}, {SHARD_VERSION}")
+    count = int(header[2])
+    held = (size - HEADER_BYTES) / 2
+    if count <= 0 or held != count:
+        fault = "empty" if count <= 0 else "truncated" if held < count else "over-long"
+        raise UserError(f"{path} is {fault}: its header says {count} tokens, it holds {held:g}; "
+                        "make it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+def check_tokens(tokens, vocab_size: int, path: Path):
+    """UserError if a shard holds tokens that the vocabulary does not have."""
+    if tokens.size and tokens.max() >= vocab_size:
+        raise UserError(f"{path} holds token {tokens.max()}, VOCAB_SIZE={vocab_size}: another tokenizer's")
+
+class Tokenizer(NamedTuple):
+    """What scoring needs to know of each piece; arrays are (vocab_size,)."""
+    bos: int
+    piece_bytes: np.ndarray  # of the piece, without a space that it begins with
+    leading_space: np.ndarray  # whether it begins with a space
+    is_special: np.ndarray  # control, unknown or unused: it stands for no text
+
+    def target_bytes(self, tokens):
+        """UTF-8 bytes that every token but the first adds to the text, (len(tokens) - 1,).
+
+        A piece's leading space counts unless the token before it is special. This is the challenge's rule. It
+        is exact but for a document that begins with a space, of which it counts one byte too few.
+        """
+        before, target = tokens[:-1], tokens[1:]
+        counts_space = self.leading_space[target] & ~self.is_special[before]
+        return self.piece_bytes[target] + counts_space
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Read a SentencePiece model. UserError if it is damaged, of another size or breaks the byte rule."""
+    # 1) Read it.
+    data = read_file(path)
+    try:
+        sp = lazy_import("sentencepiece").SentencePieceProcessor()
+        sp.LoadFromSerializedProto(data)
+        pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not a SentencePiece model, or damaged") from error
+    if len(pieces) != vocab_size or sp.bos_id() < 0:
+        raise UserError(f"{path} has {len(pieces)} pieces and BOS id {sp.bos_id()}; wanted are VOCAB_SIZE="
+                        f"{vocab_size} pieces and a BOS to start every document")
+    # 2) Count the bytes of every piece.
+    is_special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+                           for i in range(vocab_size)])
+    piece_bytes = np.zeros(vocab_size, dtype=np.int64)
+    leading_space = np.zeros(vocab_size, dtype=bool)
+    for i, piece in enumerate(pieces):
+        if is_special[i]:
+            continue
+        text = piece.removeprefix("\u2581")
+        if "\u2581" in text:
+            raise UserError(f"{path}: piece {i} has a space inside, so the usual rule cannot count its bytes")
+        if sp.is_byte(i):
+            piece_bytes[i] = 1
+        else:
+            piece_bytes[i] = len(text.encode())
+            leading_space[i] = text != piece
+    return Tokenizer(sp.bos_id(), piece_bytes, leading_space, is_special)
+
+class Spans(NamedTuple):
+    """The spans of a packed buffer, in the form of FlashAttention's varlen functions."""
+    cu_seqlens: Tensor  # (spans + 1,) int32 boundaries; repeated ones are empty spans
+    positions: Tensor  # (T,) index of each token within its span
+    max_seqlen: int  # no span is longer
+
+class Batch(NamedTuple):
+    """A packed buffer, the input of a forward pass."""
+    tokens: Tensor  # (T,)
+    targets: Tensor  # (T,) the token to predict, or IGNORE
+    spans: Spans
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a NamedTuple with all tensors in it, on the device; the host does not wait."""
+    if isinstance(value, tuple):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, Tensor) and device.type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a NamedTuple and of those nested in it, in order."""
+    if isinstance(value, tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return [value] if isinstance(value, Tensor) else []
+
+def span_bounds(starts, total: int, max_len: int):
+    """Boundaries of spans, (spans + 1,), for documents that begin at `starts` in a buffer of `total` tokens.
+
+    A document longer than max_len is cut into spans of max_len and a remainder.
+    """
+    starts = np.union1d(starts, 0)
+    lengths = np.diff(starts, append=total)
+    pieces = -(-lengths // max_len)  # of each document
+    first_piece = np.cumsum(pieces) - pieces
+    nth_piece = np.arange(pieces.sum()) - np.repeat(first_piece, pieces)
+    return np.append(np.repeat(starts, pieces) + nth_piece * max_len, total)
+
+def make_batch(tokens, targets, bounds, max_spans: int,
+               max_len: int) -> Batch:
+    """A batch whose shapes follow from len(tokens) and max_spans alone, so that compiled code always fits.
+
+    If there are more than max_spans spans, only the targets of the first ones count; the rest is cut evenly.
+    """
+    total = len(tokens)
+    if len(bounds) - 1 > max_spans:
+        # Keep as many spans as leave room for the rest of the buffer, cut into spans of max_len.
+        spans_needed = np.arange(len(bounds)) - (bounds - total) // max_len
+        last_kept = np.flatnonzero(spans_needed <= max_spans)[-1]
+        kept = bounds[: last_kept + 1]
+        even_cuts = np.arange(kept[-1] + max_len, total, max_len)
+        bounds = np.concatenate([kept, even_cuts, [total]])
+        targets = np.where(np.arange(total) < kept[-1], targets, IGNORE)
+    span_starts = np.repeat(bounds[:-1], np.diff(bounds))
+    positions = np.arange(total) - span_starts
+    empty_spans = np.full(max_spans + 1 - len(bounds), total)
+    cu_seqlens = np.append(bounds, empty_spans).astype(np.int32)
+    spans = Spans(torch.from_numpy(cu_seqlens), int64_tensor(positions), max_len)
+    return Batch(int64_tensor(tokens), int64_tensor(targets), spans)
+
+def int64_tensor(array) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))
+
+def first_tokens(batch: Batch, count: int) -> Batch:
+    """The first `count` positions of a batch."""
+    spans = batch.spans
+    cut = Spans(spans.cu_seqlens.clamp(max=count), spans.positions[:count], spans.max_seqlen)
+    return Batch(batch.tokens[:count], batch.targets[:count], cut)
+
+class PackedStep(NamedTuple):
+    """The data of an optimizer step: its part of the stream, and how that is packed into buffers.
+
+    The buffers of a step lie end to end; a packed position is one in their concatenation.
+    """
+    tokens: np.ndarray  # (step tokens,) in stream order
+    targets: np.ndarray  # (step tokens,) in stream order
+    bounds: np.ndarray  # (spans + 1,) boundaries of the spans, as packed
+    offsets: np.ndarray  # (spans,) what to add to a span's packed positions to find it in the stream
+
+    def bounds_in(self, start: int, size: int):
+        """Boundaries of all spans, clipped to a buffer of `size` tokens at packed position `start`."""
+        return np.clip(self.bounds - start, 0, size)
+
+class PackedLoader:
+    """Training batches: the documents of a step, cut into spans and packed into buffers of equal work.
+
+    Attention's work grows with the square of a span. Packed end to end as they come, spans give the fullest
+    of a step's eight buffers 9 % more of it than the mean, and seven GPUs wait. So the spans of a step are
+    balanced over its buffers, which all have the same shape. Attention never crosses a document (#1530).
+
+    Buffer n follows from the shards, SEED and n alone. So there is no cursor to save and restore, any rank
+    can make any buffer, and a step sees the same data whatever the number of ranks. Shards come in another
+    order in every epoch.
+    """
+
+    def __init__(self, paths: list[Path], bos: int, cfg: Config, buffer_tokens: int):
+        self.paths = paths
+        self.bos = bos
+        self.cfg = cfg
+        self.buffer_tokens = buffer_tokens
+        self.buffers_per_step = cfg.train_batch_tokens // buffer_tokens
+        self.shards = [open_shard(path) for path in paths]
+        self.epoch_tokens = sum(map(len, self.shards))
+        self.latest: tuple[int, PackedStep] | None = None
+        for path, shard in zip(paths, self.shards):
+            if not (shard[:1_000_000] == bos).any():
+                raise UserError(f"{path} has no BOS (id {bos}) in its first million tokens: wrong tokenizer")
+        self.max_spans = self.sample_spans() + 4
+
+    def sample_spans(self) -> int:
+        """The number of spans in the fullest buffer of some 16 steps; more are made room for than that.
+
+        Few to spare, as an empty span costs 13 us of attention, forward and backward. A buffer that is fuller
+        still loses its last targets.
+        """
+        steps = max(1, self.epoch_tokens // self.cfg.train_batch_tokens)
+        most = -(-self.buffer_tokens // self.cfg.train_seq_len)
+        for step_index in range(0, steps, -(-steps // 16)):
+            step = self.pack_step(step_index)
+            for start in range(0, self.cfg.train_batch_tokens, self.buffer_tokens):
+                bounds = np.unique(step.bounds_in(start, self.buffer_tokens))
+                most = max(most, len(bounds) - 1)
+        return most
+
+    def read_stream(self, start: int, count: int) -> tuple[np.ndarray, list[int]]:
+        """`count` tokens of the endless stream from `start` on, and where among them shards begin."""
+        pieces = []
+        shard_starts = []
+        have = 0
+        while have < count:
+            epoch, skip = divmod(start + have, self.epoch_tokens)
+            for index in np.random.default_rng((self.cfg.seed, epoch)).permutation(len(self.shards)):
+                piece = self.shards[index][skip : skip + count - have].astype(np.int64)
+                if len(piece):
+                    check_tokens(piece, self.cfg.vocab_size, self.paths[index])
+                    if skip == 0:
+                        shard_starts.append(have)
+                    pieces.append(piece)
+                    have += len(piece)
+                skip = max(0, skip - len(self.shards[index]))
+        return np.concatenate(pieces), shard_starts
+
+    def pack_step(self, step_index: int) -> PackedStep:
+        """Cut the documents of a step into spans and balance these over its buffers."""
+        # 1) Read the step's part of the stream. The first token of a shard follows from nothing before it,
+        #    unless it is a BOS, which ends the document before.
+        total = self.cfg.train_batch_tokens
+        stream, shard_starts = self.read_stream(step_index * total, total + 1)
+        tokens = stream[:-1]
+        targets = stream[1:].copy()
+        for start in shard_starts:
+            if start and stream[start] != self.bos:
+                targets[start - 1] = IGNORE
+        # 2) Cut it into spans, none of which crosses a document or a shard.
+        starts = np.union1d(np.flatnonzero(tokens == self.bos), np.array(shard_starts, dtype=np.int64))
+        bounds = span_bounds(starts[starts < total], total, self.cfg.train_seq_len)
+        lengths = np.diff(bounds)
+        # 3) Assign spans to buffers, longest first: sums of lengths become equal, sums of squares nearly so.
+        longest_first = np.argsort(-lengths, kind="stable")
+        assigned = assign_balanced(lengths[longest_first], self.buffers_per_step)
+        buffer_of_span = assigned[np.argsort(longest_first)]
+        # 4) Lay the buffers end to end; within each, spans keep the order of the stream.
+        order = np.argsort(buffer_of_span, kind="stable")
+        ends = np.cumsum(lengths[order])
+        packed_starts = ends - lengths[order]
+        return PackedStep(tokens, targets, np.append(0, ends), bounds[order] - packed_starts)
+
+    def step(self, step_index: int) -> PackedStep:
+        """A packed step; the latest is kept, as all of its buffers are cut from it."""
+        latest = self.latest
+        if latest is None or latest[0] != step_index:
+            latest = self.latest = step_index, self.pack_step(step_index)
+        return latest[1]
+
+    def buffer(self, buffer_index: int) -> Batch:
+        """Buffer `buffer_index`, counted from the first step on."""
+        step_index, place = divmod(buffer_index, self.buffers_per_step)
+        step = self.step(step_index)
+        start = place * self.buffer_tokens
+        bounds = step.bounds_in(start, self.buffer_tokens)
+        packed = np.arange(start, start + self.buffer_tokens)
+        in_stream = packed + np.repeat(step.offsets, np.diff(bounds))
+        return make_batch(step.tokens[in_stream], step.targets[in_stream], np.unique(bounds), self.max_spans,
+                          self.cfg.train_seq_len)
+
+    def buffers(self, indices: Iterator[int], device: torch.device) -> Iterator[Batch]:
+        """Buffers on the device; a thread reads and packs two of them ahead while the device computes."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque(pool.submit(self.buffer, n) for n in itertools.islice(indices, 2))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(self.buffer, n) for n in itertools.islice(indices, 1))
+                yield to_device(batch, device)
+
+    def digest(self) -> str:
+        """SHA-256 of all shards' names, lengths, first and last tokens; to read them whole takes too long."""
+        parts = [(path.name, len(shard), shard[:4096].tobytes(), shard[-4096:].tobytes())
+                 for path, shard in zip(self.paths, self.shards)]
+        return sha256(repr(parts).encode())
+
+class Validation(NamedTuple):
+    """The validation stream in its own order. Target j is token j + 1: a document's last is the next BOS."""
+    tokens: np.ndarray  # (N,)
+    token_bytes: np.ndarray  # (N - 1,) bytes of text of every target
+    starts: np.ndarray  # (documents,) index of each document's BOS, and of its first target
+    lengths: np.ndarray  # (documents,) targets of each
+    begin_with_space: int  # documents whose first byte is not counted
+    sha256: str = ""  # of the tokens in all files
+
+def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Validation:
+    """Read all validation shards as one stream. UserError if they are not documents of this tokenizer."""
+    shards = [open_shard(path) for path in paths]
+    for path, shard in zip(paths, shards):
+        check_tokens(shard, cfg.vocab_size, path)
+    stream = np.concatenate(shards)
+    tokens = stream.astype(np.int64)
+    starts = np.flatnonzero(tokens == tokenizer.bos)
+    if not len(starts) or starts[0] != 0:
+        raise UserError(f"{paths[0]} does not begin with BOS (id {tokenizer.bos}): another tokenizer's")
+    count = max(1, round(cfg.val_doc_fraction * len(starts)))
+    if count < len(starts):
+        tokens = tokens[: starts[count]]
+        starts = starts[:count]
+    token_bytes = tokenizer.target_bytes(tokens)
+    if not token_bytes.sum():
+        raise UserError(f"{paths[0]}: the validation documents hold no text")
+    lengths = np.diff(starts, append=len(token_bytes))
+    first = tokens[np.minimum(starts + 1, len(tokens) - 1)]
+    begin_with_space = int(tokenizer.leading_space[first].sum())
+    return Validation(tokens, token_bytes, starts, lengths, begin_with_space, sha256(stream.tobytes()))
+
+# ---- 4 Model -----------------------------------------------------------------------------------------------
+# The weights of all layers live in four banks: a bank stacks matrices of one shape, so that Muon can shard it
+# over ranks, and so that averaging and collectives touch 13 tensors. A Layer is one layer's views into the
+# banks, in compute dtype. A Plan is the order in which layers are visited. Hooks see or change what the
+# linear maps compute; with them, calibration and test-time training use the same forward pass as training.
+#
+# This section is plain PyTorch that runs anywhere. On a Hopper GPU the functions marked (kernel) are replaced
+# by the Triton kernels of the appendix, which compute the same.
+
+class Plan(NamedTuple):
+    """Order of visits. One in the encoder leaves a skip; one in the decoder takes the latest that is left."""
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+    @property
+    def visits(self) -> tuple[int, ...]:
+        return self.encoder + self.decoder
+
+def depth_plan(cfg: Config, looped: bool) -> Plan:
+    """All layers in order or, looped, with the middle ones again: 0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8 9 10.
+
+    Repeated layers deepen the model at no cost in bytes: https://arxiv.org/abs/1807.03819, #1204, #1493.
+    """
+    order = list(range(cfg.num_layers))
+    if looped:
+        order[cfg.loop_start : cfg.loop_end + 1] *= cfg.num_loops + 1
+    half = len(order) // 2
+    return Plan(tuple(order[:half]), tuple(order[half:]))
+
+# Mathematics
+
+NORM_EPS = torch.finfo(torch.float32).eps  # in every dtype: an embedding of std .005 has mean square 2.5e-5
+
+def norm(x):
+    """Root-mean-square norm of the last dimension, in fp32."""
+    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
+
+def leaky_relu_squared(x):
+    """(kernel) Squared as in Primer, https://arxiv.org/abs/2109.08668; leaky since #549."""
+    return F.leaky_relu(x, 0.5).square()
+
+def apply_rotary(x, cos, sin):
+    """Rotate the first dimensions of each head (T, heads, E) by position; the others know no position.
+
+    https://arxiv.org/abs/2104.09864
+    """
+    n = cos.size(-1)
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+def split_heads(qkv, gain, cos, sin, positions, K: int):
+    """(kernel) Split a product into heads; norm and rotate queries and keys, and scale queries by a gain.
+
+    (T, (H + 2K) E), (H,), (longest, 1, R / 2) twice, (T,) -> q, k, v (T, H, E), and v before repetition
+    (T, K, E). Normed queries and keys: https://arxiv.org/abs/2010.04245. Keys and values are repeated for
+    every query head that shares them, as FlashAttention-3 then need not add up their gradients.
+    """
+    H = len(gain)
+    cos = cos[positions]
+    sin = sin[positions]
+    heads = qkv.unflatten(1, (H + 2 * K, -1))
+    q, k, v = heads.split((H, K, K), dim=1)
+    q = apply_rotary(norm(q), cos, sin) * gain[:, None]
+    k = apply_rotary(norm(k), cos, sin).to(qkv.dtype)
+    repeated = [t.repeat_interleave(H // K, dim=1) for t in (k, v)]
+    return q.to(qkv.dtype), *repeated, v
+
+def sdpa_attention(q, k, v, spans: Spans):
+    """Causal attention within each span, (T, H, E) all, by PyTorch on any device and dtype.
+
+    Neighbouring spans of one length go together.
+    """
+    outputs = []
+    lo = 0
+    for length, group in itertools.groupby(spans.cu_seqlens.diff().tolist()):
+        if length:
+            hi = lo + length * len(list(group))
+            heads = [t[lo:hi].unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v)]
+            y = F.scaled_dot_product_attention(*heads, is_causal=True)
+            outputs.append(y.transpose(1, 2).flatten(0, 1))
+            lo = hi
+    return torch.cat(outputs)
+
+def exclude_self(y, v):
+    """(kernel) Exclusive self-attention: remove from y (T, H, E) its part along the token's own v (T, K, E).
+
+    https://arxiv.org/abs/2603.09078
+    """
+    grouped = y.float().unflatten(1, (v.size(1), -1))  # query heads by the key/value head that they share
+    unit = F.normalize(v.float(), dim=-1).unsqueeze(2)
+    along = (grouped * unit).sum(-1, keepdim=True)
+    z = grouped - along * unit
+    return z.flatten(1, 2).to(y.dtype)
+
+def merge_skip(x, skip=None, scale=None, gate=None):
+    """Mix a U-net skip (T, D) into the stream x (T, D) by a gate (D,); without a skip return x."""
+    return x if skip is None else torch.lerp(scale * skip, x, gate.sigmoid())
+
+def mix_and_norm(x, x0, mix, depth_scale, lanes: bool, *skip):
+    """(kernel) Enter a layer: merge a skip, mix with the embedding, norm.
+
+    x, x0 (T, D), mix (2, D), depth_scale (), skip as in merge_skip -> the stream, what the layer reads, and
+    x0 for the next visit. The stream goes on as mixed or, where it is one of two lanes, as it was before.
+    """
+    x = merge_skip(x, *skip)
+    mixed = mix[0] * x + mix[1] * x0
+    normed = (norm(mixed) * depth_scale).to(x.dtype)
+    return x if lanes else mixed, normed, x0
+
+def softcapped_nll(logits, targets, softcap: float):
+    """(kernel) Cross entropy of z = softcap tanh(logits / softcap); (T, V), (T,) -> (T,) fp32, 0 for IGNORE.
+
+    https://arxiv.org/abs/2408.00118. As z stays below softcap, its exponentials need no maximum taken off.
+    """
+    logits = logits.float()
+    z = softcap * torch.tanh(logits / softcap)
+    log_total = softcap + (z - softcap).exp().sum(-1).log()
+    is_target = targets[:, None] == torch.arange(logits.size(1), device=logits.device)
+    nll = log_total - z.where(is_target, 0.0).sum(-1)
+    return nll.where(targets != IGNORE, 0.0)
+
+# Layers
+
+class Layer(NamedTuple):
+    """The weights of one layer."""
+    qkv: Tensor  # (D + 2KE, D)
+    o: Tensor  # (D, D), times attn_scale
+    up: Tensor  # (M, D)
+    down: Tensor  # (D, M), times mlp_scale
+    q_gain: Tensor  # (H,)
+    attn_scale: Tensor  # (D,)
+    mlp_scale: Tensor  # (D,)
+    resid_mix: Tensor  # (2, D) weights of the stream and of the embedding on entry
+    lane_keep: Tensor  # (2,) how much each lane keeps of itself
+    lane_post: Tensor  # (2, 2) [attention or MLP, lane]: how much of each output a lane receives
+    depth_scale: Tensor  # () 1/sqrt(layer + 1): deeper layers read smaller inputs, arxiv.org/abs/2502.05795
+
+class Skip(NamedTuple):
+    """A U-net connection as a visit of the decoder receives it, or none."""
+    x: Tensor | None = None  # (T, D) the stream after the mirrored visit of the encoder
+    scale: Tensor | None = None  # (D,)
+    gate: Tensor | None = None  # (D,)
+
+class Context(NamedTuple):
+    """What all visits of one forward pass share."""
+    cfg: Config
+    attend: Callable
+    fused: bool
+    rope: tuple[Tensor, Tensor, Tensor]  # cos and sin (longest, 1, rope_dims / 2), positions (T,)
+    spans: Spans
+
+def no_hook(site: str, x, y, scale=None):
+    """Default hook: return y unchanged.
+
+    A hook gets the name of a site, its input x and its output y, and returns the output to use. What it adds
+    to the output of a whole sublayer has to be multiplied by the residual scale, which y contains already.
+    """
+    return y
+
+def attention_sublayer(x, w: Layer, hook: Callable, ctx: Context):
+    """Attention of a normed input, (T, D) -> (T, D), times its residual scale."""
+    split = fused_heads if ctx.fused else split_heads
+    exclude = fused_exclude if ctx.fused else exclude_self
+    qkv = hook("qkv", x, F.linear(x, w.qkv))
+    q, k, v, own_v = split(qkv, w.q_gain, *ctx.rope, ctx.cfg.num_kv_heads)
+    heads = ctx.attend(q, k, v, ctx.spans)
+    y = exclude(heads, own_v).flatten(1)
+    out = hook("o", y, F.linear(y, w.o))
+    return hook("attn", x, out, w.attn_scale)
+
+def mlp_sublayer(x, a, w: Layer, hook: Callable, ctx: Context):
+    """Add the MLP, times its residual scale, to the stream x + a (T, D); without a, return the MLP alone."""
+    if ctx.fused:
+        out, normed = FusedMLP.apply(x, a, w.up, w.down, w.depth_scale)
+    else:
+        y = x if a is None else x + a
+        normed = (norm(y) * w.depth_scale).to(x.dtype)
+        hidden = leaky_relu_squared(hook("up", normed, F.linear(normed, w.up)))
+        out = hook("down", hidden, F.linear(hidden, w.down))
+        out = out if a is None else y + out
+    return hook("mlp", normed, out, w.mlp_scale)
+
+def visit_layer(x, mlp_lane, x0, skip: Skip, w: Layer, hook: Callable, ctx: Context):
+    """One visit of a layer; returns x, mlp_lane and x0. There is no mlp_lane before the lanes part."""
+    enter = FusedEntry.apply if ctx.fused else mix_and_norm
+    x, normed, x0 = enter(x, x0, w.resid_mix, w.depth_scale, mlp_lane is not None, *skip)
+    a = attention_sublayer(normed, w, hook, ctx)
+    if mlp_lane is None:  # the MLP reads what attention wrote
+        return mlp_sublayer(x, a, w, hook, ctx), None, x0
+    m = mlp_sublayer(mlp_lane, None, w, hook, ctx)
+    # Parallel residuals (#1204): each sublayer has read a lane of its own, and now writes to both.
+    keep, post = w.lane_keep, w.lane_post
+    x = keep[0] * x + post[0, 0] * a + post[1, 0] * m
+    mlp_lane = keep[1] * mlp_lane + post[0, 1] * a + post[1, 1] * m
+    return x, mlp_lane, x0
+
+def loss_head(x, mlp_lane, embed, targets, hook: Callable, ctx: Context):
+    """Negative log-likelihood of each target, (T,) fp32, under a normalised distribution; 0 for IGNORE."""
+    x = norm(x if mlp_lane is None else 0.5 * (x + mlp_lane)).to(x.dtype)
+    if ctx.fused and hook is no_hook:
+        return FusedLoss.apply(x, embed, targets, ctx.cfg.logit_softcap)
+    logits = hook("head", x, F.linear(x, embed))
+    return softcapped_nll(logits, targets, ctx.cfg.logit_softcap)
+
+def embed_norm(embedded, dtype: torch.dtype):
+    """What enters the first layer, as x and, in memory of its own, as x0."""
+    x = norm(embedded).to(dtype)
+    return x, x.clone()
+
+def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype):
+    """The banks in compute dtype as the layers use them, [qkv, o, up, down], with the residual scales."""
+    q, o = qo.chunk(2)
+    k, v = kv.chunk(2)
+    qkv = torch.cat([p.to(dtype) for p in (q, k, v)], dim=1)
+    scaled_o = o * attn_scale[:, :, None]
+    scaled_down = down * mlp_scale[:, :, None]
+    return [qkv, scaled_o.to(dtype), up.to(dtype), scaled_down.to(dtype)]
+
+def adapter_adamw_(tensors, copies, grads, second_moments, bias_correction, lr: float, decay: float,
+                   beta2: float):
+    """AdamW without a first moment, in place, for lists of tensors and of their copies in compute dtype."""
+    for tensor, compute_copy, grad, moment in zip(tensors, copies, grads, second_moments):
+        moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = (moment / bias_correction).sqrt() + 1e-10
+        tensor.mul_(1 - lr * decay)
+        tensor.addcdiv_(grad, denominator, value=-lr)
+        compute_copy.copy_(tensor)
+
+# Backend
+
+class Backend(NamedTuple):
+    """The functions that do the work of a forward pass. The defaults run anywhere."""
+    attend: Callable = sdpa_attention
+    fused: bool = False  # kernels in place of PyTorch; hooks then do not see inside the MLP
+    cast: Callable = cast_banks
+    embed: Callable = embed_norm
+    visit: Callable = visit_layer
+    head: Callable = loss_head
+    update: Callable = adapter_adamw_
+
+    @classmethod
+    def for_machine(cls, cfg: Config, device: torch.device) -> "Backend":
+        """The fastest that this machine has, not compiled."""
+        widths = cfg.vocab_size, cfg.model_dim, cfg.kv_dim, cfg.head_dim, cfg.mlp_dim, cfg.ttt_lora_rank
+        if device.type == "cuda" and any(width % 8 for width in widths):
+            raise UserError("VOCAB_SIZE, MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT and TTT_LORA_RANK give "
+                            f"widths {widths}: a GPU needs multiples of 8")
+        on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        head_fits = cfg.head_dim & (cfg.head_dim - 1) == 0  # the kernels' heads are powers of 2 wide
+        has_triton = importlib.util.find_spec("triton") is not None
+        return cls(choose_attention(cfg.attention, device), fused=on_hopper and head_fits and has_triton)
+
+    @property
+    def compilable(self) -> bool:
+        return self.attend is not sdpa_attention
+
+    def compiled(self) -> "Backend":
+        """Compiled for batches of one length. The parts are compiled one by one: 17 visits make 5 graphs."""
+        if not self.compilable:
+            return self
+        cast, embed, visit, head = self.compile_parts(dynamic=False)
+        return self._replace(cast=cast, embed=embed, visit=visit, head=head)
+
+    def compiled_for_any_length(self) -> "Backend":
+        """Compiled for batches of any length, and the update of adapters with them."""
+        if not self.compilable:
+            return self
+        _, _, run_visit, run_head = self.compile_parts(dynamic=None)
+
+        def visit_of_any_length(x, mlp_lane, x0, skip, w, hook, ctx):
+            mark_length_dynamic(x, mlp_lane, x0, skip.x, ctx.spans.positions)
+            x, mlp_lane, _ = run_visit(x, mlp_lane, x0, skip, w, hook, ctx)
+            return x, mlp_lane, x0  # the compiler's x0 is a view, which it could not take again
+
+        def head_of_any_length(x, mlp_lane, embed, targets, hook, ctx):
+            mark_length_dynamic(x, mlp_lane, targets)
+            return run_head(x, mlp_lane, embed, targets, hook, ctx)
+
+        update = torch.compile(adapter_adamw_, fullgraph=True, dynamic=False)
+        return self._replace(visit=visit_of_any_length, head=head_of_any_length, update=update)
+
+    @staticmethod
+    def compile_parts(dynamic: bool | None) -> list[Callable]:
+        torch._dynamo.config.recompile_limit = 64
+        parts = cast_banks, embed_norm, visit_layer, loss_head
+        return [torch.compile(part, fullgraph=True, dynamic=dynamic) for part in parts]
+
+def mark_length_dynamic(*tensors):
+    """Let compiled code take tensors of other lengths than these."""
+    for tensor in tensors:
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+# The network
+
+def weight_bank(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+class GPT(nn.Module):
+    """The network. Parameters are fp32; a forward pass computes in bf16 on a GPU, in fp32 on a CPU."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        L, D, M, KE = cfg.num_layers, cfg.model_dim, cfg.mlp_dim, cfg.kv_dim
+        self.embed = weight_bank(cfg.vocab_size, D)  # tied: also the output projection
+        self.qo_bank = weight_bank(2 * L, D, D)  # all q, then all o
+        self.kv_bank = weight_bank(2 * L, KE, D)  # all k, then all v
+        self.up_bank = weight_bank(L, M, D)
+        self.down_bank = weight_bank(L, D, M)
+        self.q_gain = weight_bank(L, cfg.num_heads)
+        self.attn_scale = weight_bank(L, D)
+        self.mlp_scale = weight_bank(L, D)
+        self.resid_mix = weight_bank(L, 2, D)
+        self.lane_keep = weight_bank(L, 2)
+        self.lane_post = weight_bank(L, 2, 2)
+        skips = len(depth_plan(cfg, looped=True).encoder)
+        self.skip_scale = weight_bank(skips, D)  # row n: visit n of the decoder
+        self.skip_gate = weight_bank(skips, D)
+        longest = max(cfg.train_seq_len, cfg.eval_seq_len, cfg.ttt_eval_seq_len)
+        exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float64) / cfg.rope_dims
+        frequencies = cfg.rope_base**-exponents
+        angles = torch.outer(torch.arange(longest, dtype=torch.float64), frequencies)[:, None]
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.register_buffer("depth_scale", torch.arange(1.0, L + 1).rsqrt(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """All initial values. Every sublayer starts by adding nothing, as its output projection is zero.
+
+        embed  N(0, tied_embed_init_std)    q k v up  orthogonal    o down  0    q_gain  qk_gain_init
+        attn_scale mlp_scale skip_scale lane_post  1    resid_mix  1, 0    lane_keep  1.1    skip_gate  0
+        """
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        self.embed.normal_(std=self.cfg.tied_embed_init_std, generator=generator)
+        for name, matrix in self.named_matrices():
+            if name.endswith((".o", ".down")):
+                matrix.zero_()
+            else:
+                nn.init.orthogonal_(matrix, generator=generator)
+        for ones in (self.attn_scale, self.mlp_scale, self.skip_scale, self.lane_post):
+            ones.fill_(1.0)
+        self.q_gain.fill_(self.cfg.qk_gain_init)
+        self.resid_mix.copy_(torch.tensor([1.0, 0.0])[:, None])
+        self.lane_keep.fill_(1.1)
+        self.skip_gate.zero_()
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> "GPT":
+        """A model of its own with these weights, a state dict."""
+        model = copy.deepcopy(self)
+        model.load_state_dict(weights)
+        return model
+
+    def named_matrices(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of every matrix of the layers. This and `layers` are what knows the banks' layout."""
+        q, o = self.qo_bank.chunk(2)
+        k, v = self.kv_bank.chunk(2)
+        stacks = dict(q=q, k=k, v=v, o=o, up=self.up_bank, down=self.down_bank)
+        for i in range(self.cfg.num_layers):
+            for kind, stack in stacks.items():
+                yield f"{i}.{kind}", stack[i]
+
+    def layers(self, dtype: torch.dtype, backend: Backend) -> list[Layer]:
+        """Views of all layers. Banks are cast and unbound once: the gradient of an index is a whole bank."""
+        banks = self.qo_bank, self.kv_bank, self.up_bank, self.down_bank
+        vectors = (self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix, self.lane_keep,
+                   self.lane_post)
+        stacks = backend.cast(*banks, self.attn_scale, self.mlp_scale, dtype)
+        stacks += [p.to(dtype) for p in vectors]
+        stacks.append(self.depth_scale)
+        by_layer = zip(*(stack.unbind(0) for stack in stacks))
+        return [Layer(*views) for views in by_layer]
+
+    def forward(self, batch: Batch, plan: Plan, backend: Backend = Backend(),
+                hooks: Callable | None = None) -> Tensor:
+        """Negative log-likelihood of every target, (T,) fp32.
+
+        Training averages it, evaluation sums it, test-time training does first the one and then the other.
+        hooks(visit, layer) gives the hook of a visit, or, for -1 and -1, that of embedding and head.
+        """
+        cfg = self.cfg
+        dtype = compute_dtype(self.embed.device)
+        end_hook = hooks(-1, -1) if hooks else no_hook
+        # 1) Embed the tokens.
+        embedded = end_hook("start", batch.tokens, F.embedding(batch.tokens, self.embed))
+        x, x0 = backend.embed(embedded, dtype)
+        # 2) Visit the layers. The encoder pushes skips, the decoder pops them.
+        rope = self.cos, self.sin, batch.spans.positions
+        ctx = Context(cfg, backend.attend, backend.fused, rope, batch.spans)
+        layers = self.layers(dtype, backend)
+        scales = self.skip_scale.to(dtype).unbind(0)
+        gates = self.skip_gate.to(dtype).unbind(0)
+        skips = []
+        mlp_lane = None
+        for visit, i in enumerate(plan.visits):
+            decoder_visit = visit - len(plan.encoder)  # negative in the encoder
+            skip = Skip()
+            if decoder_visit >= 0:
+                if i >= cfg.parallel_start_layer and mlp_lane is None:
+                    mlp_lane = x  # the lanes part before a skip is merged, which is for attention's only
+                if skips:
+                    skip = Skip(skips.pop(), scales[decoder_visit], gates[decoder_visit])
+            hook = hooks(visit, i) if hooks else no_hook
+            x, mlp_lane, x0 = backend.visit(x, mlp_lane, x0, skip, layers[i], hook, ctx)
+            if decoder_visit < -1:
+                skips.append(x)
+            elif decoder_visit == -1:
+                skips.append(x.clone())  # the next visit gets it as x, too
+        # 3) Predict the targets.
+        return backend.head(x, mlp_lane, self.embed.to(dtype), batch.targets, end_hook, ctx)
+
+# ---- 5 Hooks: calibration and adapters ---------------------------------------------------------------------
+
+CALIBRATION_NAMES = {  # of the statistics of each site; q, k and v have one input, and so one entry
+    "qkv": "{layer}.qkv", "o": "{layer}.o", "up": "{layer}.up", "down": "{layer}.down",
+    "head": "embed", "start": "start"}
+
+class CalibrationHook(NamedTuple):
+    """Sums up, over tokens and over all visits of a layer, what quantization needs to know.
+
+    In a forward pass without gradients, hessians[name] += X'X of the inputs X of a matrix. In one with
+    gradients, fishers[name] += the squared gradients of its outputs, by output; and fishers["start"] += those
+    of the embedded tokens, by row of the embedding. Names are "3.qkv", "3.o", "3.up", "3.down" and "embed".
+    The backend must have no kernels, so that every site is seen.
+    """
+    hessians: dict[str, Tensor]
+    fishers: dict[str, Tensor]
+    layer: int
+
+    def __call__(self, site: str, x, y, scale=None):
+        if site not in CALIBRATION_NAMES:
+            return y
+        name = CALIBRATION_NAMES[site].format(layer=self.layer)
+        if y.requires_grad:
+            tokens = x if site == "start" else None
+            y.register_hook(functools.partial(self.add_gradients, name, tokens))
+        elif site != "start":
+            self.add_inputs(name, x.float(), y.size(1))
+        return y
+
+    def add_gradients(self, name: str, tokens, grad):
+        squares = grad.float().square()
+        if tokens is None:
+            self.fishers[name].add_(squares.sum(0))
+        else:
+            self.fishers[name].index_add_(0, tokens, squares.sum(1))
+
+    def add_inputs(self, name: str, x, outputs: int):
+        if name not in self.hessians:
+            self.hessians[name] = x.new_zeros(x.size(1), x.size(1))
+            self.fishers[name] = x.new_zeros(outputs)
+        self.hessians[name].addmm_(x.T, x)
+
+def grouped_linear(x, weights, ends):
+    """(T, in), (slots, in, out), (slots,) int32 -> (T, out): rows up to ends[0] by the first matrix, ..."""
+    if x.is_cuda:
+        return getattr(F, "grouped_mm", torch._grouped_mm)(x, weights, offs=ends)
+    products = []
+    start = 0
+    for end, weight in zip(ends.tolist(), weights):
+        if end > start:
+            products.append(x[start:end] @ weight)
+        start = end
+    return torch.cat(products)
+
+class AdapterHook(NamedTuple):
+    """Adds B A x to what a site computes; the rows of x belong to the slots, in order."""
+    adapters: dict[str, tuple[Tensor, Tensor]]  # A (slots, rank, in) and B (slots, out, rank) by name
+    ends: Tensor  # (slots,) int32, where each slot's rows end
+
+    def __call__(self, site: str, x, y, scale=None):
+        names = [name for name in ADAPTER_SITES.get(site, ()) if name in self.adapters]
+        if not names:
+            return y
+        outputs = [self.apply(name, x) for name in names]
+        output = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        return y + (output if scale is None else scale * output)
+
+    def apply(self, name: str, x):
+        A, B = self.adapters[name]
+        return grouped_linear(grouped_linear(x, A.mT, self.ends), B.mT, self.ends)
+
+class Adapters:
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685) of as many documents as there are slots.
+
+    The slots are independent of each other. Adapters are named after what they span, by TTT_SITES: q, k, v;
+    attn and mlp, which are whole sublayers, fed their normed input; head. A[name] (visits, slots, rank, in)
+    starts from a draw that follows from SEED alone, the same for every document, and B[name] (visits, slots,
+    out, rank) from zero. Forward passes use `copies` in compute dtype, A's first. Beta 1 is 0, so that AdamW
+    has no first moment.
+    """
+
+    def __init__(self, cfg: Config, visits: int, device: torch.device):
+        self.cfg = cfg
+        slots = cfg.ttt_batch_size
+        rank = cfg.ttt_lora_rank
+        D = cfg.model_dim
+        outputs = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "attn": D, "mlp": D, "head": cfg.vocab_size}
+        draws = self.draw_all(outputs, visits, device)
+        names = [name for site in cfg.ttt_sites.split(",") for name in ADAPTER_SITES[site]]
+        self.initial_A = {name: draws[name] for name in names}  # (visits, 1, rank, in)
+        self.A = {}
+        self.B = {}
+        for name, draw in self.initial_A.items():
+            self.A[name] = draw.new_empty(len(draw), slots, rank, D)
+            self.B[name] = draw.new_empty(len(draw), slots, outputs[name], rank)
+        self.tensors = [*self.A.values(), *self.B.values()]
+        self.second_moments = [torch.empty_like(t) for t in self.tensors]
+        dtype = compute_dtype(device)
+        self.copies = [t.to(dtype, copy=True).requires_grad_() for t in self.tensors]
+        self.update_count = torch.zeros(slots, device=device)
+        self.graphs: dict[int, CapturedRound] = {}  # by number of positions
+        if device.type == "cuda":
+            self.graph_pool = torch.cuda.graph_pool_handle()
+            self.replayed = torch.cuda.Event()
+        self.reset_slots(range(slots))
+
+    def draw_all(self, names: Iterable[str], visits: int, device: torch.device) -> dict[str, Tensor]:
+        """Initial values of A for all names, whichever are wanted, so that a draw depends on SEED alone."""
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        rank = self.cfg.ttt_lora_rank
+        D = self.cfg.model_dim
+        draws = {}
+        for name in names:
+            draw = torch.empty(1 if name == "head" else visits, 1, rank, D)
+            draws[name] = draw.uniform_(-(D**-0.5), D**-0.5, generator=generator).to(device)
+        return draws
+
+    @torch.no_grad()
+    def reset_slots(self, slots: Iterable[int]):
+        """Make slots as new: nothing stays of the documents that were there."""
+        indices = torch.tensor(list(slots), dtype=torch.long)
+        if not len(indices):
+            return
+        indices = to_device(indices, self.update_count.device)
+        for name, draw in self.initial_A.items():
+            self.A[name][:, indices] = draw
+            self.B[name][:, indices] = 0
+        for tensor, compute_copy, moment in zip(self.tensors, self.copies, self.second_moments):
+            compute_copy[:, indices] = tensor[:, indices].to(compute_copy.dtype)
+            moment[:, indices] = 0
+        self.update_count[indices] = 0
+
+    def hooks(self, ends) -> Callable:
+        """The hooks of a forward pass whose rows belong to slots as `ends` (slots,) says."""
+        count = len(self.A)
+        by_visit = {}  # (A, B) of every visit, by name
+        for name, A, B in zip(self.A, self.copies[:count], self.copies[count:]):
+            by_visit[name] = list(zip(A.unbind(0), B.unbind(0)))
+
+        def hooks_of_visit(visit: int, layer: int) -> AdapterHook:
+            names = [name for name in by_visit if (name == "head") == (visit < 0)]
+            adapters = {name: by_visit[name][max(visit, 0)] for name in names}
+            return AdapterHook(adapters, ends)
+
+        return hooks_of_visit
+
+    def learn(self, loss, update: Callable = adapter_adamw_):
+        """One AdamW step on the sum of the documents' losses, each of which moves its own adapters alone."""
+        cfg = self.cfg
+        grads = torch.autograd.grad(loss, self.copies)
+        with torch.no_grad():
+            self.update_count += 1
+            bias_correction = 1 - cfg.ttt_beta2**self.update_count  # by slot: each began at another time
+            update(self.tensors, self.copies, grads, self.second_moments, bias_correction[:, None, None],
+                   cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2)
+
+# ---- 6 Optimizers ------------------------------------------------------------------------------------------
+
+def orthogonalize(G, steps: int):
+    """Newton-Schulz: bring the singular values of each matrix of a bank into .68 .. 1.13, in G's dtype.
+
+    https://kellerjordan.github.io/posts/muon/; these coefficients give up convergence to 1 for speed near 0.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = G.size(-2) > G.size(-1)
+    X = G.mT if tall else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+@dataclasses.dataclass
+class BankShard:
+    """Communication buffers of one bank, in the dtype that travels."""
+    full: Tensor  # (world_size * rows, ...) the bank's gradient on its way out, its update on its way back
+    own: Tensor  # (rows, ...) this rank's slice of the reduced gradient; of a single rank, all of `full`
+    pending: Any = None  # the collective under way
+
+    def wait(self):
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, equal row norms, orthogonalization, for banks of matrices stacked along dimension 0.
+
+    Rows are normed before orthogonalization as in MuonEq-R, https://arxiv.org/abs/2603.28254. Every rank owns
+    a contiguous slice of each bank. A step has three phases:
+      1. send() sends the gradient of a bank out (reduce-scatter, sum), while the backward pass goes on;
+      2. step() orthogonalizes the rank's slice of each bank and sends the update back (all-gather), while
+         the next bank is computed;
+      3. step() applies the updates.
+    A single rank owns all. Momentum is fp32 and in state_dict(); bf16 travels on a GPU, fp32 on a CPU.
+    """
+
+    def __init__(self, banks: list[nn.Parameter], ranks: Ranks, **defaults: float):
+        super().__init__(sorted(banks, key=lambda bank: -bank.numel()), defaults)
+        self.ranks = ranks
+        self.shards: dict[nn.Parameter, BankShard] = {}
+        for bank in self.param_groups[0]["params"]:
+            rows = -(-len(bank) // ranks.world_size)  # the last ranks may own zeros, whose update is zero
+            shape = ranks.world_size * rows, *bank.shape[1:]
+            full = bank.new_zeros(shape, dtype=compute_dtype(bank.device))
+            own = torch.zeros_like(full[:rows]) if ranks.world_size > 1 else full
+            self.shards[bank] = BankShard(full, own)
+            self.state[bank]["momentum"] = torch.zeros_like(own, dtype=torch.float32)
+
+    @torch.no_grad()
+    def send(self, bank):
+        """Phase 1, for a bank whose gradient is complete; does nothing while that is on its way."""
+        shard = self.shards[bank]
+        if shard.pending is not None:
+            return
+        shard.full[: len(bank)] = bank.grad
+        if self.ranks.world_size > 1:
+            shard.pending = dist.reduce_scatter_tensor(shard.own, shard.full, async_op=True)
+
+    @torch.no_grad()
+    def squared_norm(self):
+        """Squared norm of this rank's slices of the reduced gradients, ()."""
+        for shard in self.shards.values():
+            shard.wait()
+        norms = torch._foreach_norm([shard.own.float() for shard in self.shards.values()])
+        return torch.stack(norms).square().sum()
+
+    @torch.no_grad()
+    def step(self, grad_scale: Tensor | float = 1.0):
+        """Phases 2 and 3, with gradients times grad_scale."""
+        (group,) = self.param_groups
+        for bank, shard in self.shards.items():
+            shard.wait()
+            grad = shard.own.float() * grad_scale
+            momentum = self.state[bank]["momentum"]
+            momentum.mul_(group["momentum"]).add_(grad)
+            update = grad + group["momentum"] * momentum  # Nesterov
+            update = update / update.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+            update = orthogonalize(update.to(shard.full.dtype), group["backend_steps"])
+            if self.ranks.world_size > 1:
+                shard.pending = dist.all_gather_into_tensor(shard.full, update.contiguous(), async_op=True)
+            else:
+                shard.full.copy_(update)
+        for bank, shard in self.shards.items():
+            shard.wait()
+            tall = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
+            bank.mul_(1 - group["lr"] * group["weight_decay"])
+            bank.add_(shard.full[: len(bank)], alpha=-group["lr"] * tall)
+
+class Optimizers:
+    """Muon for the banks and AdamW for the rest, as one: reduce over ranks, clip by the global norm, step."""
+
+    MUON = ("qo_bank", "kv_bank", "up_bank", "down_bank")
+    EMBED = ("embed",)
+    SCALARS = ("q_gain", "attn_scale", "mlp_scale", "resid_mix", "lane_keep", "lane_post", "skip_scale",
+               "skip_gate")
+
+    def __init__(self, model: GPT, ranks: Ranks, cfg: Config):
+        parameters = dict(model.named_parameters())
+        assigned = self.MUON + self.EMBED + self.SCALARS
+        if sorted(assigned) != sorted(parameters):
+            raise ValueError(f"parameters without exactly one optimizer: {set(parameters) ^ set(assigned)}")
+        self.cfg = cfg
+        self.ranks = ranks
+        banks = [parameters[name] for name in self.MUON]
+        embed = [parameters[name] for name in self.EMBED]
+        scalars = [parameters[name] for name in self.SCALARS]
+        self.replicated = embed + scalars
+        self.muon = Muon(banks, ranks, lr=cfg.matrix_lr, momentum=cfg.muon_momentum,
+                         weight_decay=cfg.muon_wd, backend_steps=cfg.muon_backend_steps)
+        groups = [dict(params=embed, lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
+                  dict(params=scalars, lr=cfg.scalar_lr, weight_decay=cfg.adam_wd)]
+        self.adamw = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
+                                       fused=ranks.on_gpu)
+        self.peak_lrs = [group["lr"] for group in self.groups]
+
+    @property
+    def groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def step(self, lr_scale: float, momentum: float):
+        """Update the model from this rank's share of the gradients, then forget these."""
+        # 1) A depth that does not use a parameter leaves it without a gradient.
+        for p in (*self.muon.shards, *self.replicated):
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        # 2) Reduce over ranks: the banks, unless they are on their way, and all small gradients as one.
+        for bank in self.muon.shards:
+            self.muon.send(bank)
+        grads = [p.grad.view(-1) for p in self.replicated]
+        if self.ranks.world_size > 1:
+            packed = self.ranks.all_reduce_(torch.cat(grads))
+            torch._foreach_copy_(grads, packed.split([len(grad) for grad in grads]))
+        # 3) Clip, set the rates, step.
+        grad_scale = self.clip_scale(grads)
+        torch._foreach_mul_(grads, grad_scale)
+        for group, peak in zip(self.groups, self.peak_lrs):
+            group["lr"] = peak * lr_scale
+        self.muon.param_groups[0]["momentum"] = momentum
+        self.muon.step(grad_scale)
+        self.adamw.step()
+        self.zero_grad()
+
+    def clip_scale(self, replicated_grads: list[Tensor]):
+        """The factor that limits the norm of the whole reduced gradient, (); the same on all ranks."""
+        banks = self.ranks.all_reduce_(self.muon.squared_norm())
+        rest = torch.stack(torch._foreach_norm(replicated_grads)).square().sum()
+        total = (banks + rest).sqrt()
+        limit = self.cfg.grad_clip_norm or math.inf
+        return (limit / (total + 1e-6)).clamp(max=1.0)
+
+    def zero_grad(self):
+        """Forget all gradients, also those that are on their way."""
+        self.muon.zero_grad()
+        self.adamw.zero_grad()
+        for shard in self.muon.shards.values():
+            shard.wait()
+
+class Ema:
+    """Exponential moving average of all weights, which is what gets exported.
+
+    The decay climbs as (t + 1) / (t + 18), which averages the last 1/17 of a run of any length, up to
+    ema_decay, which it reaches where a record run ends. From the start .9965 is too slow for short runs.
+    """
+
+    def __init__(self, model: GPT, decay: float):
+        self.decay = decay
+        self.steps = 0
+        self.weights = {name: p.detach() for name, p in model.named_parameters()}
+        self.average = {name: weight.clone() for name, weight in self.weights.items()}
+
+    def update(self):
+        """Take in the weights after a step."""
+        decay = min(self.decay, (self.steps + 1) / (self.steps + 18))
+        torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
+        self.steps += 1
+
+# ---- 7 Training --------------------------------------------------------------------------------------------
+
+def learning_rate_scale(progress: float, cfg: Config) -> float:
+    """Learning rates over their peaks: 1, then linear towards 0 in the last warmdown_frac, down to min_lr."""
+    if progress < 1 - cfg.warmdown_frac:
+        return 1.0
+    return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
+
+def muon_momentum(step: int, progress: float, cfg: Config) -> float:
+    """A linear ramp over muon_momentum_warmup_steps or, if that is sooner, over the first .31 of the run."""
+    by_steps = step / max(1, cfg.muon_momentum_warmup_steps)
+    ramp = min(1.0, max(by_steps, progress / 0.31))
+    start = cfg.muon_momentum_warmup_start
+    return start + (cfg.muon_momentum - start) * ramp
+
+def split_step(cfg: Config, world_size: int) -> tuple[int, int]:
+    """(buffers that a rank computes in a step, tokens of a buffer). UserError if ranks cannot share a step.
+
+    A buffer is an eighth of a step where ranks divide 8, so that 1, 2, 4 and 8 of them see the same data.
+    """
+    if cfg.train_batch_tokens % world_size:
+        fits = ", ".join(str(n) for n in range(1, 65) if cfg.train_batch_tokens % n == 0)
+        raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} cannot be shared by {world_size} "
+                        f"ranks: --nproc_per_node times --nnodes may be {fits}")
+    rank_tokens = cfg.train_batch_tokens // world_size
+    fewest = -(-BUFFERS_PER_STEP // world_size)
+    count = next(n for n in range(fewest, rank_tokens + 1) if rank_tokens % n == 0)
+    buffer_tokens = rank_tokens // count
+    if buffer_tokens < cfg.train_seq_len:
+        raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} gives {world_size} ranks buffers of "
+                        f"{buffer_tokens} tokens, less than TRAIN_SEQ_LEN={cfg.train_seq_len}")
+    return count, buffer_tokens
+
+@contextlib.contextmanager
+def preserved(model: GPT, optimizers: Optimizers) -> Iterator[None]:
+    """Put weights, optimizer state and random state back, bitwise, at the end of the block."""
+    parts = model, optimizers.muon, optimizers.adamw
+    states = [copy.deepcopy(part.state_dict()) for part in parts]
+    gpus = [torch.cuda.current_device()] if optimizers.ranks.on_gpu else []
+    with torch.random.fork_rng(gpus):
+        yield
+    for part, state in zip(parts, states):
+        part.load_state_dict(state)
+    optimizers.zero_grad()
+
+class Trainer:
+    """The model of a run with its optimizers and its data, and the loop over them."""
+
+    def __init__(self, run: Run, model: GPT, loader: PackedLoader):
+        self.cfg, self.ranks, self.log, backend = run
+        self.model = model
+        self.loader = loader
+        self.local_buffers, _ = split_step(self.cfg, self.ranks.world_size)
+        self.optimizers = Optimizers(model, self.ranks, self.cfg)
+        self.backend = backend.compiled()
+        self.plans = [depth_plan(self.cfg, looped) for looped in (False, True)]
+        self.steps = 0
+
+    def step(self, batches: Iterable[Batch], plan: Plan, lr_scale: float, momentum: float) -> Tensor:
+        """One optimizer step; returns this rank's part of its mean loss, (), still on the device."""
+        loss = torch.zeros((), device=self.ranks.device)
+        buffers = self.local_buffers * self.ranks.world_size
+        for left, batch in zip(reversed(range(self.local_buffers)), batches):
+            nll = self.model(batch, plan, self.backend)
+            counted = (batch.targets != IGNORE).sum().clamp(min=1)
+            part = nll.sum() / counted / buffers  # parts add up to the mean over the buffers of all ranks
+            with self.banks_sent_early() if left == 0 else contextlib.nullcontext():
+                part.backward()
+            loss += part.detach()
+        self.optimizers.step(lr_scale, momentum)
+        return loss
+
+    @contextlib.contextmanager
+    def banks_sent_early(self) -> Iterator[None]:
+        """During the last backward pass of a step, send each bank off once its gradient is complete."""
+        muon = self.optimizers.muon
+        with contextlib.ExitStack() as hooks:
+            for bank in muon.shards if self.ranks.world_size > 1 else ():
+                hooks.enter_context(bank.register_post_accumulate_grad_hook(muon.send))
+            yield
+
+    def warm_up(self):
+        """Compile and run both loop forms on random tokens, and leave no trace of it."""
+        cfg = self.cfg
+        loader = self.loader
+        tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, loader.buffer_tokens + 1)
+        starts = np.arange(0, loader.buffer_tokens, 600)
+        bounds = span_bounds(starts, loader.buffer_tokens, cfg.train_seq_len)
+        batch = make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len)
+        batch = to_device(batch, self.ranks.device)
+        with preserved(self.model, self.optimizers):
+            for plan in self.plans if cfg.loops_at_end else self.plans[:1]:
+                for _ in range(cfg.warmup_steps):
+                    self.step([batch] * self.local_buffers, plan, 1.0, cfg.muon_momentum)
+
+    def own_buffers(self) -> Iterator[int]:
+        """Indices of the buffers that this rank computes, step after step."""
+        return itertools.count(self.ranks.rank, self.ranks.world_size)
+
+    def train(self, validate: Callable) -> GPT:
+        """Step until the training clock less its reserve is spent, or `iterations` are done.
+
+        Returns a model with the average of the weights. validate(model, plan) gives a plain score. All ranks
+        go by the largest of their clocks, so that learning rates agree and all of them stop together. The
+        host is at most two steps ahead of the GPU.
+        """
+        cfg = self.cfg
+        ranks = self.ranks
+        log = self.log
+        budget = cfg.max_wallclock_seconds and cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+        batches = self.loader.buffers(self.own_buffers(), ranks.device)
+        ema = Ema(self.model, cfg.ema_decay)
+        rows = []
+        in_flight = deque()
+        looped = False
+        with log.phase("train", "training") as phase:
+            while True:
+                # 1) How far is it? Stop before the step that would not fit any more.
+                if len(in_flight) == 2:
+                    in_flight.popleft().synchronize()
+                seconds = ranks.all_reduce_max(phase.elapsed())
+                progress = max(self.steps / cfg.iterations, seconds / budget if budget else 0.0)
+                to_come = (1 + len(in_flight)) * seconds / max(1, self.steps)  # until one more step is done
+                done = progress >= 1 or 0 < budget < seconds + to_come
+                # 2) Report, and validate where it is asked for, with the clock at rest.
+                if rows and (done or self.steps <= 3 or self.steps % cfg.train_log_every == 0):
+                    self.report(rows, seconds, progress)
+                    rows = []
+                if self.steps and cfg.val_loss_every and (done or self.steps % cfg.val_loss_every == 0):
+                    ranks.synchronize()  # what was sent before belongs to training
+                    with phase.paused():
+                        self.report_validation(validate(self.model, self.plans[looped]))
+                if done:
+                    break
+                # 3) Take a step, by the schedule.
+                if not looped and cfg.num_loops and progress >= cfg.enable_looping_at:
+                    looped = True
+                    log(f"layer_loop:enabled step:{self.steps} frac:{progress:.3f}")
+                lr_scale = learning_rate_scale(progress, cfg)
+                momentum = muon_momentum(self.steps, progress, cfg)
+                own = itertools.islice(batches, self.local_buffers)
+                loss = self.step(own, self.plans[looped], lr_scale, momentum)
+                ema.update()
+                self.steps += 1
+                rows.append(dict(step=self.steps, loss=loss, seconds=seconds, lr=lr_scale, looped=looped))
+                if ranks.on_gpu:
+                    in_flight.append(torch.cuda.current_stream().record_event())
+            return self.model.with_weights(ema.average)
+
+    def report(self, rows: list[dict], seconds: float, progress: float):
+        """Log the latest step, and to metrics.jsonl all since the last report; losses are over all ranks."""
+        losses = self.ranks.all_reduce_(torch.stack([row["loss"] for row in rows])).tolist()
+        if not all(map(math.isfinite, losses)):
+            raise UserError(f"train_loss is {losses[-1]} at step {self.steps}, training diverged: lower "
+                            "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
+        for row, loss in zip(rows, losses):
+            self.log.metrics("step", **{**row, "loss": loss})
+        progress = min(progress, 1.0)
+        speed = len(rows) * self.cfg.train_batch_tokens / max(seconds - rows[0]["seconds"], 1e-9)
+        self.log(f"step:{self.steps}/{self.cfg.iterations} train_loss:{losses[-1]:.4f} "
+                 f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / self.steps:.2f}ms "
+                 f"tok/s:{speed:.0f} done:{progress:.1%} eta:{seconds / progress - seconds:.0f}s")
+
+    def report_validation(self, current: "Score"):
+        self.log(f"step:{self.steps}/{self.cfg.iterations} {current}")
+        self.log.metrics("validation", step=self.steps, val_loss=current.loss, val_bpb=current.bpb)
+
+# ---- 8 Quantization ----------------------------------------------------------------------------------------
+# A weight becomes (code + shift) * 2^(row exponent / 8) * 2^(column exponent / 8), where shift is 0 or 1/2.
+# The two powers make up its bin width.
+#
+# Bin widths. To second order, an error in a weight costs in loss its square times F d: F from the squared
+# gradients of the output that it belongs to (by row), d from the energy of its input (by column; of that, the
+# part that GPTQ cannot move on to later columns). A bin twice as wide quadruples that cost and saves one bit.
+# So, for a bit to buy the same loss everywhere, a bin width is one number, that of the artifact, over
+# sqrt(F d). The number is searched until code and model fill the cap. Rows of the embedding go by a root of
+# their cost, and none by less than a quarter of the common one: calibration sees few tokens of a rare row.
+#
+# Shifts. They cost no bytes: along a row they follow from which codes were odd before, by a convolutional
+# code (trellis-coded quantization, https://doi.org/10.1109/26.46532; of language models,
+# https://arxiv.org/abs/2406.11235). The best sequence of codes is searched; at equal length its errors cost a
+# quarter less than those of codes rounded one by one.
+
+MAX_CODE = 127
+MATRIX_TENSORS = ("codes", "rows", "columns", "row_width", "column_width")  # see Quantizer.quantize
+RATE_WEIGHT = 1 / 15  # what a value pays for its length; see gptq
+TRELLIS = {  # parity checks of shifts and of odd codes, by states: https://doi.org/10.1109/TIT.1982.1056454
+    1: (0, 0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
+
+class Calibration(NamedTuple):
+    """Sums over calibration tokens, which tell what an error in a weight costs; see CalibrationHook."""
+    hessians: dict[str, Tensor]  # (in, in)
+    fishers: dict[str, Tensor]  # (out,), and "start": (vocab_size,)
+
+    def hooks(self, visit: int, layer: int) -> CalibrationHook:
+        return CalibrationHook(self.hessians, self.fishers, layer)
+
+@torch.no_grad()
+def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibration:
+    """Statistics of gptq_calibration_batches training buffers from `first` on. Freezes the model.
+
+    Inputs are taken from whole buffers, gradients from the first quarter of each. Ranks share the buffers and
+    add up their sums, so that the number of ranks does not matter.
+    """
+    cfg = run.cfg
+    ranks = run.ranks
+    plan = depth_plan(cfg, cfg.loops_at_end)
+    backend = run.backend._replace(fused=False)
+    sums = Calibration({}, {"start": model.embed.new_zeros(cfg.vocab_size)})
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # TF32 holds bf16 inputs exactly and sums in fp32
+    model.requires_grad_(False)
+    model.embed.requires_grad_()  # so that gradients go all the way back
+    own = list(range(first + ranks.rank, first + cfg.gptq_calibration_batches, ranks.world_size))
+    for batch in loader.buffers(iter(own or [first]), ranks.device):  # without any, one to know the shapes
+        model(batch, plan, backend, sums.hooks)
+        with torch.enable_grad():
+            quarter = first_tokens(batch, -(-len(batch.tokens) // 4))
+            nll = model(quarter, plan, backend, sums.hooks)
+            torch.autograd.grad(nll.sum(), model.embed)
+    model.embed.requires_grad_(False)
+    torch.set_float32_matmul_precision(precision)
+    for statistics in sums:
+        for name, value in statistics.items():
+            statistics[name] = ranks.all_reduce_(value if own else value.zero_())
+            if not statistics[name].isfinite().all():
+                raise UserError("not all activations and gradients are finite after training: lower "
+                                "MATRIX_LR")
+    return sums
+
+def column_energies(H):
+    """What GPTQ needs of H (in, in), the sum of x x' over inputs: U (in, in) and d (in,).
+
+    U is the upper Cholesky factor of the inverse of H, d = 1 / diagonal(U)^2.
+    """
+    H = H + torch.diag((H.diagonal() == 0).float())
+    H.diagonal().add_(0.01 * H.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    U = torch.linalg.cholesky(inverse, upper=True)
+    return U, U.diagonal() ** -2
+
+def next_state(state, odd, states: int):
+    """The state of the trellis after a code. The lowest bit of the state before a code is its shift."""
+    shift_check, code_check = TRELLIS[states]
+    return (state >> 1) ^ (state & 1) * (shift_check >> 1) ^ odd * (code_check >> 1)
+
+class Trellis(NamedTuple):
+    """The ways through the trellis. A branch is a state and a parity of the code that leaves it."""
+    states: int
+    parities: int  # 2; with a single state 1, as there is nothing to tell apart
+    offsets: Tensor  # (states, parities) the smallest value >= 0 of a branch; others are `parities` apart
+    incoming: Tensor  # (states, parities) the branches, state * parities + parity, that lead to a state
+
+    @classmethod
+    def of(cls, states: int, device: torch.device) -> "Trellis":
+        parities = min(states, 2)
+        state = torch.arange(states, device=device)
+        offsets = (state[:, None] & 1) / 2 + state[:parities]
+        reached = torch.stack([next_state(state, odd, states) for odd in range(parities)], dim=1)
+        incoming = reached.flatten().argsort(stable=True).view(states, parities)
+        return cls(states, parities, offsets, incoming)
+
+    def nearest(self, target, top: int):
+        """The nearest value of each branch; targets of paths (..., states, 1) -> (..., states, parities)."""
+        steps = ((target - self.offsets) / self.parities).round()
+        limit = top // self.parities
+        return self.offsets + self.parities * steps.clamp(-limit, limit)
+
+def gptq(W, U, states: int = 1, rate_weight: float = 0, top: int = MAX_CODE, block: int = 128):
+    """Round W (..., out, in) column by column, moving the error of each on to later ones: code + shift, fp32.
+
+    https://arxiv.org/abs/2210.17323. U (..., in, in) as column_energies gives it, in units of W's columns.
+    With one state, values are whole numbers of at most `top`. With more, a Viterbi search keeps the best path
+    to each state, with errors of its own, and after every `block` columns the best of all. For its length a
+    value pays rate_weight times what an error of 1 costs, times its square over the mean square of its row
+    and column.
+    """
+    W = W.clone()
+    quantized = torch.empty_like(W)
+    trellis = Trellis.of(states, W.device)
+    row_square = W.square().mean(-1, keepdim=True).clamp(min=1e-6)
+    column_square = (W.square() / row_square).mean(-2, keepdim=True).clamp(min=1e-6)
+    rate = rate_weight / (row_square * column_square)
+    state = W.new_zeros(W.shape[:-1], dtype=torch.long)
+    for lo in range(0, W.size(-1), block):
+        hi = min(lo + block, W.size(-1))
+        here = W[..., lo:hi]
+        U_here = U[..., lo:hi, lo:hi]
+        values, state = search_block(here, U_here, rate[..., lo:hi], state, trellis, top)
+        quantized[..., lo:hi] = values
+        errors = torch.linalg.solve_triangular(U_here, here - values, upper=True, left=False)
+        W[..., hi:] -= errors @ U[..., lo:hi, hi:]
+    return quantized
+
+def search_block(W, U, rate, state, trellis: Trellis, top: int):
+    """The best values for a block of columns and the states that they lead to, from `state` (..., out) on.
+
+    W, rate (..., out, columns), U (..., columns, columns) -> (..., out, columns), (..., out)
+    """
+    # Every path holds what it still has to round, which its own errors have changed, after its values.
+    paths = W[..., None, :].repeat_interleave(trellis.states, dim=-2)  # (..., out, states, columns)
+    cost = torch.full_like(paths[..., 0], math.inf).scatter_(-1, state[..., None], 0.0)
+    every_state = torch.arange(trellis.states, device=W.device)
+    for j in range(W.size(-1)):
+        # 1) Candidates: each path can go on with the nearest value of either parity.
+        target = paths[..., j, None]
+        value = trellis.nearest(target, top)
+        # 2) A branch costs its error and its length.
+        unit = U[..., j, j, None, None, None]
+        error = (target - value) / unit
+        length = rate[..., j, None, None] * (value / unit).square()
+        branch_cost = cost[..., None] + error.square() + length
+        # 3) Of the branches into a state, keep the cheapest.
+        cost, which = branch_cost.flatten(-2)[..., trellis.incoming].min(-1)
+        branch = trellis.incoming[every_state, which]
+        came_from = (branch // trellis.parities)[..., None]
+        paths = paths.gather(-2, came_from.expand_as(paths))
+        # 4) Move its error on to later columns; at j the target becomes the value.
+        kept_error = error.flatten(-2).gather(-1, branch)[..., None]
+        paths[..., j:] -= kept_error * U[..., None, None, j, j:]
+    # 5) Of all paths, keep the cheapest. Values are halves of whole numbers, but for rounding.
+    state = cost.argmin(-1)
+    which = state[..., None, None].expand_as(paths[..., :1, :])
+    best = paths.gather(-2, which)
+    values = (2 * best.squeeze(-2)).round() / 2
+    return values, state
+
+def shifts_of(odd, states: int):
+    """Which codes are shifted, from which are odd; (out, in) uint8 of 0 and 1 both."""
+    state = np.zeros(len(odd), dtype=np.uint8)
+    shifts = np.empty_like(odd.T, order="C")
+    for shift, odd_column in zip(shifts, np.ascontiguousarray(odd.T)):
+        shift[:] = state & 1
+        state = next_state(state, odd_column, states)
+    return shifts.T
+
+def exponents_of(x, parts: int):
+    """Logarithm to base 2 in steps of 1 / parts, as int8."""
+    return (parts * x.log2()).round().clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
+
+class Quantizer:
+    """Matrices of one shape, stacked as (n, out, in), with all that GPTQ needs to know for any bin width."""
+
+    def __init__(self, names: list[str], weights: list, hessians: list, fishers: list, token_fisher=None):
+        """Lists have an item for each matrix: (out, in), (in, in), (out,). For the embedding alone,
+        token_fisher (vocab_size,) adds what errors cost where tokens are looked up.
+        """
+        self.names = names
+        # 1) Column exponents, from the energies of inputs. GPTQ works in units of the columns.
+        factors, energies = zip(*map(column_energies, hessians))
+        log_energy = torch.stack(energies).log2()
+        mean_log_energy = log_energy.mean(1, keepdim=True)
+        self.columns = exponents_of((mean_log_energy - log_energy).exp2().sqrt(), 8)
+        by_column = self.scale(self.columns)[:, None]
+        never_used = torch.stack([H.diagonal() == 0 for H in hessians])
+        self.W = torch.stack(weights).masked_fill(never_used[:, None], 0) / by_column
+        self.U = torch.stack(factors) / by_column
+        # 2) The cost of an error in a row, from the gradients of outputs.
+        cost = torch.stack(fishers) * mean_log_energy.exp2()
+        if token_fisher is not None:  # the embedding is read twice: as the head and, by token, at the start
+            cost = cost + token_fisher
+        common = cost.mean(1, keepdim=True)
+        cost = cost.maximum(common / 16)  # few tokens tell of a rare row
+        self.root_cost = cost.sqrt() if token_fisher is None else (cost * common) ** 0.25  # (n, out)
+        # 3) Rows round their exponents at different bin widths, so that the size has no jumps; and none is so
+        #    fine that its largest weight would have no code.
+        rows = torch.arange(self.W.size(1), device=self.W.device)
+        self.row_phase = rows * 0.618 % 1
+        largest = self.W.abs().amax(2) / MAX_CODE
+        self.finest = torch.ceil(8 * largest.clamp(min=2.0**-15).log2())
+
+    @staticmethod
+    def scale(exponents):
+        return (exponents.float() / 8).exp2()
+
+    def log_spread(self):
+        """Sum over all weights of log2 of their spread in bins of width 1, which tells their bits, ()."""
+        spread = self.W.square().mean(2).sqrt() * self.root_cost
+        return spread.clamp(min=1e-9).log2().sum() * self.W.size(2)
+
+    def quantize(self, bin_width: float, states: int) -> dict[str, Tensor]:
+        """The artifact's tensors of all matrices.
+
+        NAME.codes (out, in) int16 holds 2 (code + shift); NAME.rows and NAME.columns the exponents;
+        NAME.row_width and NAME.column_width tell the decoder how widely the codes of each are spread.
+        """
+        wanted = 8 * (bin_width / self.root_cost).log2() + self.row_phase
+        exponents = wanted.floor().maximum(self.finest)
+        rows = exponents.clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
+        by_row = self.scale(rows)[:, :, None]
+        by_column = self.scale(self.columns)[:, None]
+        codes = gptq(self.W / by_row, self.U, states, RATE_WEIGHT)
+        restored = codes * by_row * by_column
+        row_width = exponents_of(root_mean_square(restored, 2), 4)
+        row_spread = self.scale(2 * row_width.float())[:, :, None]
+        evened = restored / row_spread
+        column_width = exponents_of(root_mean_square(evened, 1), 4)
+        stacks = (2 * codes).to(torch.int16), rows, self.columns, row_width, column_width
+        return {f"{name}.{kind}": stack[i] for i, name in enumerate(self.names)
+                for kind, stack in zip(MATRIX_TENSORS, stacks)}
+
+def root_mean_square(x, dim: int):
+    return x.square().mean(dim).sqrt().clamp(min=2.0**-31)
+
+class MatrixInfo(NamedTuple):
+    """Which rank quantizes a matrix, and its shape."""
+    owner: int
+    shape: tuple[int, int]
+
+    def empty(self, kind: str, device: torch.device) -> Tensor:
+        """Memory for a tensor of the artifact."""
+        rows, columns = self.shape
+        if kind == "codes":
+            return torch.empty(rows, columns, dtype=torch.int16, device=device)
+        length = columns if kind in ("columns", "column_width") else rows
+        return torch.empty(length, dtype=torch.int8, device=device)
+
+class Quantizers(NamedTuple):
+    """How the matrices of a model are shared out among ranks to be quantized."""
+    own: list[Quantizer]  # of this rank's matrices, those of one shape together
+    matrices: dict[str, MatrixInfo]  # all of them
+
+@torch.no_grad()
+def make_quantizers(run: Run, model: GPT, sums: Calibration) -> Quantizers:
+    """Share the matrices out, and prepare this rank's for quantization."""
+    # 1) Share the matrices out by the work that GPTQ has with them.
+    matrices = {"embed": model.embed, **dict(model.named_matrices())}
+    owners = assign_balanced([W.numel() * W.size(1) for W in matrices.values()], run.ranks.world_size)
+    infos = {name: MatrixInfo(int(owner), W.shape) for (name, W), owner in zip(matrices.items(), owners)}
+    # 2) Group this rank's by shape, each with its statistics.
+    groups: dict[tuple, list[tuple]] = {}
+    for name, W in matrices.items():
+        if infos[name].owner == run.ranks.rank:
+            is_embed = name == "embed"
+            statistics = matrix_statistics(run.cfg, model, sums, name)
+            groups.setdefault((W.shape, is_embed), []).append((name, W, *statistics))
+    # 3) The embedding's rows have a cost at the start as well; the inputs there have mean square 1.
+    own = []
+    for (shape, is_embed), members in groups.items():
+        names, weights, hessians, fishers = map(list, zip(*members))
+        token_fisher = None
+        if is_embed:
+            tokens = sums.hessians["embed"].trace() / shape[1]
+            token_fisher = sums.fishers["start"] * tokens / shape[1]
+        own.append(Quantizer(names, weights, hessians, fishers, token_fisher))
+    return Quantizers(own, infos)
+
+def matrix_statistics(cfg: Config, model: GPT, sums: Calibration, name: str) -> tuple[Tensor, Tensor]:
+    """The hessian (in, in) and the fisher (out,) of one matrix, "3.q" or "embed"."""
+    layer, _, kind = name.rpartition(".")
+    site = f"{layer}.qkv" if kind in ("q", "k", "v") else name
+    fisher = sums.fishers[site]
+    if layer:  # both sums are over visits, where their product should be
+        visits = depth_plan(cfg, cfg.loops_at_end).visits
+        fisher = fisher / visits.count(int(layer))
+    if kind in ("o", "down"):  # calibration saw these times their residual scale
+        scale = model.attn_scale if kind == "o" else model.mlp_scale
+        fisher = fisher * scale[int(layer)].square()
+    D, KE = cfg.model_dim, cfg.kv_dim
+    rows = {"q": slice(0, D), "k": slice(D, D + KE), "v": slice(D + KE, None)}
+    return sums.hessians[site], fisher[rows.get(kind, slice(None))]
+
+@torch.no_grad()
+def quantize(run: Run, model: GPT, quantizers: Quantizers, bin_width: float) -> dict[str, Tensor]:
+    """All tensors of the artifact, on the CPU of every rank: of Quantizer.quantize, the rest as fp16."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        if name in Optimizers.SCALARS:
+            tensors[name] = shorten_fp16(p.half()).cpu()
+    own = {}
+    for quantizer in quantizers.own:
+        own |= quantizer.quantize(bin_width, run.cfg.quant_states)
+    for name, info in quantizers.matrices.items():
+        for kind in MATRIX_TENSORS:
+            key = f"{name}.{kind}"
+            tensor = own[key] if key in own else info.empty(kind, run.ranks.device)
+            as_bytes = tensor.contiguous().view(torch.int8)  # collectives have no int16
+            run.ranks.broadcast_(as_bytes, info.owner)
+            tensors[key] = as_bytes.view(tensor.dtype).cpu()
+    return tensors
+
+def shorten_fp16(x):
+    """Round fp16 to 6 of its 10 bits after the first; the matrices that these scale err by more."""
+    return ((x.view(torch.int16) + 8) & -16).view(torch.half)
+
+# ---- 9 Artifact --------------------------------------------------------------------------------------------
+# Codes are nearly Gaussian, with a spread that follows from their row and column. By it they are sorted into
+# contexts, each of which a range coder codes with the counts of its codes: first whether each code is odd,
+# which tells all shifts; then, given spread, shift and parity, the rest. (https://arxiv.org/abs/2201.01741)
+#
+# The artifact is a magic number, the BLAKE2b digest of what follows, Brotli streams, each after its length,
+# and, after a length of 0, the words of the range coder. The streams together hold a JSON header (settings;
+# name, dtype and shape of tensors) after its length, then the tensors' raw bytes.
+
+ARTIFACT_MAGIC = b"PGOLF003"
+DIGEST_BYTES = 16
+STREAM_BYTES = 1 << 18  # a stream ends with the tensor that fills it; streams are compressed in parallel
+SPREADS = 64  # classes of spread, a quarter of an octave each
+SYMBOLS = 2 * MAX_CODE + 1
+
+def matrix_names(tensors: Iterable[str]) -> list[str]:
+    """The matrices among an artifact's tensors."""
+    return [name.removesuffix(".rows") for name in tensors if name.endswith(".rows")]
+
+def spread_classes(tensors: dict[str, Tensor]):
+    """The class of spread of every code of all matrices, (codes,) uint8."""
+    def log_spread(width: str, exponents: str):
+        """Of codes in bins, in eighths of an octave."""
+        return 2 * tensors[width].numpy().astype(np.int16) - tensors[exponents].numpy().astype(np.int16)
+
+    classes = [np.zeros(0, dtype=np.uint8)]
+    for name in matrix_names(tensors):
+        by_row = log_spread(f"{name}.row_width", f"{name}.rows")
+        by_column = log_spread(f"{name}.column_width", f"{name}.columns")
+        wanted = (by_row[:, None] + by_column) // 2 + 24
+        classes.append(wanted.clip(0, SPREADS - 1).astype(np.uint8).ravel())
+    return np.concatenate(classes)
+
+def context_models(counts) -> Iterator[tuple[int, int, Any]]:
+    """(context, its smallest symbol, the model of a symbol less that); no model where there is one symbol."""
+    model = lazy_import("constriction").stream.model
+    for context, row in enumerate(counts):
+        present = np.flatnonzero(row)
+        if len(present):
+            lo, hi = int(present[0]), int(present[-1])
+            frequencies = row[lo : hi + 1] / row.sum()  # of integers: the same on every machine
+            yield context, lo, model.Categorical(frequencies, perfect=False) if lo < hi else None
+
+def encode(coder: Any, codes, contexts, total: int):
+    """Append (count,) codes of at most MAX_CODE to the coder, each in one of `total` contexts.
+
+    Returns the counts of symbols, (total, SYMBOLS), which the decoder needs.
+    """
+    symbols = codes.astype(np.int64) + MAX_CODE
+    joint = contexts.astype(np.int64) * SYMBOLS + symbols
+    counts = np.bincount(joint, minlength=total * SYMBOLS).reshape(total, -1)
+    sorted_symbols = symbols[np.argsort(contexts, kind="stable")].astype(np.int32)
+    ends = counts.sum(1).cumsum()
+    for context, lo, model in context_models(counts):
+        start = ends[context] - counts[context].sum()
+        if model is not None:
+            coder.encode(sorted_symbols[start : ends[context]] - lo, model)
+    return counts
+
+def decode(coder: Any, counts, contexts):
+    """The codes, int8, that `encode` was given; ValueError if there cannot be so many."""
+    in_context = np.bincount(contexts, minlength=len(counts))
+    if counts.min() < 0 or not np.array_equal(counts.sum(1), in_context):
+        raise ValueError("counts of codes are wrong")
+    sorted_codes = np.empty(len(contexts), dtype=np.int8)
+    ends = in_context.cumsum()
+    for context, lo, model in context_models(counts):
+        count = int(in_context[context])
+        symbols = np.zeros(count, dtype=np.int32) if model is None else coder.decode(model, count)
+        sorted_codes[ends[context] - count : ends[context]] = symbols + lo - MAX_CODE
+    codes = np.empty_like(sorted_codes)
+    codes[np.argsort(contexts, kind="stable")] = sorted_codes
+    return codes
+
+def encode_codes(tensors: dict[str, Tensor]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """All codes as uint32 words of the range coder, and counts of odd ones and of the rest by context."""
+    coder = lazy_import("constriction").stream.queue.RangeEncoder()
+    spreads = spread_classes(tensors)
+    codes = [tensors[f"{name}.codes"].numpy().ravel() for name in matrix_names(tensors)]
+    codes = np.concatenate([np.zeros(0, dtype=np.int16), *codes])
+    is_odd = codes >> 1 & 1
+    odd_and_shift = codes & 3
+    counts = {"odd_counts": encode(coder, is_odd, spreads, SPREADS),
+              "counts": encode(coder, codes >> 2, 4 * spreads + odd_and_shift, 4 * SPREADS)}
+    return coder.get_compressed(), counts
+
+def decode_codes(words, tensors: dict[str, Tensor], states: int) -> dict[str, Tensor]:
+    """NAME.codes of all matrices. Takes their counts out of `tensors`."""
+    coder = lazy_import("constriction").stream.queue.RangeDecoder(words)
+    spreads = spread_classes(tensors)
+    odd_counts = tensors.pop("odd_counts").numpy().astype(np.int64)
+    counts = tensors.pop("counts").numpy().astype(np.int64)
+    shapes = {}
+    for name in matrix_names(tensors):
+        shapes[name] = len(tensors[f"{name}.rows"]), len(tensors[f"{name}.columns"])
+    ends = np.cumsum([rows * columns for rows, columns in shapes.values()], dtype=int)[:-1]
+    low_bits = decode(coder, odd_counts, spreads).astype(np.uint8)  # first of all, whether a code is odd
+    for part, shape in zip(np.split(low_bits, ends), shapes.values()):
+        shifts = shifts_of(part.reshape(shape), states)
+        part[:] = 2 * part + shifts.ravel()  # in low_bits, of which it is a view
+    high_bits = decode(coder, counts, 4 * spreads + low_bits).astype(np.int16)
+    if not coder.maybe_exhausted():
+        raise ValueError("words are left")
+    codes = np.split(4 * high_bits + low_bits, ends)
+    return {f"{name}.codes": torch.from_numpy(part).view(shape)
+            for part, (name, shape) in zip(codes, shapes.items())}
+
+def pack_artifact(settings: dict, tensors: dict[str, Tensor]) -> bytes:
+    """The artifact as bytes, which follow from the arguments alone."""
+    # 1) Entropy-code the codes; their counts join the other tensors.
+    words, counts = encode_codes(tensors)
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(".codes")}
+    tensors |= {name: torch.from_numpy(table.astype(np.int32)) for name, table in counts.items()}
+    # 2) Write header and tensors into streams, and compress these.
+    listing = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
+    header = json.dumps({**settings, "tensors": listing}, separators=(",", ":")).encode()
+    streams = [len(header).to_bytes(4, "little") + header]
+    for tensor in tensors.values():
+        if len(streams[-1]) >= STREAM_BYTES:
+            streams.append(b"")
+        streams[-1] += tensor.contiguous().numpy().tobytes()
+    compress = functools.partial(lazy_import("brotli").compress, quality=11, lgwin=24)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Brotli lets go of the interpreter lock
+        compressed = list(pool.map(compress, streams))
+    # 3) Put everything together.
+    body = b"".join(len(part).to_bytes(4, "little") + part for part in compressed)
+    body += bytes(4)
+    body += words.astype("<u4").tobytes()
+    return ARTIFACT_MAGIC + digest_of(body) + body
+
+def digest_of(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+
+def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and tensors of an artifact. UserError if it is none, or not whole."""
+    start = len(ARTIFACT_MAGIC) + DIGEST_BYTES
+    body = blob[start:]
+    if blob[:start] != ARTIFACT_MAGIC + digest_of(body):
+        raise UserError(f"{path} is not an artifact of this script, or damaged: magic or checksum is wrong")
+    with parsing(str(path)):
+        return parse_artifact(body)
+
+def parse_artifact(body: bytes) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and tensors of what follows an artifact's checksum; any exception if that is foreign."""
+    # 1) Decompress the streams.
+    brotli = lazy_import("brotli")
+    data = bytearray()
+    offset = 4
+    while size := int.from_bytes(body[offset - 4 : offset], "little"):
+        data += brotli.decompress(body[offset : offset + size])
+        offset += size + 4
+    words = np.frombuffer(body, dtype="<u4", offset=offset).astype(np.uint32)
+    # 2) Read header and tensors.
+    start = 4 + int.from_bytes(data[:4], "little")
+    settings = json.loads(data[4:start])
+    raw = torch.frombuffer(data, dtype=torch.uint8)
+    tensors = {}
+    for name, dtype_name, shape in settings.pop("tensors"):
+        dtype = getattr(torch, dtype_name)
+        end = start + math.prod(shape) * dtype.itemsize
+        tensors[name] = raw[start:end].clone().view(dtype).view(shape)
+        start = end
+    # 3) Decode the codes.
+    tensors |= decode_codes(words, tensors, settings["settings"]["quant_states"])
+    return settings, tensors
+
+@torch.no_grad()
+def restore(model: GPT, tensors: dict[str, Tensor]) -> GPT:
+    """A model of its own with an artifact's weights; UserError if these are not for such a model."""
+    restored = copy.deepcopy(model)
+    with parsing("the artifact"):
+        for name, target in (*restored.named_parameters(), *restored.named_matrices()):
+            if name in Optimizers.MUON:  # filled matrix by matrix
+                continue
+            value = tensors[name] if name in tensors else restore_matrix(tensors, name)
+            if value.shape != target.shape:
+                raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+            target.copy_(value)
+    return restored
+
+def restore_matrix(tensors: dict[str, Tensor], name: str) -> Tensor:
+    rows = Quantizer.scale(tensors[f"{name}.rows"])
+    columns = Quantizer.scale(tensors[f"{name}.columns"])
+    return tensors[f"{name}.codes"] / 2 * rows[:, None] * columns
+
+def fingerprint(model: GPT, cfg: Config) -> str:
+    """Digest of weights and of the settings of quantization: tells what an artifact was made from."""
+    settings = repr(cfg.pick("quantization"))
+    digest = hashlib.blake2b(settings.encode(), digest_size=DIGEST_BYTES)
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+def export(run: Run, model: GPT, sums: Calibration, code_bytes: int, path: Path) -> bytes:
+    """Quantize with the finest bin width that fits, to .05 %; write the artifact, return it as read back."""
+    cfg = run.cfg
+    ranks = run.ranks
+    settings = {"settings": cfg.to_save(), "made_from": fingerprint(model, cfg)}
+    quantizers = make_quantizers(run, model, sums)
+    # 1) Begin where codes have the bits that there are, by the entropy of a Gaussian: log2 spread + 2.05.
+    weights = sum(p.numel() for p in model.parameters())
+    log_spread = sum((q.log_spread() for q in quantizers.own), torch.zeros((), device=ranks.device))
+    log_spread = ranks.all_reduce_(log_spread).item() / weights
+    bits = min(8 * (CAP_BYTES - code_bytes) / weights, 10.0)
+    bin_width = 2 ** (log_spread + 2.05 - bits)
+    too_fine, fits = 0.0, math.inf  # bin widths
+    best = b""
+    sizes = []
+    boost = 1.0
+    for _ in range(30):
+        # 2) Try a bin width, and keep the largest artifact that fits.
+        tensors = quantize(run, model, quantizers, bin_width)
+        blob = pack_artifact(settings, tensors) if ranks.is_main else b""
+        size = code_bytes + ranks.broadcast_object(len(blob))
+        sizes.append(size)
+        run.log(f"artifact: with a bin width of {bin_width:.4g} code + model are {size} bytes of {CAP_BYTES}")
+        if size <= CAP_BYTES:
+            best = max(best, blob, key=len)
+            fits = min(fits, bin_width)
+        else:
+            too_fine = max(too_fine, bin_width)
+        if 0.9995 * CAP_BYTES <= size <= CAP_BYTES or sizes[-3:] == [size] * 3:
+            break  # as full as may be; or every bin width gives this size
+        # 3) An octave of bin width is worth a bit a weight or less, so steps grow; within bounds, bisect.
+        octaves = 8 * (size - 0.9998 * CAP_BYTES) / weights * boost
+        bin_width = bin_width * 2 ** max(-8.0, min(octaves, 8.0))
+        boost = 2 * boost
+        if too_fine and fits < math.inf and not too_fine < bin_width < fits:
+            bin_width = math.sqrt(too_fine * fits)
+    if not ranks.broadcast_object(len(best)):
+        raise UserError(f"the model does not fit into {CAP_BYTES} bytes: lower MODEL_DIM or NUM_LAYERS")
+    if ranks.is_main:
+        write_file(path, best)
+    return ranks.broadcast_object(read_file(path) if ranks.is_main else b"")
+
+def save_checkpoint(model: GPT, cfg: Config, steps: int, path: Path):
+    """Write the weights before quantization, and what calibrating again needs to know."""
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    checkpoint = {"settings": cfg.to_save(), "steps": steps, "weights": weights}
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    write_file(path, file.getvalue())
+
+class Saved(NamedTuple):
+    """What EVAL_ONLY_PATH holds: an artifact, or the weights of a checkpoint."""
+    settings: dict[str, Any]
+    artifact: bytes = b""
+    weights: dict[str, Tensor] | None = None
+    steps: int = 0
+
+def read_saved(path: Path) -> Saved:
+    """Read an artifact or a checkpoint; UserError if it is neither, or damaged."""
+    data = read_file(path)
+    with parsing(f"EVAL_ONLY_PATH={path}"):
+        if data.startswith(ARTIFACT_MAGIC):
+            settings, _ = unpack_artifact(data, path)
+            return Saved(settings["settings"], artifact=data)
+        damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()
+        if damaged:
+            raise UserError(f"EVAL_ONLY_PATH={path} is damaged: the checksum of its {damaged} is wrong")
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return Saved(dict(checkpoint["settings"]), weights=checkpoint["weights"],
+                     steps=int(checkpoint["steps"]))
+
+def check_saved_settings(run: Run, saved: Saved):
+    """UserError if the model was made with other settings of the model; others that differ are logged."""
+    cfg = run.cfg
+    path = run.cfg.eval_only_path
+    for name in cfg.to_save():
+        if name not in saved.settings:
+            raise UserError(f"EVAL_ONLY_PATH={path}: another version of this script made it: no {name}")
+    differing = {name: value for name, value in saved.settings.items() if value != getattr(cfg, name)}
+    wrong = [f"{name.upper()}={value}" for name, value in differing.items() if name in cfg.names("model")]
+    if wrong:
+        raise UserError(f"EVAL_ONLY_PATH={path} was made with other settings, which are taken from it unless "
+                        "set: unset them, or set " + " ".join(wrong))
+    if differing:
+        run.log(f"settings other than those of its run, which were: {key_values(differing)}")
+
+def open_saved(run: Run, model: GPT, saved: Saved) -> tuple[bytes, int]:
+    """(artifact, 0) or, of a checkpoint, (the artifact beside it if made from it, its steps).
+
+    Fills the model with a checkpoint's weights. UserError if settings forbid to score this.
+    """
+    check_saved_settings(run, saved)
+    if saved.artifact:
+        return saved.artifact, 0
+    path = Path(run.cfg.eval_only_path)
+    with parsing(f"EVAL_ONLY_PATH={path}"):
+        model.load_state_dict(saved.weights)
+    beside = path.with_name("final_model.int6.ptz")
+    blob = read_file(beside) if beside.is_file() else b""
+    with contextlib.suppress(UserError):  # of another version, or damaged
+        if blob and unpack_artifact(blob, beside)[0].get("made_from") == fingerprint(model, run.cfg):
+            run.log(f"{beside} was made from {path} with these settings")
+            return blob, saved.steps
+    run.log(f"no {beside} made from {path} with these settings: calibrating again, for which training shards "
+            "are needed")
+    return b"", saved.steps
+
+PACKED = '''"""train_gpt.py, packed: unpacks itself to a file, whose lines Triton can read, and runs that."""
+import base64, hashlib, lzma, os, tempfile
+SOURCE = lzma.decompress(base64.b85decode("%s"))
+UNPACKED = os.path.join(tempfile.gettempdir(), "train_gpt_" + hashlib.sha256(SOURCE).hexdigest()[:32] + ".py")
+try:
+    with open(UNPACKED, "rb") as file:
+        whole = file.read() == SOURCE
+except OSError:
+    whole = False
+if not whole:
+    with open(UNPACKED + str(os.getpid()), "wb") as file:
+        file.write(SOURCE)
+    os.replace(file.name, UNPACKED)
+exec(compile(SOURCE, UNPACKED, "exec"))
+'''
+
+@functools.cache
+def pack_script() -> bytes:
+    """This script as it is shipped and counted: minified, LZMA, base85, self-extracting.
+
+    Annotations of functions stay: Triton and custom_op read them. A packed script is returned as it is.
+    """
+    source = Path(__file__).read_bytes()
+    if "UNPACKED" in globals():
+        return source
+    minifier = lazy_import("python_minifier")
+    annotations = minifier.RemoveAnnotationsOptions(remove_return_annotations=False,
+                                                    remove_argument_annotations=False)
+    small = minifier.minify(source.decode(), remove_annotations=annotations, remove_literal_statements=True,
+                            hoist_literals=False, rename_locals=False)
+    compressed = lzma.compress(small.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    return (PACKED % base64.b85encode(compressed).decode()).encode()
+
+# ---- 10 Scores ---------------------------------------------------------------------------------------------
+
+UNSCORED = -1.0  # among losses, which are negative by rounding at most
+PACK_MULTIPLE = 128  # positions of a batch: kernels and grouped products like it
+
+class Score(NamedTuple):
+    """The one place where losses become a score."""
+    nats: float
+    targets: int
+    text_bytes: int
+
+    @classmethod
+    def of(cls, nll, val: Validation) -> "Score":
+        """Of the losses of all targets of the validation stream, summed in fp64."""
+        return cls(nll.double().sum().item(), nll.numel(), int(val.token_bytes.sum()))
+
+    @property
+    def loss(self) -> float:
+        """Nats per target."""
+        return self.nats / self.targets
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of text."""
+        return self.nats / (math.log(2) * self.text_bytes)
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
+
+def pack_spans(val: Validation, spans: list[tuple[int, int]], max_len: int, max_spans: int,
+               multiple: int = PACK_MULTIPLE) -> tuple[Batch, np.ndarray]:
+    """Stretches of targets [lo, hi) end to end, each a context of its own, and the target of every position.
+
+    Filled up to a multiple of `multiple` with positions that have no target (-1), and with empty spans.
+    """
+    target_index = np.concatenate([np.arange(lo, hi) for lo, hi in spans])
+    count = len(target_index)
+    total = -(-count // multiple) * multiple
+    starts = np.cumsum([0] + [hi - lo for lo, hi in spans])  # the last one is where filling starts
+    bounds = span_bounds(starts[starts < total], total, max_len)
+    room = max_spans + -(-multiple // max_len)
+    if len(bounds) - 1 > room:
+        raise ValueError(f"{len(bounds) - 1} spans where {room} have room: some would not be scored")
+    tokens = np.zeros(total, dtype=np.int64)
+    targets = np.full(total, IGNORE)
+    tokens[:count] = val.tokens[target_index]
+    targets[:count] = val.tokens[target_index + 1]
+    target_index = np.append(target_index, np.full(total - count, -1))
+    return make_batch(tokens, targets, bounds, room, max_len), target_index
+
+class Tally:
+    """The loss of every target of the validation stream on this rank, and how often each was scored."""
+
+    def __init__(self, targets: int, ranks: Ranks):
+        self.ranks = ranks
+        self.nll = torch.zeros(targets, device=ranks.device)
+        self.times = torch.zeros(targets, dtype=torch.int32, device=ranks.device)
+
+    def add(self, target_index, nll):
+        self.nll.index_add_(0, target_index, nll)
+        self.times.index_add_(0, target_index, torch.ones_like(target_index, dtype=torch.int32))
+
+    def gather(self, what: str, may_miss: bool = False) -> Tensor:
+        """The losses of all ranks as one, (targets,) fp32 on the CPU; UNSCORED where targets may be missing.
+
+        Any other target that was not scored exactly once, or whose loss is not finite, ends the run.
+        """
+        times = self.ranks.all_reduce_(self.times)
+        nll = self.ranks.all_reduce_(self.nll)
+        often = int((times > 1).sum())
+        never = int((times < 1).sum())
+        if often or never and not may_miss:
+            raise RuntimeError(f"{what}: {often} targets were scored more than once, {never} never")
+        infinite = int((~nll.isfinite()).sum())
+        if infinite:
+            raise UserError(f"{what}: {infinite} losses are not finite; if only here, lower TTT_LORA_LR")
+        return nll.where(times == 1, UNSCORED).cpu()
+
+@torch.no_grad()
+def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
+    """Plain loss of every target, (targets,): documents cut at eval_seq_len, nothing learned."""
+    cfg = run.cfg
+    ranks = run.ranks
+    tally = Tally(len(val.token_bytes), ranks)
+    own = np.flatnonzero(assign_balanced(val.lengths, ranks.world_size) == ranks.rank)
+    spans = deque()
+    for start, length in zip(val.starts[own].tolist(), val.lengths[own].tolist()):
+        end = start + length
+        spans.extend((lo, min(lo + cfg.eval_seq_len, end)) for lo in range(start, end, cfg.eval_seq_len))
+    batch_tokens = cfg.val_batch_tokens // max(ranks.world_size, BUFFERS_PER_STEP)
+    while spans:
+        packed = []
+        room = max(cfg.eval_seq_len, batch_tokens)
+        while spans and spans[0][1] - spans[0][0] <= room:
+            lo, hi = spans.popleft()
+            packed.append((lo, hi))
+            room -= hi - lo
+        batch, target_index = pack_spans(val, packed, cfg.eval_seq_len, len(packed))
+        scored = to_device(torch.from_numpy(target_index[target_index >= 0]), ranks.device)
+        nll = model(to_device(batch, ranks.device), plan, run.backend)
+        tally.add(scored, nll[: len(scored)])
+    return tally.gather("plain evaluation")
+
+# ---- 11 Score-first adaptation -----------------------------------------------------------------------------
+# Test-time training as in #1530: every document by itself, with fresh adapters, in chunks from left to right.
+# A chunk is scored with what earlier chunks of its document taught. That score is final; then the adapters
+# take one step on the chunk. Documents share nothing, and nothing depends on where a document ends before its
+# end has been read. Documents enter a fixed number of slots in validation order; when one ends, the next one
+# takes its slot. A round scores one chunk in every occupied slot, their windows packed end to end.
+
+class Turn(NamedTuple):
+    """One chunk of one document, in its slot."""
+    slot: int
+    document: int
+    chunk: int
+
+class Round(NamedTuple):
+    """One chunk of every occupied slot."""
+    batch: Batch
+    ends: Tensor  # (slots,) int32: where each slot's rows end in the batch
+    loss_weight: Tensor  # (T,) 1 / size of a chunk that its document goes on after, else 0
+    rows: Tensor | None  # (scored,) positions in the batch that belong to the chunks
+    target_index: Tensor | None  # (scored,) the targets at these
+    new_slots: Sequence[int] = ()  # slots whose document begins in this round
+    progress: float = 0.0  # fraction of the work done before it
+    documents: int = 0  # finished before it
+
+def chunk_ends(longest: int, cfg: Config):
+    """Where chunks end, up to at least `longest`: (chunks,) targets from the beginning of any document.
+
+    A chunk has ttt_chunk_size targets, or ttt_chunk_growth of those before it, whichever is more.
+    """
+    ends = [cfg.ttt_chunk_size]
+    while ends[-1] < longest:
+        size = max(cfg.ttt_chunk_size, int(ends[-1] * cfg.ttt_chunk_growth))
+        ends.append(ends[-1] + min(size, cfg.ttt_eval_seq_len))
+    return np.array(ends)
+
+def schedule_rounds(lengths: list[int], slots: int, ends) -> Iterator[tuple[list[int], list[Turn]]]:
+    """Of every round, the slots whose document is new, and a turn of every slot that has a document."""
+    waiting = (document for document, length in enumerate(lengths) if length)
+    turns: dict[int, Turn] = {}  # by slot
+    while True:
+        free = [slot for slot in range(slots) if slot not in turns]
+        new_slots = []
+        for slot, document in zip(free, waiting):
+            turns[slot] = Turn(slot, document, 0)
+            new_slots.append(slot)
+        if not turns:
+            return
+        yield new_slots, [turns[slot] for slot in sorted(turns)]
+        turns = {turn.slot: turn._replace(chunk=turn.chunk + 1) for turn in turns.values()
+                 if ends[turn.chunk] < lengths[turn.document]}
+
+def chunk_window(chunk: int, length: int, ends, context: int) -> tuple[int, int, int]:
+    """[first, last) target of a document's window for a chunk, at most `context`, and the chunk's own first.
+
+    Where it begins follows from the chunk's number alone. The ancestor counts back from where the last chunk
+    ends. That lets what a token sees depend on how soon its document ends: a glimpse of the future.
+    """
+    end = int(ends[chunk])
+    chunk_start = int(ends[chunk - 1]) if chunk else 0
+    return max(0, end - context), min(end, length), chunk_start
+
+def round_sizes(cfg: Config) -> range:
+    """The numbers of positions that a round is filled up to, 48 of them or fewer."""
+    most = cfg.ttt_batch_size * cfg.ttt_eval_seq_len
+    multiple = PACK_MULTIPLE * -(-most // (48 * PACK_MULTIPLE))
+    return range(multiple, most + multiple, multiple)
+
+def make_round(val: Validation, turns: list[Turn], ends, cfg: Config) -> Round:
+    """Pack the windows of all turns; `ends` as chunk_ends gives them."""
+    spans = []
+    in_chunks = []
+    weights = []
+    slot_rows = np.zeros(cfg.ttt_batch_size, dtype=np.int64)
+    for slot, document, chunk in turns:
+        length = val.lengths[document]
+        first, last, chunk_start = chunk_window(chunk, length, ends, cfg.ttt_eval_seq_len)
+        in_chunk = np.arange(first, last) >= chunk_start
+        goes_on = last < length
+        start = val.starts[document]
+        spans.append((start + first, start + last))
+        in_chunks.append(in_chunk)
+        weights.append(in_chunk * goes_on / (ends[chunk] - chunk_start))
+        slot_rows[slot] = last - first
+    multiple = round_sizes(cfg).step
+    batch, target_index = pack_spans(val, spans, cfg.ttt_eval_seq_len, cfg.ttt_batch_size, multiple)
+    rows = np.flatnonzero(np.concatenate(in_chunks))
+    slot_ends = np.cumsum(slot_rows)
+    filling = np.zeros(len(target_index) - slot_ends[-1])
+    slot_ends[-1] = len(target_index)  # what fills up counts as the last slot's, and weighs nothing
+    loss_weight = np.concatenate([*weights, filling]).astype(np.float32)
+    return Round(batch, torch.from_numpy(slot_ends.astype(np.int32)), torch.from_numpy(loss_weight),
+                 torch.from_numpy(rows), torch.from_numpy(target_index[rows]))
+
+def adapt(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this: Round) -> Tensor:
+    """Run a round; returns the final losses of its positions. The order of the two steps is the rule."""
+    nll = model(this.batch, plan, backend, adapters.hooks(this.ends))
+    final = nll.detach().clone()  # 1. score, with adapters that have learned from earlier chunks only
+    adapters.learn((nll * this.loss_weight).sum(), backend.update)  # 2. learn from what was just scored
+    return final
+
+class CapturedRound(NamedTuple):
+    """`adapt` as a CUDA graph, which starts its 1,800 kernels at once."""
+    graph: torch.cuda.CUDAGraph
+    inputs: Round
+    nll: Tensor
+
+def capture_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, size: int, like: Round):
+    """Capture `adapt` for rounds of `size` positions; nothing runs. `like` is a round of any size."""
+    tokens = like.batch.tokens.new_zeros(size)
+    loss_weight = like.loss_weight.new_zeros(size)
+    spans = like.batch.spans._replace(positions=tokens.clone())
+    batch = Batch(tokens, tokens.clone(), spans)
+    inputs = Round(batch, like.ends, loss_weight, rows=None, target_index=None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=adapters.graph_pool, capture_error_mode="thread_local"):
+        nll = adapt(model, adapters, plan, backend, inputs)
+    adapters.graphs[size] = CapturedRound(graph, inputs, nll)
+
+def run_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this: Round) -> Tensor:
+    """`adapt` or, where it was captured for this size, its graph."""
+    captured = adapters.graphs.get(len(this.loss_weight))
+    if captured is None:
+        return adapt(model, adapters, plan, backend, this)
+    adapters.replayed.synchronize()  # the host is one round ahead, so that deadlines mean what they say
+    for graph_input, tensor in zip(tensors_in(captured.inputs), tensors_in(this)):
+        graph_input.copy_(tensor)
+    captured.graph.replay()
+    adapters.replayed.record()
+    return captured.nll
+
+def rank_rounds(run: Run, val: Validation) -> Iterator[Round]:
+    """The rounds of this rank. Documents go to ranks whole and in order, by the tokens in their windows."""
+    cfg = run.cfg
+    ranks = run.ranks
+    ends = chunk_ends(val.lengths.max(), cfg)
+    window_tokens = np.minimum(ends, cfg.ttt_eval_seq_len)  # by chunk
+    last_chunk = np.searchsorted(ends, val.lengths)
+    costs = np.cumsum(window_tokens)[last_chunk]
+    own = np.flatnonzero(assign_balanced(costs, ranks.world_size) == ranks.rank)
+    total = costs[own].sum()
+    done = 0
+    entered = 0
+    for new_slots, turns in schedule_rounds(val.lengths[own].tolist(), cfg.ttt_batch_size, ends):
+        turns = [turn._replace(document=own[turn.document]) for turn in turns]
+        entered += len(new_slots)
+        this = make_round(val, turns, ends, cfg)
+        yield to_device(this, ranks.device)._replace(new_slots=new_slots, progress=done / total,
+                                                     documents=entered - len(turns))
+        done += window_tokens[[turn.chunk for turn in turns]].sum()
+
+def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, backend: Backend,
+                    deadline: float) -> Tensor:
+    """Losses of all targets by test-time training, (targets,); UNSCORED past the deadline (perf_counter)."""
+    ranks = run.ranks
+    plan = depth_plan(run.cfg, run.cfg.loops_at_end)
+    tally = Tally(len(val.token_bytes), ranks)
+    began = time.perf_counter()
+    late = False
+    lines = 1
+    for this in rank_rounds(run, val):
+        late = time.perf_counter() > deadline
+        if late:
+            break
+        if this.progress >= lines / 10 and ranks.is_main:
+            lines += 1
+            log_progress(run, val, tally, this, time.perf_counter() - began)
+        adapters.reset_slots(this.new_slots)
+        nll = run_round(model, adapters, plan, backend, this)
+        tally.add(this.target_index, nll[this.rows])
+    ranks.synchronize()
+    seconds = time.perf_counter() - began
+    slowest = ranks.all_reduce_max(seconds)
+    total = ranks.all_reduce_(torch.tensor(seconds, device=ranks.device)).item()
+    run.log(f"adapt: ranks busy {total / ranks.world_size / slowest:.1%} of {slowest:.1f} s")
+    return tally.gather("test-time training", may_miss=ranks.all_reduce_max(late) > 0)
+
+def log_progress(run: Run, val: Validation, tally: Tally, this: Round, seconds: float):
+    """One of ten lines about what this rank has scored so far."""
+    scored = tally.times.cpu().numpy() > 0
+    nats = tally.nll.double().sum().item()
+    so_far = Score(nats, scored.sum(), val.token_bytes[scored].sum())
+    to_come = seconds / this.progress - seconds
+    run.log(f"ttt_progress: documents:{this.documents} tokens:{so_far.targets} val_bpb:{so_far.bpb:.6f} "
+            f"done:{this.progress:.0%} elapsed:{seconds:.0f}s eta:{to_come:.0f}s")
+
+def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backend):
+    """Compile and capture all that adaptation needs, on random tokens; the adapters are as new after it."""
+    cfg = run.cfg
+    slots = run.cfg.ttt_batch_size
+    plan = depth_plan(cfg, cfg.loops_at_end)
+    ends = chunk_ends(cfg.ttt_eval_seq_len, cfg)
+    length = int(ends[-1]) + 1
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, slots * length + 1)
+    val = Validation(tokens, np.ones(len(tokens) - 1), np.arange(slots) * length, np.full(slots, length), 0)
+    for chunk in (0, len(ends) // 2, len(ends) - 1):  # the last takes most memory, and perhaps 64-bit indices
+        turns = [Turn(slot, slot, chunk) for slot in range(slots)]
+        this = to_device(make_round(val, turns, ends, cfg), run.ranks.device)
+        adapt(model, adapters, plan, backend, this)
+    if run.ranks.on_gpu:
+        torch.cuda.empty_cache()  # graphs have memory of their own, which the largest fills
+        for size in reversed(round_sizes(cfg)):
+            capture_round(model, adapters, plan, backend, size, this)
+    adapters.reset_slots(range(slots))
+
+# ---- 12 The run --------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Result:
+    """What RESULT and result.json hold, in their order; what is None does not apply and is left out."""
+    # scores: adapted, which is the headline; before adaptation; before quantization
+    val_loss: float = None
+    val_bpb: float = None
+    val_loss_quantized: float = None
+    val_bpb_quantized: float = None
+    val_loss_unquantized: float = None
+    val_bpb_unquantized: float = None
+    # what speaks against them
+    caveats: list[str] = None
+    unadapted_tokens: int = None
+    recompilations: int = None
+    # what they are of
+    documents: int = None
+    tokens: int = None
+    bytes: int = None
+    # limits
+    total_bytes: int = None
+    code_bytes: int = None
+    model_bytes: int = None
+    cap_bytes: int = CAP_BYTES
+    clocks: dict[str, dict] = None
+    # the run
+    mode: str = None
+    seed: int = None
+    steps: int = None
+    run_id: str = None
+    settings: dict[str, Any] = None
+    hardware: str = None
+    versions: dict[str, str] = None
+    phases: dict[str, float] = None
+    seconds: float = None
+    peak_gpu_bytes: int = None
+    # what went into it and came out, by hash
+    code_sha256: str = None
+    packed_sha256: str = None
+    model_sha256: str = None
+    tokenizer_sha256: str = None
+    train_sha256: str = None
+    val_sha256: str = None
+
+    def add_scores(self, scored: "Scored", val: Validation):
+        """Take in the scores of the artifact, and what they are of."""
+        self.val_loss, self.val_bpb = scored.final.loss, scored.final.bpb
+        self.val_loss_quantized, self.val_bpb_quantized = scored.quantized.loss, scored.quantized.bpb
+        self.unadapted_tokens = scored.unadapted
+        self.documents = len(val.starts)
+        self.tokens = scored.final.targets
+        self.bytes = scored.final.text_bytes
+        self.val_sha256 = val.sha256
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+def key_values(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}:{value}" for name, value in values.items()) or "none"
+
+def versions() -> dict[str, str]:
+    """Of everything that a score may depend on, from package metadata: nothing is imported for it."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for package in ("torch", "triton", "flash_attn_3", "numpy", "sentencepiece", "brotli", "constriction",
+                    "python-minifier"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+def open_run(run: Run) -> Result:
+    """Write the head of the log and the packed script; returns the result as far as it is known."""
+    cfg, ranks, log, backend = run
+    source = script_path().read_text()
+    settings = dataclasses.asdict(cfg)
+    changed = {name: value for name, value in settings.items() if value != getattr(Config, name)}
+    result = Result(run_id=log.run_id, seed=cfg.seed, settings=changed, versions=versions(),
+                    code_sha256=sha256(source.encode()),
+                    hardware=f"{ranks.world_size} x {device_name(ranks.device)}")
+    # 1) What runs: script, versions, settings, device.
+    log(f"run_id:{log.run_id} artifact_dir:{log.folder} code_sha256:{result.code_sha256}")
+    log(f"versions: {key_values(result.versions)}")
+    log(f"settings other than the record's: {key_values(changed)}")
+    log.metrics("settings", **settings, world_size=ranks.world_size)
+    log(f"all settings: {key_values(settings)}", console=False)
+    kernels = "Triton" if backend.fused else "PyTorch"
+    compiling = "on" if backend.compilable else "off"
+    device = ranks.device
+    log(f"device:{device_name(device)} world_size:{ranks.world_size} dtype:{compute_dtype(device)} "
+        f"attention:{backend.attend.__name__} kernels:{kernels} compile:{compiling}")
+    log("\n".join(("=" * 100, source, "=" * 100)), console=False)
+    # 2) What would fail only at the end of the run, were it not tried now.
+    for package in ("brotli", "constriction", "sentencepiece"):
+        lazy_import(package)
+    if cfg.save_scores and ranks.is_main and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):
+        raise UserError(f"SAVE_SCORES={cfg.save_scores}: its folder is missing or not writable")
+    # 3) The script as it is shipped, so that its size is known.
+    packed = ranks.broadcast_object(pack_script() if ranks.is_main else b"")
+    if ranks.is_main:
+        write_file(log.folder / "train_gpt_packed.py", packed)
+    result.code_bytes = len(packed)
+    result.packed_sha256 = sha256(packed)
+    return result
+
+def check_disk(run: Run, parameters: int):
+    """UserError if the run's folder has no room for its files."""
+    if run.ranks.is_main:
+        free = shutil.disk_usage(run.log.folder).free
+        need = 2**25 + 6 * parameters
+        if free < need:
+            raise UserError(f"ARTIFACT_DIR={run.log.folder}: {free >> 20} MiB are free, a run needs "
+                            f"{need >> 20}")
+
+class Produced(NamedTuple):
+    """What training and export leave."""
+    averaged: GPT
+    artifact: bytes
+    steps: int
+    train_sha256: str
+
+def produce(run: Run, model: GPT, steps: int, files: DataFiles, bos: int, code_bytes: int,
+            validate: Callable) -> Produced:
+    """Train, unless the model is a checkpoint after `steps`; calibrate; export."""
+    cfg, ranks, log, _ = run
+    local_buffers, buffer_tokens = split_step(cfg, ranks.world_size)
+    loader = PackedLoader(files.train, bos, cfg, buffer_tokens)
+    train_sha256 = loader.digest()
+    averaged = model
+    in_training = not steps
+    if in_training:
+        averaged, steps = train(run, model, loader, validate)
+    with log.phase("calibrate", "training"):
+        sums = calibrate(run, averaged, loader, steps * local_buffers * ranks.world_size)
+    with log.phase("export"):
+        if ranks.is_main and in_training:
+            save_checkpoint(averaged, cfg, steps, log.folder / "final_model.pt")
+        artifact = export(run, averaged, sums, code_bytes, log.folder / "final_model.int6.ptz")
+    return Produced(averaged, artifact, steps, train_sha256)
+
+def train(run: Run, model: GPT, loader: PackedLoader,
+          validate: Callable) -> tuple[GPT, int]:
+    """Warm up and train; returns a model with the average of the weights, and the number of steps."""
+    trainer = Trainer(run, model, loader)
+    with run.log.phase("warm-up"):
+        trainer.warm_up()
+    run.log(f"buffers: {trainer.local_buffers} a step on a rank, {loader.buffer_tokens} tokens and at most "
+            f"{loader.max_spans} spans each; first step after {time.perf_counter() - PROCESS_START:.1f} s")
+    averaged = trainer.train(validate)
+    tokens = trainer.steps * run.cfg.train_batch_tokens
+    run.log(f"train: steps:{trainer.steps} tokens:{tokens} epochs:{tokens / loader.epoch_tokens:.2f}")
+    return averaged, trainer.steps
+
+class Scored(NamedTuple):
+    """The scores of the artifact."""
+    final: Score
+    quantized: Score  # the plain one
+    nll: Tensor  # (targets,) of the final score
+    unadapted: int  # targets that have their plain loss in it
+
+def score(run: Run, model: GPT, val: Validation) -> Scored:
+    """Plain score of the artifact's model, then the adapted one, which is the headline."""
+    cfg, ranks, log, backend = run
+    plan = depth_plan(cfg, cfg.loops_at_end)
+    with log.phase("score quantized", "scoring"):
+        nll = evaluate(run, model, val, plan)
+        quantized = Score.of(nll, val)
+        log(f"quantized {quantized}")
+    unadapted = nll.numel()
+    if cfg.ttt_enabled:
+        with log.phase("prepare adaptation"):
+            adapters = Adapters(cfg, len(plan.visits), ranks.device)
+            backend = backend.compiled_for_any_length()
+            if backend.compilable:
+                warm_up_adaptation(run, model, adapters, backend)
+        with log.phase("adapt", "scoring"):
+            left = 0.99 * cfg.eval_max_seconds - log.spent("scoring") if cfg.eval_max_seconds else math.inf
+            deadline = time.perf_counter() + left
+            adapted = score_documents(run, model, val, adapters, backend, deadline)
+        unadapted = int((adapted == UNSCORED).sum())
+        nll = torch.where(adapted == UNSCORED, nll, adapted)
+        if unadapted:
+            log(f"EVAL_MAX_SECONDS={cfg.eval_max_seconds:g} passed: {unadapted} targets keep their plain "
+                "score, and the score depended on time")
+    final = Score.of(nll, val)
+    log(f"final {final}")
+    return Scored(final, quantized, nll, unadapted)
+
+def caveats(run: Run, result: Result) -> list[str]:
+    """What speaks against taking this result for a record's, measured by the challenge's limits."""
+    cfg, ranks, log, _ = run
+    training, scoring = log.spent("training"), log.spent("scoring")
+    return [why for why, holds in (
+        (f"preset {cfg.preset}", cfg.preset),
+        (f"not trained by this run, which read {cfg.eval_only_path}", result.mode != "train"),
+        (f"training took {training:.1f} s of {CLOCK_SECONDS}", training > CLOCK_SECONDS),
+        (f"scoring took {scoring:.1f} s of {CLOCK_SECONDS}", scoring > CLOCK_SECONDS),
+        (f"{result.total_bytes} bytes of {CAP_BYTES}", result.total_bytes > CAP_BYTES),
+        (f"{result.unadapted_tokens} targets have their plain score", result.unadapted_tokens),
+        (f"recompilations on the clocks: {result.recompilations}", result.recompilations),
+        (f"VAL_DOC_FRACTION={cfg.val_doc_fraction}: not all documents", cfg.val_doc_fraction < 1),
+        (f"VAL_LOSS_EVERY={cfg.val_loss_every}: validation was read during training", cfg.val_loss_every),
+        ("not on 8 GPUs", not (ranks.on_gpu and ranks.world_size == 8))) if holds]
+
+def close_run(run: Run, result: Result):
+    """Write the table of phases, then the RESULT line: the last one, and the content of result.json."""
+    cfg, ranks, log, _ = run
+    # 1) Phases and clocks.
+    result.phases = {}
+    result.clocks = {}
+    for phase in log.phases:
+        log(f"phase {phase.name:20}{phase.seconds:9.1f} s  {phase.clock}".rstrip())
+        result.phases[phase.name] = round(phase.seconds, 3)
+    budgets = {"training": cfg.max_wallclock_seconds, "scoring": cfg.eval_max_seconds}
+    for clock, budget in budgets.items():
+        seconds = log.spent(clock)
+        exceeded = " EXCEEDED" if 0 < budget < seconds else ""
+        log(f"clock {clock:20}{seconds:9.1f} s" + (f"  of {budget:g} s{exceeded}" if budget else ""))
+        result.clocks[clock] = {"seconds": round(seconds, 3), "budget": budget}
+    # 2) What was compiled on a clock, on any rank.
+    graphs = sum(phase.graphs for phase in log.phases if phase.clock)
+    result.recompilations = int(ranks.all_reduce_max(graphs))
+    log(f"recompilations on the clocks:{result.recompilations}")
+    # 3) What speaks against the result, and the result.
+    result.seconds = round(time.perf_counter() - PROCESS_START, 3)
+    if ranks.on_gpu:
+        result.peak_gpu_bytes = torch.cuda.max_memory_allocated()
+    result.caveats = caveats(run, result)
+    log("caveats: " + ("; ".join(result.caveats) or "none"))
+    values = result.as_dict()
+    log.metrics("result", **values)
+    if ranks.is_main:
+        write_file(log.folder / "result.json", (json.dumps(values, indent=1) + "\n").encode())
+    log("RESULT " + json.dumps(values))
+
+def run_phases(run: Run, saved: Saved | None):
+    """The whole run; `saved` is what EVAL_ONLY_PATH holds, on rank 0."""
+    cfg, ranks, log, _ = run
+    plan = depth_plan(cfg, cfg.loops_at_end)
+    # 1) Check all that would fail late; take the weights or the artifact of a saved model.
+    with log.phase("setup"):
+        result = open_run(run)
+        model = GPT(cfg).to(ranks.device)
+        parameters = sum(p.numel() for p in model.parameters())
+        log(f"model_params:{parameters}")
+        artifact, steps = ranks.broadcast_object(open_saved(run, model, saved) if saved else (b"", 0))
+        result.mode = "checkpoint" if steps else "artifact" if artifact else "train"
+        for p in model.parameters():  # a host may lack a file that another has, or have another LAPACK
+            ranks.broadcast_(p.data)
+        files = find_data(cfg, need_train=not artifact)
+        tokenizer = load_tokenizer(files.tokenizer, cfg.vocab_size)
+        result.tokenizer_sha256 = sha256(read_file(files.tokenizer))
+        check_disk(run, parameters)
+
+    @functools.cache
+    def validation() -> Validation:
+        return load_validation(files.val, tokenizer, cfg)
+
+    def validate(scored: GPT, plan: Plan) -> Score:
+        return Score.of(evaluate(run, scored, validation(), plan), validation())
+
+    # 2) Train, calibrate, export, unless there is an artifact.
+    averaged = model if steps else None
+    if not artifact:
+        produced = produce(run, model, steps, files, tokenizer.bos, result.code_bytes, validate)
+        averaged = produced.averaged
+        artifact = produced.artifact
+        result.steps = produced.steps
+        result.train_sha256 = produced.train_sha256
+    result.model_sha256 = sha256(artifact)
+    result.model_bytes = len(artifact)
+    result.total_bytes = result.code_bytes + result.model_bytes
+    exceeded = " EXCEEDED" if result.total_bytes > CAP_BYTES else ""
+    log(f"bytes: code:{result.code_bytes} model:{result.model_bytes} total:{result.total_bytes} "
+        f"cap:{CAP_BYTES}{exceeded}")
+    # 3) Open validation. Score what was exported before quantization, and then the artifact alone.
+    with log.phase("open validation"):
+        val = validation()
+        log(f"validation: documents:{len(val.starts)} tokens:{len(val.token_bytes)} "
+            f"bytes:{val.token_bytes.sum()} documents_a_byte_short:{val.begin_with_space} (a space first)")
+    if averaged is not None:
+        with log.phase("score unquantized"):
+            unquantized = validate(averaged, plan)
+            log(f"unquantized {unquantized}")
+        result.val_loss_unquantized, result.val_bpb_unquantized = unquantized.loss, unquantized.bpb
+    with log.phase("open artifact", "scoring"):
+        _, tensors = unpack_artifact(artifact, Path("artifact"))
+        quantized = restore(model, tensors).requires_grad_(False)
+    scored = score(run, quantized, val)
+    # 4) Report.
+    result.add_scores(scored, val)
+    close_run(run, result)
+    if cfg.save_scores and ranks.is_main:  # last: a full disk then costs no result
+        save_scores(Path(cfg.save_scores), scored.nll, val)
+
+def save_scores(path: Path, nll: Tensor, val: Validation):
+    """Write every loss, with what it takes to compute the score from them."""
+    file = io.BytesIO()
+    np.savez(file, nll=nll.numpy(), token_bytes=val.token_bytes.astype(np.uint16), document_starts=val.starts)
+    write_file(path, file.getvalue())
+
+def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> int:
+    """Run; returns the exit status: 2 after a user's mistake, with one line that says what to change."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(settings_help())
+        return 0
+    log = None
+    try:
+        if arguments:
+            raise UserError(f"{arguments[0]!r}: settings are environment variables; --help lists them")
+        cfg = Config.from_env(env)
+        ranks = Ranks.join()
+        saved = read_saved(Path(cfg.eval_only_path)) if cfg.eval_only_path and ranks.is_main else None
+        cfg = ranks.broadcast_object(Config.from_env(env, saved.settings if saved else {}))
+        log = RunLog(cfg, ranks)
+        run_phases(Run(cfg, ranks, log, Backend.for_machine(cfg, ranks.device)), saved)
+        return 0
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        phase = log.phases[-1].name if log else "setup"
+        message = (f"out of GPU memory in phase {phase}: lower TRAIN_BATCH_TOKENS (training), "
+                   "VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(3)  # let rank 0 report an error that all ranks have; torchrun then ends the others
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+# ---- A Appendix: attention backends and Triton kernels -----------------------------------------------------
+# Attention is causal within each span and never crosses one; scale 1/sqrt(E); (T, H, E) in and out.
+
+def flash3_attention(q, k, v, spans: Spans):
+    """FlashAttention-3 (https://arxiv.org/abs/2407.08608) on Hopper, package flash_attn_3; bf16 or fp16."""
+    from flash_attn_interface import flash_attn_varlen_func
+    bounds, longest = spans.cu_seqlens, spans.max_seqlen
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest,
+                                  max_seqlen_k=longest, causal=True)
+
+@functools.cache
+def varlen_options() -> dict[str, Any]:
+    """How this PyTorch wants to be told "causal": its signature has changed."""
+    known = inspect.signature(lazy_import("torch.nn.attention.varlen").varlen_attn).parameters
+    return {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+
+def varlen_attention(q, k, v, spans: Spans):
+    """PyTorch's own varlen attention, on NVIDIA GPUs from Ampere on; bf16 or fp16."""
+    from torch.nn.attention.varlen import varlen_attn
+    bounds, longest = spans.cu_seqlens, spans.max_seqlen
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **varlen_options())
+
+ATTENTION = {"flash3": flash3_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}
+
+def choose_attention(name: str, device: torch.device) -> Callable:
+    """What ATTENTION names; for "auto" the fastest that this machine has. UserError if it cannot run here."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if name == "auto":
+        has_flash = capability[0] == 9 and importlib.util.find_spec("flash_attn_interface")
+        name = "flash3" if has_flash else "varlen" if capability[0] >= 8 else "sdpa"
+    if name == "flash3":
+        lazy_import("flash_attn_interface", "install flash-attn-3 as README says, or set ATTENTION=varlen")
+    if name == "flash3" and capability[0] != 9 or name == "varlen" and capability[0] < 8:
+        need = "a Hopper" if name == "flash3" else "an Ampere or newer"
+        raise UserError(f"ATTENTION={name} needs {need} GPU, here is {device_name(device)}: use sdpa")
+    return ATTENTION[name]
+
+# What follows are the kernels: the MLP sublayer, the split into heads, the exclusion of a token's own value,
+# the entry of a layer, and the loss. PyTorch alone would carry their tensors through memory too often. Each
+# comes in this order: mathematics; kernel, forward and backward in one; launcher; operators, which
+# torch.compile takes as they are; autograd. Values are bf16 in memory and fp32 in registers. A name `dx`
+# stands for the gradient of x.
+
+def operator(fake: Callable) -> Callable:
+    """Make a function the operator MODULE::NAME, fed contiguous tensors; `fake` allocates its outputs."""
+    def contiguous(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.contiguous()
+        return [*map(contiguous, value)] if isinstance(value, list) else value
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def on_contiguous(*args):
+            return function(*map(contiguous, args))
+        module = __name__.strip("_").replace(".", "_")  # so that two copies fit into one process
+        op = torch.library.custom_op(f"{module}::{function.__name__}", on_contiguous, mutates_args=())
+        op.register_fake(fake)
+        return op
+    return register
+
+def keep_tensors(ctx, inputs: tuple, output: Any):
+    """For autograd: the gradient of an operator follows from the tensors among its inputs."""
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+
+def import_triton() -> tuple[Any, Any]:
+    """Triton and its language, at their first use."""
+    return lazy_import("triton"), lazy_import("triton.language")
+
+def power_of_2(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+def multiprocessors(x) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+# MLP sublayer     y = x + a, n = norm(y) depth, out = y + f(n up') down'      f(p) = leaky_relu(p, .5)^2
+# The join kernel computes y and n; the epilogue of the product by `up` applies f. Backward, the product's
+# epilogue multiplies by f', and the join kernel takes the gradient through the norm. The product keeps no p.
+# Instead act = f(p) is rounded to an even last bit where p > 0, to an odd one elsewhere, and f'(p) is
+# 2 sqrt(act) or -sqrt(act). So act errs by twice a rounding, as if p had been rounded before f.
+
+@functools.cache
+def join_kernel():
+    """A program takes BLOCK tokens; WIDTH is D or the next power of two."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def join_program(x, a, depth, n, r, out, T, D, EPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+                     WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
+        # Forward: write y = x + a to out, if there is an a; then r, the norm's factor, and n = y r depth.
+        # Backward: x and a hold the gradients of n and, if there was an a, of y; write that of x to out.
+        d = tl.arange(0, WIDTH)[None, :]
+        t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = t[:, None] * D + d
+        inside = (t[:, None] < T) & (d < D)
+        scale = tl.load(depth).to(tl.float32)
+        y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if BACKWARD:
+            unit = tl.load(n + at, mask=inside, other=0.0).to(tl.float32) / scale
+            y -= unit * (tl.sum(y * unit, 1) / D)[:, None]
+            y *= (tl.load(r + t, mask=t < T) * scale)[:, None]
+        if ADD:
+            y += tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD or BACKWARD:
+            tl.store(out + at, y.to(x.dtype.element_ty), mask=inside)
+        if not BACKWARD:
+            factor = tl.rsqrt(tl.sum(y * y, 1) / D + EPS)
+            normed = y * (factor * scale)[:, None]
+            tl.store(r + t, factor, mask=t < T)
+            tl.store(n + at, normed.to(x.dtype.element_ty), mask=inside)
+
+    return join_program
+
+def launch_join(x, a, depth, n, r, out, backward: bool):
+    """Run the kernel, one way or the other."""
+    T, D = x.shape
+    block = 4
+    programs = -(-T // block)
+    launch = join_kernel()[(programs,)]
+    launch(x, a, depth, n, r, out, T, D, EPS=NORM_EPS, ADD=a is not None, BLOCK=block, WIDTH=power_of_2(D),
+           BACKWARD=backward)
+
+@functools.cache
+def mlp_kernel():
+    """A persistent matrix product; made at its first use, so that importing this file needs no Triton."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def mlp_program(a_desc, b_desc, act_desc, out_desc, M, N, K, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+                    PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr):
+        # Forward: a (M, K), b (N, K); write act to out (M, N). UNIT is the last bit of act in fp32.
+        # Backward: a (M, K), b (K, N); read act, write out (M, N).
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        tiles_n = tl.cdiv(N, BLOCK_N)
+        BITS: tl.constexpr = tl.int32 if UNIT == 1 else tl.int16
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=not BACKWARD):
+            # GROUP_M rows of tiles run together, so that b stays in the L2 cache.
+            group = tile // (GROUP_M * tiles_n)
+            rows = min(tiles_m - group * GROUP_M, GROUP_M)
+            within = tile % (GROUP_M * tiles_n)
+            m = (group * GROUP_M + within % rows) * BLOCK_M
+            n = (within // rows) * BLOCK_N
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for k in range(0, K, BLOCK_K):
+                a = a_desc.load([m, k])
+                if BACKWARD:
+                    acc = tl.dot(a, b_desc.load([k, n]), acc)
+                else:
+                    acc = tl.dot(a, b_desc.load([n, k]).T, acc)
+            if BACKWARD:
+                act = act_desc.load([m, n])
+                root = tl.sqrt(act.to(tl.float32))
+                odd = act.to(BITS, bitcast=True) & 1
+                slope = tl.where(odd == 0, 2 * root, -root)
+                out_desc.store([m, n], (acc * slope).to(out_desc.dtype))
+            else:
+                odd = tl.where(acc > 0, 0, UNIT)
+                acc = tl.where(acc > 0, acc, 0.5 * acc)
+                bits = ((acc * acc).to(tl.int32, bitcast=True) + (UNIT - odd)) & (-2 * UNIT) | odd
+                out_desc.store([m, n], bits.to(tl.float32, bitcast=True).to(out_desc.dtype))
+
+    return mlp_program
+
+def launch_mlp(a, b, act=None):
+    """Run the product, forward if act is None; (M, K) and b -> (M, N)."""
+    descriptor = lazy_import("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
+    backward = act is not None
+    M, K = a.shape
+    N = b.size(1) if backward else b.size(0)
+    out = a.new_empty(M, N)
+    block_m, block_n, block_k = (128, 256, 64) if a.is_cuda else (32, 32, 32)  # on a CPU: the interpreter
+    b_block = [block_k, block_n] if backward else [block_n, block_k]
+    tile = [block_m, block_n]
+    programs = multiprocessors(a)
+    tiles = -(-M // block_m) * -(-N // block_n)
+    unit = 1 << 16 if a.dtype == torch.bfloat16 else 1
+    a_desc = descriptor(a, [block_m, block_k])
+    b_desc = descriptor(b, b_block)
+    act_desc = descriptor(act if backward else out, tile)
+    launch = mlp_kernel()[(min(programs, tiles),)]
+    launch(a_desc, b_desc, act_desc, descriptor(out, tile), M, N, K, UNIT=unit, BLOCK_M=block_m,
+           BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, PROGRAMS=programs, BACKWARD=backward, num_stages=3,
+           num_warps=8)
+    return out
+
+def mlp_outputs(x, a, up, down, depth):
+    """(out, n, r (T,), act (T, M)) of fused_mlp, allocated."""
+    T, M = x.size(0), up.size(0)  # len() would tie compiled code to this T
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(T, dtype=torch.float32), x.new_empty(T, M)
+
+@operator(mlp_outputs)
+def fused_mlp(x: Tensor, a: Tensor | None, up: Tensor, down: Tensor,
+              depth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, n, the norm's factor r (T,), act); without a, out is what to add to x."""
+    n = torch.empty_like(x)
+    r = x.new_empty(len(x), dtype=torch.float32)
+    y = n if a is None else torch.empty_like(x)
+    launch_join(x, a, depth, n, r, y, backward=False)
+    act = launch_mlp(n, up)
+    out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
+    return out, n, r, act
+
+@operator(lambda dout, down, act: torch.empty_like(act))
+def mlp_grad(dout: Tensor, down: Tensor, act: Tensor) -> Tensor:
+    """Gradient of the pre-activation n @ up.T, (T, M)."""
+    return launch_mlp(dout, down, act)
+
+@operator(lambda dn, dy, depth, n, r: torch.empty_like(n))
+def join_grad(dn: Tensor, dy: Tensor | None, depth: Tensor, n: Tensor, r: Tensor) -> Tensor:
+    """Gradient of x, and of a, (T, D)."""
+    dx = torch.empty_like(n)
+    launch_join(dn, dy, depth, n, r, dx, backward=True)
+    return dx
+
+class FusedMLP(torch.autograd.Function):
+    """The MLP of mlp_sublayer by these kernels: (x, a, up, down, depth) -> (out, n), (T, D) both.
+
+    Frozen weights cost no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, a, up, down, depth):
+        out, n, r, act = fused_mlp(x, a, up, down, depth)
+        ctx.set_materialize_grads(False)
+        ctx.adds = a is not None
+        ctx.save_for_backward(up, down, depth, n, r, act)
+        return out, n
+
+    @staticmethod
+    def backward(ctx, dout, dn):
+        up, down, depth, n, r, act = ctx.saved_tensors
+        dpre = mlp_grad(dout, down, act)
+        dn = dpre @ up if dn is None else dn + dpre @ up
+        dx = join_grad(dn, dout if ctx.adds else None, depth, n, r)
+        da = dx if ctx.adds else None
+        dup = dpre.T @ n if ctx.needs_input_grad[2] else None
+        ddown = dout.T @ act if ctx.needs_input_grad[3] else None
+        return dx, da, dup, ddown, None
+
+# Heads     split_heads in one pass: split into heads; norm and rotate q and k; multiply q by its gain
+
+HEADS_BLOCK = 16
+
+@functools.cache
+def heads_kernel():
+    """A program takes one of the H + 2K heads of BLOCK tokens. G query heads share a key/value head."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def heads_program(qkv, gain, cos, sin, positions, q, k, v, own, dqkv, dgain, T, K, G: tl.constexpr,
+                      E: tl.constexpr, R: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+                      BACKWARD: tl.constexpr):
+        # Forward: write the heads. Backward: read their gradients there; write dqkv and, by program, dgain.
+        h = tl.program_id(0)
+        H = K * G
+        d = tl.arange(0, E)[None, :]
+        t = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
+        in_t = t < T
+        is_value = h >= H + K
+        # 1) Where the head is in q, k or v, of which k and v hold G copies, and among the own values.
+        if h < H:
+            copies = q + (t * H + h) * E
+        elif h < H + K:
+            copies = k + (t * H + (h - H) * G) * E
+        else:
+            copies = v + (t * H + (h - H - K) * G) * E
+        own_value = own + (t * K + h - H - K) * E + d
+        row = (t * (H + 2 * K) + h) * E
+        # 2) The angle by which each dimension turns with its partner.
+        normed = h < H + K
+        partner = tl.where(d < R // 2, d + R // 2, d - R // 2)
+        turns = in_t & (d < R) & normed
+        angle = tl.load(positions + t, mask=in_t, other=0) * (R // 2) + tl.minimum(d, partner)
+        direction = tl.where(d < R // 2, 1.0, -1.0)
+        c = tl.load(cos + angle, mask=turns, other=1.0)
+        s = tl.load(sin + angle, mask=turns, other=0.0) * direction
+        # 3) The norm's factor.
+        x = tl.load(qkv + row + d, mask=in_t, other=0.0).to(tl.float32)
+        mean_square = tl.sum(x * x, 1) / E
+        r = tl.where(normed, tl.rsqrt(mean_square + EPS), 1.0)[:, None]
+        scale = r * tl.load(gain + h, mask=h < H, other=1.0).to(tl.float32)
+        if BACKWARD:
+            # 4) Add up the gradients of all copies; of a query head there is one.
+            dy = tl.load(own_value, mask=in_t & is_value, other=0.0).to(tl.float32)
+            across = tl.zeros_like(dy)
+            for g in tl.static_range(G):
+                exists = (h >= H) | (g == 0)
+                dy += tl.load(copies + g * E + d, mask=in_t & exists, other=0.0).to(tl.float32)
+                across += tl.load(copies + g * E + partner, mask=turns & exists, other=0.0).to(tl.float32)
+            n = x * r
+            dn = dy * c - across * s
+            along = tl.where(normed, tl.sum(n * dn, 1), 0.0)[:, None]
+            dx = scale * (dn - n * (along / E))
+            tl.store(dgain + tl.program_id(1) * H + h, tl.sum(along), mask=h < H)
+            tl.store(dqkv + row + d, dx.to(dqkv.dtype.element_ty), mask=in_t)
+        else:
+            # 4) Norm, rotate, scale, and write all copies.
+            across = tl.load(qkv + row + partner, mask=turns, other=0.0).to(tl.float32)
+            y = ((x * c + across * s) * scale).to(qkv.dtype.element_ty)
+            tl.store(own_value, y, mask=in_t & is_value)
+            for g in tl.static_range(G):
+                tl.store(copies + g * E + d, y, mask=in_t & ((h >= H) | (g == 0)))
+
+    return heads_program
+
+def launch_heads(heads: Sequence, inputs: tuple, *grads):
+    """Forward, into the heads q, k, v, own; or, with dqkv and dgain, backward from what is there."""
+    T, H, E = heads[0].shape
+    K = heads[3].size(1)
+    R = 2 * inputs[2].size(-1)
+    backward = bool(grads)
+    grads = grads or (None, None)
+    launch = heads_kernel()[H + 2 * K, -(-T // HEADS_BLOCK)]
+    launch(*inputs, *heads, *grads, T, K, G=H // K, E=E, R=R, EPS=NORM_EPS, BLOCK=HEADS_BLOCK,
+           BACKWARD=backward, num_warps=2)
+
+def heads_like(qkv, gain, cos, sin, positions, K):
+    """q, k, v (T, H, E) and own values (T, K, E), allocated."""
+    T, H = qkv.size(0), gain.size(0)  # len() would tie compiled code to this T
+    E = qkv.size(1) // (H + 2 * K)
+    return tuple(qkv.new_empty(T, heads, E) for heads in (H, H, H, K))
+
+@operator(heads_like)
+def fused_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+                K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """split_heads in one pass."""
+    heads = heads_like(qkv, gain, cos, sin, positions, K)
+    launch_heads(heads, (qkv, gain, cos, sin, positions))
+    return heads
+
+@operator(lambda dheads, qkv, gain, *rest: (torch.empty_like(qkv), torch.empty_like(gain)))
+def fused_heads_grad(dheads: list[Tensor], qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+                     positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(dqkv, dgain)"""
+    dqkv = torch.empty_like(qkv)
+    programs = -(-len(qkv) // HEADS_BLOCK)
+    dgain = gain.new_empty(programs, len(gain), dtype=torch.float32)
+    inputs = qkv, gain, cos, sin, positions
+    launch_heads(dheads, inputs, dqkv, dgain)
+    dgain = dgain.sum(0)
+    return dqkv, dgain.to(gain.dtype)
+
+fused_heads.register_autograd(
+    lambda ctx, *grads: (*fused_heads_grad(list(grads), *ctx.saved_tensors), *[None] * 4),
+    setup_context=keep_tensors)
+
+# Exclusive self-attention     exclude_self in one pass: z = y - (y.u) u, where u = v / |v|
+
+@functools.cache
+def exclude_kernel():
+    """A program takes one key/value head of BLOCK tokens and its G query heads."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def exclude_program(y, v, out, dz, dv, T, K, G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+                        BACKWARD: tl.constexpr):
+        # Forward: write z to out. Backward: write dy to out, and dv.
+        d = tl.arange(0, E)[None, :]
+        t = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
+        in_t = t < T
+        kv_head = t * K + tl.program_id(0)
+        u = tl.load(v + kv_head * E + d, mask=in_t, other=0.0).to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(u * u, 1)[:, None]), 1e-12)
+        u /= length
+        du = tl.zeros_like(u)
+        for g in tl.static_range(G):
+            at = (kv_head * G + g) * E + d
+            a = tl.load(y + at, mask=in_t, other=0.0).to(tl.float32)
+            along = tl.sum(a * u, 1)[:, None]
+            if BACKWARD:
+                da = tl.load(dz + at, mask=in_t, other=0.0).to(tl.float32)
+                dalong = tl.sum(da * u, 1)[:, None]
+                du -= dalong * a + along * da
+                a = da
+                along = dalong
+            z = a - along * u
+            tl.store(out + at, z.to(out.dtype.element_ty), mask=in_t)
+        if BACKWARD:
+            du -= tl.sum(du * u, 1)[:, None] * u
+            tl.store(dv + kv_head * E + d, (du / length).to(dv.dtype.element_ty), mask=in_t)
+
+    return exclude_program
+
+def launch_exclude(y, v, out, *grads):
+    """Forward, z into `out`; or, with dz and dv, backward, dy into it."""
+    T, H, E = y.shape
+    K = v.size(1)
+    block = 16
+    backward = bool(grads)
+    grads = grads or (None, None)
+    launch = exclude_kernel()[K, -(-T // block)]
+    launch(y, v, out, *grads, T, K, G=H // K, E=E, BLOCK=block, BACKWARD=backward)
+
+@operator(lambda y, v: torch.empty_like(y))
+def fused_exclude(y: Tensor, v: Tensor) -> Tensor:
+    """exclude_self in one pass."""
+    z = torch.empty_like(y)
+    launch_exclude(y, v, z)
+    return z
+
+@operator(lambda dz, y, v: (torch.empty_like(y), torch.empty_like(v)))
+def fused_exclude_grad(dz: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(dy, dv)"""
+    dy = torch.empty_like(y)
+    dv = torch.empty_like(v)
+    launch_exclude(y, v, dy, dz, dv)
+    return dy, dv
+
+fused_exclude.register_autograd(lambda ctx, dz: fused_exclude_grad(dz, *ctx.saved_tensors),
+                                setup_context=keep_tensors)
+
+# Entry of a layer     mix_and_norm in one pass: merge of a skip, mix with the embedding, norm
+
+ENTRY_BLOCK = 4
+
+@functools.cache
+def entry_kernel():
+    """A program takes BLOCK tokens at a time; WIDTH is D or the next power of two."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def entry_program(x, x0, mix, depth, skip, scale, gate, out, normed, dx0_next, dx, dx0, dskip, sums, T, D,
+                      EPS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+                      BACKWARD: tl.constexpr):
+        # Forward: write out and normed. Backward: read their gradients there; write dx, dx0, dskip and, by
+        # program, the gradients of mix, scale and the gate's sigmoid, summed over tokens.
+        d = tl.arange(0, WIDTH)
+        in_d = d < D
+        m = tl.load(mix + d, mask=in_d, other=0.0).to(tl.float32)
+        m0 = tl.load(mix + D + d, mask=in_d, other=0.0).to(tl.float32)
+        if skip is not None:
+            s = tl.load(scale + d, mask=in_d, other=0.0).to(tl.float32)
+            open_gate = tl.sigmoid(tl.load(gate + d, mask=in_d, other=0.0).to(tl.float32))
+        dm = tl.zeros((WIDTH,), tl.float32)
+        dm0 = dm
+        ds = dm
+        dgate = dm
+        for block in range(tl.program_id(0), tl.cdiv(T, BLOCK), tl.num_programs(0)):
+            # 1) The forward pass, which the backward pass repeats.
+            t = (block * BLOCK + tl.arange(0, BLOCK))[:, None]
+            at = t * D + d
+            inside = (t < T) & in_d
+            a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            a0 = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+            u = a
+            if skip is not None:
+                k = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+                u = k * s + (a - k * s) * open_gate
+            y = u * m + a0 * m0
+            r = tl.rsqrt(tl.sum(y * y, 1)[:, None] / D + EPS)
+            scaled = r * tl.load(depth).to(tl.float32)
+            if BACKWARD:
+                # 2) Back through the norm: g is the gradient of the mix.
+                dn = tl.load(normed + at, mask=inside, other=0.0).to(tl.float32)
+                dout = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+                g = scaled * (dn - y * (tl.sum(dn * y, 1)[:, None] * r * r / D))
+                if not LANES:
+                    g += dout
+                # 3) Back through the mix.
+                dm += tl.sum(g * u, 0)
+                dm0 += tl.sum(g * a0, 0)
+                if dx0_next is not None:
+                    g0 = g * m0 + tl.load(dx0_next + at, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(dx0 + at, g0.to(x.dtype.element_ty), mask=inside)
+                g = g * m + dout if LANES else g * m
+                # 4) Back through the merge.
+                if skip is not None:
+                    tl.store(dskip + at, (g * (1 - open_gate) * s).to(x.dtype.element_ty), mask=inside)
+                    ds += tl.sum(g * (1 - open_gate) * k, 0)
+                    dgate += tl.sum(g * (a - k * s), 0)
+                    g *= open_gate
+                tl.store(dx + at, g.to(x.dtype.element_ty), mask=inside)
+            else:
+                tl.store(out + at, (u if LANES else y).to(x.dtype.element_ty), mask=inside)
+                tl.store(normed + at, (y * scaled).to(x.dtype.element_ty), mask=inside)
+        if BACKWARD:
+            own_sums = sums + tl.program_id(0) * 4 * D + d
+            tl.store(own_sums, dm, mask=in_d)
+            tl.store(own_sums + D, dm0, mask=in_d)
+            tl.store(own_sums + 2 * D, ds, mask=in_d)
+            tl.store(own_sums + 3 * D, dgate, mask=in_d)
+
+    return entry_program
+
+def launch_entry(inputs: Sequence, lanes: bool, out, normed, programs: int, *grads):
+    """Forward, into out and normed; or, with dx0_next, dx, dx0, dskip, sums, backward from what is there."""
+    T, D = out.shape
+    backward = bool(grads)
+    grads = grads or [None] * 5
+    block = 1 if backward else ENTRY_BLOCK
+    warps = 1 if backward else 4
+    launch = entry_kernel()[(programs,)]
+    launch(*inputs, out, normed, *grads, T, D, EPS=NORM_EPS, LANES=lanes, BLOCK=block, WIDTH=power_of_2(D),
+           BACKWARD=backward, num_warps=warps)
+
+@operator(lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)))
+def fused_entry(x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, lanes: bool, skip: Tensor | None,
+                scale: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two tensors of mix_and_norm that are computed, in one pass."""
+    out = torch.empty_like(x)
+    normed = torch.empty_like(x)
+    programs = -(-len(x) // ENTRY_BLOCK)
+    inputs = x, x0, mix, depth, skip, scale, gate
+    launch_entry(inputs, lanes, out, normed, programs)
+    return out, normed
+
+def entry_grad_outputs(dout, dnormed, dx0_next, lanes, inputs):
+    """What fused_entry_grad returns, allocated; tensors that are not wanted are empty."""
+    dx = torch.empty_like(dout)
+    dx0 = dout.new_empty(0) if dx0_next is None else torch.empty_like(dout)
+    dskip = dout.new_empty(0) if inputs[4] is None else torch.empty_like(dout)
+    sums = dout.new_empty(4, dout.size(1), dtype=torch.float32)
+    return dx, dx0, dskip, sums
+
+@operator(entry_grad_outputs)
+def fused_entry_grad(dout: Tensor, dnormed: Tensor, dx0_next: Tensor | None, lanes: bool,
+                     inputs: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dx0, dskip, the gradients of mix, scale and the gate's sigmoid (4, D)); empty what is not wanted.
+
+    dx0_next is the gradient of x0 from later visits; None if nobody wants one.
+    """
+    x = inputs[0]
+    skip = inputs[4]
+    per_multiprocessor = 12 if skip is None else 8
+    programs = min(len(x), per_multiprocessor * multiprocessors(x))
+    dx, dx0, dskip, _ = entry_grad_outputs(x, dnormed, dx0_next, lanes, inputs)
+    sums = x.new_empty(programs, 4, x.size(1), dtype=torch.float32)
+    launch_entry(inputs, lanes, dout, dnormed, programs, dx0_next, dx, dx0, dskip, sums)
+    sums = sums.new_ones(1, programs) @ sums.flatten(1)  # sum(0), but fast
+    sums = sums.view(4, -1)
+    return dx, dx0, dskip, sums
+
+class FusedEntry(torch.autograd.Function):
+    """mix_and_norm in one pass. x0 goes through, so that its gradient is added up in passing."""
+
+    @staticmethod
+    def forward(ctx, x, x0, mix, depth, lanes, *skip):
+        ctx.lanes = lanes
+        ctx.save_for_backward(x, x0, mix, depth, *skip)
+        return *fused_entry(x, x0, mix, depth, lanes, *skip), x0.view_as(x0)
+
+    @staticmethod
+    def backward(ctx, dout, dnormed, dx0_next):
+        inputs = ctx.saved_tensors
+        _, _, mix, _, skip, _, gate = inputs
+        dx0_next = dx0_next if ctx.needs_input_grad[1] else None
+        dx, dx0, dskip, sums = fused_entry_grad(dout, dnormed, dx0_next, ctx.lanes, list(inputs))
+        dx0 = None if dx0_next is None else dx0
+        dmix, dscale, dopen = sums.to(mix.dtype).split((2, 1, 1))
+        if skip is None:
+            return dx, dx0, dmix, None, None, None, None, None
+        dgate = torch.ops.aten.sigmoid_backward(dopen[0], gate.sigmoid())
+        return dx, dx0, dmix, None, None, dskip, dscale[0], dgate
+
+# Loss     softcapped_nll of logits = x embed', with its gradient
+# The kernel writes the gradient of a row's loss over its logits. As the loss of a row is multiplied by one
+# number only on its way to the mean, so are the row's gradients. That factor joins x and dx, which are 16
+# times smaller.
+
+@functools.cache
+def loss_kernel():
+    """A program takes a row; WIDTH is V or the next power of two."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def loss_program(logits, targets, nll, V, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr):
+        token = tl.program_id(0)
+        v = tl.arange(0, WIDTH)
+        target = tl.load(targets + token)
+        row = logits + token.to(tl.int64) * V + v
+        logit = tl.load(row, mask=v < V, other=0.0).to(tl.float32)
+        sigmoid = 1 / (1 + tl.exp(logit * (-2 / SOFTCAP)))  # tanh(x) = 2 sigmoid(2x) - 1
+        z = 2 * SOFTCAP * (sigmoid - 1)  # less softcap, so that it is not above 0
+        p = tl.where(v < V, tl.exp(z), 0.0)
+        total = tl.sum(p, 0)
+        is_target = v == target
+        counts = tl.where(target >= 0, 1.0, 0.0)
+        loss = tl.log(total) - tl.sum(tl.where(is_target, z, 0.0), 0)
+        tl.store(nll + token, counts * loss)
+        dz = p * (counts / total) - tl.where(is_target, counts, 0.0)
+        grad = dz * (4 * sigmoid * (1 - sigmoid))
+        tl.store(row, grad.to(logits.dtype.element_ty), mask=v < V)
+
+    return loss_program
+
+@operator(lambda x, embed, targets, softcap: (x.new_empty(x.size(0), dtype=torch.float32),
+                                              x.new_empty(x.size(0), embed.size(0))))
+def fused_loss(x: Tensor, embed: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """(nll (T,), its gradient with respect to the logits (T, V))"""
+    logits = F.linear(x, embed)
+    nll = x.new_empty(len(x), dtype=torch.float32)
+    V = len(embed)
+    loss_kernel()[(len(x),)](logits, targets, nll, V, SOFTCAP=softcap, WIDTH=power_of_2(V), num_warps=8)
+    return nll, logits
+
+class FusedLoss(torch.autograd.Function):
+    """softcapped_nll of x (T, D) times embed (V, D), by the kernel."""
+
+    @staticmethod
+    def forward(ctx, x, embed, targets, softcap):
+        nll, dlogits = fused_loss(x, embed, targets, softcap)
+        ctx.save_for_backward(x, embed, dlogits)
+        return nll
+
+    @staticmethod
+    def backward(ctx, dnll):
+        x, embed, dlogits = ctx.saved_tensors
+        factor = dnll[:, None]
+        dx = ((dlogits @ embed) * factor).to(x.dtype)
+        dembed = dlogits.T @ (x * factor).to(x.dtype)
+        return dx, dembed, None, None
+
+if __name__ == "__main__":
+    try:
+        status = main(arguments=sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    os._exit(status)  # at once: threads of collectives may abort a slow end, or keep other ranks waiting

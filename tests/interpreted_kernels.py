@@ -1,0 +1,89 @@
+"""Kernels by Triton's interpreter, in fp32 on a CPU, against PyTorch: whole and ragged tiles, all gradients.
+
+Run by test_kernel.py in a process of its own with TRITON_INTERPRET=1: Triton decides at import whether it
+interprets.
+"""
+import functools
+
+import torch
+
+import train_gpt as tg
+from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
+
+
+def poison_new_memory():
+    """Let memory for outputs hold NaN, so that what a kernel does not write is noticed."""
+    torch.empty_like = lambda x, **options: torch.full_like(x, float("nan"), **options)
+
+
+def assert_same(case, rtol=1e-4, atol=1e-4, fixed=()):
+    """Outputs and all gradients agree; leaves in `fixed` want none."""
+    fused, reference, leaves = case
+    theirs, chosen = outputs_and_gradients(reference, leaves, fixed)
+    ours, _ = outputs_and_gradients(fused, leaves, fixed, chosen)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=rtol, atol=atol)
+
+
+def outputs_and_gradients(function, leaves, fixed, chosen=None):
+    """The chosen outputs and the gradients of leaves; and which were chosen: those that have a gradient."""
+    own = [leaf.clone().requires_grad_(i not in fixed) for i, leaf in enumerate(leaves)]
+    outputs = function(*own)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    chosen = [i for i, y in enumerate(outputs) if y.requires_grad] if chosen is None else chosen
+    outputs = [outputs[i] for i in chosen]
+    noise = torch.Generator().manual_seed(1)
+    torch.autograd.backward(outputs, [torch.randn(y.shape, generator=noise) for y in outputs])
+    return [*outputs, *(leaf.grad for leaf in own if leaf.requires_grad)], chosen
+
+
+def check_mlp():
+    for T, D, M in ((64, 32, 64), (37, 32, 64), (1, 64, 96), (130, 64, 160)):
+        assert_same(mlp_case(T, D, M, torch.randn))
+        assert_same(mlp_case(T, D, M, torch.randn, alone=True))
+        assert_same(mlp_case(T, D, M, torch.randn), fixed=(2, 3))  # frozen weights
+        x, up = torch.randn(T, D), torch.randn(M, D)
+        pre, act = x @ up.T, tg.launch_mlp(x, up)
+        torch.testing.assert_close(act, tg.leaky_relu_squared(pre), rtol=1e-4, atol=1e-3)
+        sure = pre.abs() > 1e-3
+        last_bit = act.view(torch.int32) & 1
+        assert torch.equal(last_bit[sure], (pre < 0).int()[sure]), "the last bit knows the sign"
+
+
+def check_heads_and_exclusion():
+    for T, H, K, E, R in ((37, 4, 2, 16, 8), (5, 2, 2, 32, 0), (64, 4, 1, 16, 16), (1, 1, 1, 8, 2)):
+        assert_same(heads_case(T, H, K, E, R, torch.randn))
+        assert_same(exclude_case(T, H, K, E, torch.randn))
+    y, v = torch.ones(3, 2, 8), torch.zeros(3, 1, 8)
+    assert torch.equal(tg.fused_exclude(y, v), y), "a value of zero excludes nothing"
+
+
+def check_entry():
+    for T, D in ((37, 32), (3, 48), (64, 64), (1, 8)):
+        for lanes in (False, True):
+            assert_same(entry_case(T, D, torch.randn, lanes=lanes))
+            assert_same(entry_case(T, D, torch.randn, skip=True, lanes=lanes))
+            assert_same(entry_case(T, D, torch.randn, lanes=lanes), fixed=(1,))  # no gradient of x0 is wanted
+        check_strided_input(entry_case(T, D, torch.randn))
+
+
+def check_strided_input(case):
+    """The stream may not be contiguous."""
+    fused, reference, (x, x0, mix) = case
+    strided = torch.randn(len(x), 2 * x.size(1))[:, ::2]
+    assert_same((functools.partial(fused, strided), functools.partial(reference, strided), (x0, mix)))
+
+
+def check_loss():
+    for T, D, V in ((5, 8, 64), (3, 16, 100)):
+        assert_same(loss_case(T, D, V, torch.randn))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    poison_new_memory()
+    check_mlp()
+    check_heads_and_exclusion()
+    check_entry()
+    check_loss()
+    print("interpreted")

@@ -1,0 +1,103 @@
+"""tools/sample.py draws from the distribution that the model is scored by."""
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as tg
+from conftest import ROOT, SMOKE, TINY
+
+sys.path.insert(0, str(ROOT / "tools"))
+import sample
+
+TOKENIZER = SMOKE / "tokenizers/fineweb_1024_bpe.model"
+BEGINNING = [1, 500, 600, 700]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("sampled") / "run"
+    env = {**TINY, "DATA_DIR": tiny_data, "ARTIFACT_DIR": folder, "TTT_ENABLED": 0}
+    assert tg.main({name: str(value) for name, value in env.items()}) == 0
+    return folder
+
+
+@pytest.fixture(scope="module", params=["final_model.int6.ptz", "final_model.pt"])
+def sampler(finished, request):
+    return sample.Sampler(finished / request.param)
+
+
+def test_probabilities_are_those_of_the_score(sampler):
+    """Minus their logarithm is the loss of every token that could come next."""
+    p = sampler.probabilities(BEGINNING, temperature=1.0, top_p=1.0)
+    batches = []
+    for token in (4, 77, 1023):
+        tokens = np.array(BEGINNING)
+        targets = np.append(tokens[1:], token)
+        batches.append(tg.make_batch(tokens, targets, np.array([0, len(tokens)]), 1, 64))
+    losses = torch.stack([sampler.model(batch, sampler.plan)[-1].detach() for batch in batches]).double()
+    torch.testing.assert_close(p[[4, 77, 1023]], (-losses).exp(), rtol=1e-5, atol=0)
+    assert p.sum().item() == pytest.approx(1)
+
+
+def test_temperature_and_top_p(sampler):
+    p = sampler.probabilities(BEGINNING, temperature=1.0, top_p=1.0)
+    sharper = sampler.probabilities(BEGINNING, temperature=0.5, top_p=1.0)
+    torch.testing.assert_close(sharper, p.square() / p.square().sum())
+    greedy = sampler.probabilities(BEGINNING, temperature=0, top_p=0.5)
+    assert greedy.nonzero().tolist() == [[p.argmax().item()]]
+    few = sampler.probabilities(BEGINNING, temperature=1.0, top_p=0.3)
+    kept = few > 0
+    assert p[kept].sum() >= 0.3 > p[kept].sum() - p[kept].min(), "as few of them as make up top_p"
+    assert p[kept].min() >= p[~kept].max(), "and the most probable ones"
+
+
+def test_a_seed_makes_a_text_and_another_seed_another(sampler):
+    def draw(seed):
+        return list(sampler.continue_text(BEGINNING, 1, 20, 1.0, 1.0, seed))
+
+    assert draw(0) == draw(0) != draw(1)
+    assert all(token != 1 for token in draw(0) + draw(1)), "a BOS ends the document"
+
+
+def test_the_window_slides(sampler):
+    """What lies further back than the window does not matter, and a text may grow longer than it."""
+    long = [1, *range(4, 4 + 100)]
+    other = [1, *range(104, 104 + 40), *long[41:]]
+    short = sample.Sampler.__new__(sample.Sampler)
+    short.__dict__ = {**sampler.__dict__, "window": 20}
+    assert torch.equal(short.probabilities(long, 1.0, 1.0), short.probabilities(other, 1.0, 1.0))
+    assert not torch.equal(sampler.probabilities(long, 1.0, 1.0), sampler.probabilities(other, 1.0, 1.0))
+    assert len(list(short.continue_text(long, -1, 30, 1.0, 1.0, 0))) == 30
+
+
+def test_the_command_prints_the_text_and_its_continuation(finished, capfd):
+    model, tokenizer = str(finished / "final_model.int6.ptz"), ["--tokenizer", str(TOKENIZER)]
+    command = [model, "The café", "--tokens", "12", *tokenizer]
+    assert sample.main(command) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("The café") and len(out) > len("The café") and not err
+    assert sample.main(command) == 0 and capfd.readouterr().out == out, "the same again"
+    assert sample.main([model, "The café", "--tokens", "0", *tokenizer]) == 0
+    assert capfd.readouterr().out == "The café\n"
+
+
+@pytest.mark.parametrize("options,said", [
+    (["{model}", "--window", "9999", "--tokenizer", str(TOKENIZER)], "--window 9999"),
+    (["/nowhere.pt"], "/nowhere.pt"),
+    (["{model}", "--tokenizer", "/nowhere.model"], "/nowhere.model"),
+    (["{model}", "--file", "/nowhere.txt", "--tokenizer", str(TOKENIZER)], "/nowhere.txt")])
+def test_mistakes_end_in_one_line(finished, capfd, options, said):
+    model = str(finished / "final_model.int6.ptz")
+    assert sample.main([option.replace("{model}", model) for option in options]) == 2
+    out, err = capfd.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+@pytest.mark.parametrize("options", [["--temperature", "-1"], ["--top-p", "0"], ["--tokens", "x"]])
+def test_impossible_options_are_refused(options, capfd):
+    with pytest.raises(SystemExit) as end:
+        sample.main(["model.pt", *options])
+    assert end.value.code == 2 and options[0] in capfd.readouterr().err
