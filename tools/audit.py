@@ -1,65 +1,75 @@
 #!/usr/bin/env python3
-"""Check a finished run by the rules of the game: what must not move when documents are altered must not move.
+"""Check a finished run by the rules of the game, from outside: its script is a program that scores documents.
 
     DATA_DIR=... python tools/audit.py runs/x                       # with the train_gpt.py above tools/
     DATA_DIR=... python tools/audit.py runs/x --script FILE         # with what was shipped, or any copy of it
-    DATA_DIR=... python tools/audit.py runs/x --documents 200 --seed 7    # more documents, other alterations
-    DATA_DIR=... python tools/audit.py runs/x --scores s.npz        # and what SAVE_SCORES=s.npz left
+    DATA_DIR=... python tools/audit.py runs/x --skip all            # without scoring all documents again
+    DATA_DIR=... python tools/audit.py runs/x --write runs/x/audit.json   # the verdicts, for submission.py
 
-The script is loaded, so its code runs here, and its own functions score. The artifact brings its settings;
-the environment overrides them, as it does for train_gpt.py. Exit status: 0 if every check passes, 1 if one
-fails, 2 after an error.
+The script is started six times, each time in a folder of its own that nothing outlasts, and scores what lies
+there: some validation documents as they are (unaltered), in reverse order (reversed), every second one with
+another end (tails), cut, continued or absent (lengths), half of them with all that follows replaced (rest),
+and last the whole set (all). What it must not know must not move a loss, and the sum of all is the headline.
+Shards, tokenizer and artifact are read, targets and bytes counted here; no code of the script is imported.
 
-Scores that must be equal differ by rounding: on a CPU by less than EXACT, root mean square, which also bounds
-what the mean can gain. On a GPU other neighbours in a batch are another rounding, and learning amplifies it:
-there the noise is measured, by documents in the reverse order; it may not pass COARSE, and elsewhere scores
-may spread 4 times as much, but not drift, and all together by COMMON at most. A few documents on a GPU are a
-quick look; for evidence take many, or audit on the CPU: CUDA_VISIBLE_DEVICES= in front.
+Losses that must be equal differ by rounding: on a CPU by less than EXACT, root mean square. On a GPU other
+neighbours in a batch are another rounding, and learning amplifies it: there the reverse order shows how much,
+which may not pass COARSE; elsewhere losses may spread 4 times as much, but not drift. What was not checked is
+no pass. Exit status: 0 if no rule fails, 1 if one does, 2 after an error.
 """
 import argparse
-import dataclasses
-import hashlib
-import importlib.machinery
-import importlib.util
+import contextlib
 import json
 import math
 import os
+import re
+import shutil
+import site
+import subprocess
 import sys
+import tempfile
 import time
-import types
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, NamedTuple
 
+import confined
 import numpy as np
+from altered import Alterations, AuditError, Case, Data, chunk_ends, read, sha256, write_shard
 
-SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
-CAP_BYTES = 16_000_000
-EXACT, FAR = 1e-5, 1e-3  # nats between equal scores on a CPU: root mean square, largest
-COARSE, DRIFT, COMMON = 0.02, 1e-4, 1e-3  # on a GPU: root mean square; mean; mean over all checks
+ROOT = Path(__file__).resolve().parents[1]
+CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600
+EXACT, FAR = 1e-5, 1e-3  # nats between equal losses on a CPU: root mean square, largest
+COARSE, DRIFT = 0.04, 1e-4  # nats on a GPU: root mean square, mean
+HEADLINE = 1e-4  # bits per byte between two scores of an artifact, if a GPU made one
+RULES = ("origin", "clocks", "all documents", "size", "caveats", "every target once", "headline", "causal",
+         "score before update", "documents independent", "full distribution", "no drift", "confined")
+RESCORES = "unaltered", "reversed", "tails", "lengths", "rest", "all"
+RECORD = dict(vocab_size=8192, ttt_enabled=True, ttt_chunk_size=24, ttt_chunk_growth=1 / 64,
+              ttt_eval_seq_len=3072, ttt_batch_size=64, val_doc_fraction=1.0, data_dir="./data")
+KEPT_VARIABLES = ("PATH LD_LIBRARY_PATH PYTHONPATH VIRTUAL_ENV CC CXX LANG TZ USER LOGNAME OMP_NUM_THREADS "
+                  "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH").split()
+KEPT_BEGINNINGS = "LC_", "NVIDIA_", "NCCL_"
 
 
-class Case(NamedTuple):
-    """A document as one scoring has it."""
-    number: int  # among the documents
-    tokens: np.ndarray  # from its BOS on
-    kept: int  # so many of its first targets are as they were
-
-
-Scored = list[tuple[Case, np.ndarray]]  # and the scores of its targets
+class Incomplete(Exception):
+    """The script gave other losses than one for each target, so that there is nothing to compare."""
 
 
 class Verdict(NamedTuple):
     rule: str
-    passed: bool
+    passed: bool | None  # None: not checked
     figures: str
-    moved: "Moved | None" = None
+
+    @property
+    def word(self) -> str:
+        return {True: "pass", False: "FAIL", None: "NOT CHECKED"}[self.passed]
 
     def __str__(self) -> str:
-        return f"{'pass' if self.passed else 'FAIL'}  {self.rule:<22}{self.figures}"
+        return f"{self.word:<13}{self.rule:<23}{self.figures}"
 
 
 class Moved(NamedTuple):
-    """How far scores lie from what they were."""
+    """How far losses lie from what they were."""
     targets: int
     largest: float
     rms: float
@@ -68,7 +78,7 @@ class Moved(NamedTuple):
 
     @classmethod
     def of(cls, pairs: list[tuple[np.ndarray, np.ndarray]]) -> "Moved":
-        """Of (scores before, scores after) by document."""
+        """Of (losses before, losses after) by document."""
         by_document = [after - before for before, after in pairs if len(before)]
         if not by_document:
             return cls(0, 0.0, 0.0, 0.0, 0.0)
@@ -78,397 +88,448 @@ class Moved(NamedTuple):
         over_targets = every.std() / math.sqrt(len(every))
         return cls(len(every), abs(every).max(), rms, mean, max(over_documents, over_targets))
 
-    def little(self, noise: float | None) -> bool:
+    def little(self, noise: float | None) -> bool | None:
         """Whether only rounding moved them; `noise` is what it may be, root mean square, on a GPU."""
+        if not self.targets:
+            return None
         if noise is None:
-            return self.targets > 0 and self.rms <= EXACT and self.largest <= FAR
-        drifts = abs(self.mean) > max(DRIFT, 4 * self.error)
-        return self.targets > 0 and self.rms <= max(EXACT, noise) and not drifts
+            return bool(self.rms <= EXACT and self.largest <= FAR)
+        return bool(self.rms <= max(EXACT, noise) and abs(self.mean) <= max(DRIFT, 4 * self.error))
 
     def __str__(self) -> str:
         if not self.targets:
             return "nothing to compare, more --documents are needed"
         if not self.largest:
-            return f"{self.targets} scores equal"
-        return (f"{self.targets} scores moved by at most {self.largest:.1e}, rms {self.rms:.1e}, "
+            return f"{self.targets} losses equal"
+        return (f"{self.targets} losses moved by at most {self.largest:.1e}, rms {self.rms:.1e}, "
                 f"mean {self.mean:+.1e} +- {self.error:.0e}")
 
 
-def load_script(path: Path) -> types.ModuleType:
-    """A train_gpt.py, or a copy, packed or not, as a module."""
-    loaded = sys.modules.get("train_gpt")
-    if loaded and path.is_file() and path.samefile(loaded.__file__):
-        return loaded
-    loader = importlib.machinery.SourceFileLoader("audited_script", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    sys.modules[loader.name] = module  # where dataclasses look for it
-    try:
-        loader.exec_module(module)
-    except Exception as error:
-        print(f"error: {path} cannot be loaded: {type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    return module
+# ------------------------------------------------------------------------------------------------------------
+# A finished run, and its script as a program
 
 
-class Scorer:
-    """Model, settings and functions of a run, to score any documents as it scored validation."""
+class FinishedRun(NamedTuple):
+    """What a run left."""
+    folder: Path
+    artifact: bytes
+    result: dict[str, Any]
+    settings: dict[str, Any]
 
-    def __init__(self, tg: types.ModuleType, artifact: Path):
-        env = {**os.environ, "EVAL_ONLY_PATH": str(artifact)}
-        saved = tg.read_saved(artifact)
-        self.tg, self.cfg, self.ranks = tg, tg.Config.from_env(env, saved.settings), tg.Ranks.join()
-        ops = tg.Backend.for_machine(self.cfg, self.ranks.device)
-        self.run = tg.Run(self.cfg, self.ranks, lambda line, **_: print(line), ops)
-        model = tg.GPT(self.cfg).to(self.ranks.device)
-        blob, _ = tg.open_saved(self.run, model, saved)
-        self.model = tg.restore(model, tg.unpack_artifact(blob, artifact)[1]).requires_grad_(False)
-        self.run, self.ops = self.run._replace(log=lambda *args, **_: None), ops.compiled_for_any_length()
-        files = tg.find_data(self.cfg, need_train=False)
-        self.tokenizer = tg.load_tokenizer(files.tokenizer, self.cfg.vocab_size)
-        self.val = tg.load_validation(files.val, self.tokenizer, self.cfg)
-        self.plan, self.adapters = tg.depth_plan(self.cfg, self.cfg.loops_at_end), None
-        self.ends = tg.chunk_ends(int(self.val.lengths.max()), self.cfg)
+    @classmethod
+    def read(cls, folder: Path) -> "FinishedRun":
+        artifact = read(folder / "final_model.int6.ptz")
+        file = folder / "result.json"
+        try:
+            result = json.loads(read(file))
+            settings = {**RECORD, **result["settings"], **saved_settings(artifact)}
+            for name in ("val_loss", "val_bpb", "unadapted_tokens", "tokens", "code_bytes", "total_bytes",
+                         "clocks", "phases", "hardware", "code_sha256", "packed_sha256", "val_sha256"):
+                result[name]
+        except (ValueError, KeyError, TypeError) as error:
+            raise AuditError(f"{file} is not what a finished run leaves: {error!r:.200}") from error
+        return cls(folder, artifact, result, settings)
 
-    def documents(self, count: int) -> list[np.ndarray]:
-        """The first documents of validation, each from its BOS on."""
-        bounds = np.append(self.val.starts, len(self.val.tokens))
-        return [self.val.tokens[lo:hi] for lo, hi in zip(bounds[:count], bounds[1:])]
 
-    def validation(self, documents: list[np.ndarray]):
-        """A validation set of these. One more BOS ends the last, so each has as many targets as tokens."""
-        tokens = np.append(np.concatenate(documents), self.tokenizer.bos)
-        lengths = np.array([len(tokens) for tokens in documents])
-        return self.val._replace(tokens=tokens, token_bytes=self.tokenizer.target_bytes(tokens),
-                                 starts=np.cumsum(lengths) - lengths, lengths=lengths)
+def saved_settings(artifact: bytes) -> dict[str, Any]:
+    """The settings in an artifact's header, by docs/artifact.md; none if it is of another format."""
+    import brotli
+    with contextlib.suppress(brotli.error, ValueError, KeyError, TypeError):
+        if artifact.startswith(b"PGOLF"):
+            size = int.from_bytes(artifact[24:28], "little")
+            head = brotli.decompress(artifact[28 : 28 + size])
+            return dict(json.loads(head[4 : 4 + int.from_bytes(head[:4], "little")])["settings"])
+    return {}
 
-    def score(self, documents: list[np.ndarray], slots: int, adapted: bool = True) -> list[np.ndarray]:
-        """Losses of every document's targets as the run's final score has them, fp64; or the plain ones."""
-        tg, val, run = self.tg, self.validation(documents), self.with_slots(slots)
-        if adapted and self.cfg.ttt_enabled:
-            if self.adapters is None or self.adapters.cfg != run.cfg:  # else what is compiled serves again
-                self.adapters = None  # so that there is memory for others
-                self.adapters = tg.Adapters(run.cfg, len(self.plan.visits), self.ranks.device)
-                if self.ops.compilable:
-                    tg.warm_up_adaptation(run, self.model, self.adapters, self.ops)
-            self.adapters.reset_slots(range(slots))
-            nll = tg.score_documents(run, self.model, val, self.adapters, self.ops, math.inf)
+
+def environment_in(place: Path) -> dict[str, str]:
+    """The variables of a re-score: what the machine needs, and folders of its own."""
+    kept = {name: value for name, value in os.environ.items()
+            if name in KEPT_VARIABLES or name.startswith(KEPT_BEGINNINGS)}
+    if "PYTHONPATH" in kept:
+        kept["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, kept["PYTHONPATH"].split(os.pathsep)))
+    folders = dict(HOME="home", TMPDIR="tmp", DATA_DIR="data", EVAL_ONLY_PATH="model/final_model.int6.ptz",
+                   ARTIFACT_DIR="run", SAVE_SCORES="scores.npz")
+    kept |= {name: str(place / folder) for name, folder in folders.items()}
+    return {**kept, "PYTHONUSERBASE": site.getuserbase(), "EVAL_MAX_SECONDS": "0"}
+
+
+class Rescore(NamedTuple):
+    """What the script left when it had scored a validation set."""
+    losses: np.ndarray  # that it saved, fp64
+    result: dict[str, Any]
+    left: list[str]  # files that would outlast it
+    confined: bool  # to its folder
+
+
+class Program:
+    """A script that scores validation sets with a run's artifact, each time in a place of its own."""
+
+    def __init__(self, script: Path, run: FinishedRun, data: Data, processes: int, timeout: float):
+        self.script, self.run, self.data, self.timeout = script, run, data, timeout
+        self.source = read(script)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        self.command = [sys.executable, *(torchrun if processes > 1 else []), script.name]
+
+    def score(self, name: str, tokens: np.ndarray | None) -> Rescore:
+        """Have a stream of tokens scored, or the run's validation set as it was."""
+        with tempfile.TemporaryDirectory(prefix="scores-", ignore_cleanup_errors=True) as folder:
+            place = Path(folder).resolve()
+            self.furnish(place, tokens)
+            environment = environment_in(place)
+            fraction = self.run.settings["val_doc_fraction"]
+            if tokens is None and fraction < 1:
+                environment["VAL_DOC_FRACTION"] = str(fraction)
+            ended = confined.run(self.command, environment, place, self.timeout)
+            if ended.status is None:
+                raise AuditError(f"{self.script} had not scored {name} after {self.timeout:.0f} s, and was "
+                                 "ended; --timeout gives it more")
+            try:
+                with np.load(place / "scores.npz") as scores:
+                    losses = np.asarray(scores["nll"], dtype=np.float64).ravel()
+                result = dict(json.loads(read(place / "run/result.json")))
+            except (OSError, ValueError, KeyError, TypeError, AuditError):
+                ended = ended._replace(status=ended.status or "0, without scores")
+            if ended.status:
+                raise AuditError(f"{self.script} ended with status {ended.status} when it was to score "
+                                 f"{name}: {ended.last_words or 'it said nothing'}")
+        return Rescore(losses, result, ended.left, ended.confined)
+
+    def furnish(self, place: Path, tokens: np.ndarray | None):
+        """Write all that the script is given into a place."""
+        root = self.data.tokenizer.parents[1]
+        shards = place / "data" / self.data.shards[0].parent.relative_to(root)
+        for folder in (place / "home", place / "tmp", place / "model", place / "data/tokenizers", shards):
+            folder.mkdir(parents=True)
+        (place / self.script.name).write_bytes(self.source)
+        (place / "model/final_model.int6.ptz").write_bytes(self.run.artifact)
+        shutil.copyfile(self.data.tokenizer, place / "data/tokenizers" / self.data.tokenizer.name)
+        if tokens is None:
+            for path in self.data.shards:
+                shutil.copyfile(path, shards / path.name)
         else:
-            nll = tg.evaluate(run, self.model, val, self.plan)
-        return np.split(nll.numpy().astype(np.float64), val.starts[1:])
+            write_shard(shards / "fineweb_val_000000.bin", tokens)
 
-    def with_slots(self, slots: int):
-        return self.run._replace(cfg=dataclasses.replace(self.cfg, ttt_batch_size=slots))
 
-    def foreign(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Random tokens, none of them BOS."""
-        vocab_size = self.cfg.vocab_size
-        return (self.tokenizer.bos + 1 + rng.integers(0, vocab_size - 1, count)) % vocab_size
+def seconds_expected(run: FinishedRun, targets: int, processes: int) -> float:
+    """Of a re-score, by the run's phases: those of every start, and of scoring a share."""
+    phases = run.result["phases"]
+    start = "imports", "join", "setup", "open validation", "open artifact", "prepare adaptation", "report"
+    scoring = "count bytes", "score quantized", "adapt"
+    ranks = int(re.match(r"\d*", run.result["hardware"])[0] or 1)
+    share = ranks / processes * targets / run.result["tokens"]
+    return sum(phases.get(name, 0) for name in start) + share * sum(phases.get(name, 0) for name in scoring)
+
+
+def is_ours(script: Path) -> bool:
+    """Whether a script is this repository's train_gpt.py, or what that packs to."""
+    if read(script) == read(ROOT / "train_gpt.py"):
+        return True
+    check = [sys.executable, ROOT / "tools/pack.py", "--check", script.resolve()]
+    return subprocess.run(check, capture_output=True).returncode == 0
+
+
+def on_gpu() -> bool:
+    """Whether a script will find a GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    return visible not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Alterations: lists of cases, made from documents
+# Verdicts
 
 
-def place(rng: np.random.Generator, length: int, ends: np.ndarray) -> int:
-    """A token of a document to alter, 0 if it is too short; target j is token j + 1. `ends`: of chunks.
+def differing(said: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """The names of facts of which something else is said."""
+    def same(value: Any, fact: Any) -> bool:
+        if isinstance(fact, float):
+            return isinstance(value, float) and math.isclose(value, fact, rel_tol=1e-6)
+        return value == fact
 
-    The target that it is lies inside a chunk, not first in it, and, if it can be, in one that is learned
-    from.
-    """
-    learned = max((end for end in ends.tolist() if end < length), default=0)  # end of the last of these
-    last = learned if learned > 1 else length - 1
-    if last < 2:
-        return 0
-    target = int(rng.integers(1, last))
-    return min(target + (target in ends), length - 2) + 1
-
-
-def with_other_tails(scorer: Scorer, documents: list[np.ndarray], rng: np.random.Generator) -> list[Case]:
-    """Every second document has random tokens from a random place on."""
-    cases = []
-    for i, tokens in enumerate(documents):
-        at = place(rng, len(tokens), scorer.ends) if i % 2 == 0 else 0
-        tail = scorer.foreign(rng, len(tokens) - at)
-        cases.append(Case(i, np.append(tokens[:at], tail), at - 1) if at else Case(i, tokens, len(tokens)))
-    return cases
-
-
-def with_other_lengths(scorer: Scorer, documents: list[np.ndarray], rng: np.random.Generator) -> list[Case]:
-    """Of three documents one is cut, one goes on with random tokens, after a BOS or at once, one stays.
-
-    A BOS is what the last target of a document is: before one, that target, too, has to keep its score.
-    """
-    cases, chunk = [], scorer.cfg.ttt_chunk_size
-    for i, tokens in enumerate(documents):
-        at = place(rng, len(tokens), scorer.ends) if i % 3 == 0 else 0
-        if at:
-            cases.append(Case(i, tokens[:at], at - 1))
-        elif i % 3 == 1:
-            more, after_bos = scorer.foreign(rng, int(rng.integers(1, 3 * chunk))), i % 2 == 1
-            more = np.append(scorer.tokenizer.bos, more) if after_bos else more
-            cases.append(Case(i, np.append(tokens, more), len(tokens) - (not after_bos)))
-        else:
-            cases.append(Case(i, tokens, len(tokens)))
-    return cases
-
-
-def some(documents: list[np.ndarray], rng: np.random.Generator) -> list[Case]:
-    """Half of the documents, in random order."""
-    chosen = rng.permutation(len(documents))[: -(-len(documents) // 2)].tolist()
-    return [Case(i, documents[i], len(documents[i])) for i in chosen]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Checks
+    return [name for name, fact in facts.items() if not same(said.get(name), fact)]
 
 
 class Audit:
-    """Scores of unaltered documents, and how others compare with them."""
+    """The verdicts on a run. A method that is named like a re-score judges it."""
 
-    def __init__(self, scorer: Scorer, documents: list[np.ndarray], seed: int):
-        self.scorer, self.documents, self.noise, self.pairs = scorer, documents, None, []
-        self.rng = np.random.default_rng(seed)
-        self.slots = scorer.cfg.ttt_batch_size
-        self.few = max(1, min(self.slots, len(documents)) // 3)  # so that slots are used again
-        self.whole = [Case(i, tokens, len(tokens)) for i, tokens in enumerate(documents)]
-        self.base = [scores for _, scores in self.score("unaltered", self.whole, self.slots)]
+    def __init__(self, run: FinishedRun, data: Data, program: Program, gpu: bool):
+        self.run, self.data, self.program, self.gpu = run, data, program, gpu
+        self.noise = COARSE if gpu else None  # rms that is no fault, on a GPU
+        self.base: list[np.ndarray] = []  # losses of the chosen documents, unaltered
+        self.pairs, self.verdicts, self.confined = [], [], []
 
-    def score(self, what: str, cases: list[Case], slots: int) -> Scored:
-        """Score all cases; says how long that took."""
+    def add(self, rule: str, passed: bool | None, figures: str):
+        self.verdicts.append(Verdict(rule, passed, figures))
+        print(self.verdicts[-1], flush=True)
+
+    def by_rule(self) -> dict[str, str]:
+        """The worst word on every rule."""
+        worst = {}
+        for rule in RULES:
+            words = [verdict.word for verdict in self.verdicts if verdict.rule == rule] or ["NOT CHECKED"]
+            worst[rule] = min(words, key=("FAIL", "NOT CHECKED", "pass").index)
+        return worst
+
+    # What the run says of itself
+
+    def statements(self, ours: bool):
+        """Rules that result.json speaks of. `ours`: the script is this repository's."""
+        said, settings = self.run.result, self.run.settings
+        names = {sha256(self.program.source), sha256(read(ROOT / "train_gpt.py"))}
+        trusted = True if ours and names & {said["code_sha256"], said["packed_sha256"]} else None
+        self.add("origin", trusted,
+                 "result.json names this script, which is this repository's" if trusted else
+                 "how the artifact came about, and by which data, cannot be seen from it")
+        seconds = {clock: said["clocks"].get(clock, {}).get("seconds", math.inf)
+                   for clock in ("training", "scoring")}
+        late = [clock for clock in seconds if not 0 <= seconds[clock] <= CLOCK_SECONDS]
+        unadapted = said["unadapted_tokens"] if settings["ttt_enabled"] else 0
+        self.add("clocks", False if late or unadapted else trusted,
+                 f"training {seconds['training']:g} s, scoring {seconds['scoring']:g} s, {unadapted} targets "
+                 "unadapted, by result.json")
+        fraction = settings["val_doc_fraction"]
+        self.add("all documents", fraction == 1 and said.get("documents") == self.data.available,
+                 f"{said.get('documents')} of {self.data.available}, VAL_DOC_FRACTION={fraction:g}")
+        due = {"training took": "training" in late, "scoring took": "scoring" in late,
+               "plain score": unadapted, "VAL_DOC_FRACTION": fraction < 1,
+               "bytes of": said["total_bytes"] > CAP_BYTES}
+        stated = "; ".join(said.get("caveats", ["result.json has none"])) or "none"
+        missing = [text for text, holds in due.items() if holds and text not in stated]
+        self.add("caveats", "caveats" in said and not missing,
+                 stated + "".join(f"; not stated: {text}" for text in missing))
+
+    def size(self):
+        """Bytes and hashes of code and model, as files."""
+        said, model, packed = self.run.result, self.run.artifact, self.run.folder / "train_gpt_packed.py"
+        facts = {"model_bytes": len(model), "model_sha256": sha256(model)}
+        total = said["code_bytes"] + len(model)
+        if packed.is_file():
+            code = read(packed)
+            total = len(code) + len(model)
+            facts |= {"code_bytes": len(code), "packed_sha256": sha256(code), "total_bytes": total}
+        wrong = differing(said, facts)
+        passed = True if packed.is_file() else None
+        self.add("size", False if wrong or total > CAP_BYTES else passed,
+                 f"code {total - len(model)} + model {len(model)} = {total} bytes of {CAP_BYTES}"
+                 + ("" if packed.is_file() else f"; the code is not there as {packed}")
+                 + (f"; result.json differs in {' '.join(wrong)}" if wrong else ""))
+
+    def headline(self):
+        """Whether result.json names these documents, and its loss and bits per byte belong together."""
+        said, data = self.run.result, self.data
+        targets = len(data.tokens) - 1
+        counted = int(data.pieces.target_bytes(data.tokens).sum())
+        facts = dict(documents=len(data.starts), tokens=targets, bytes=counted, val_sha256=data.sha256,
+                     tokenizer_sha256=sha256(read(data.tokenizer)),
+                     val_bpb=said["val_loss"] * targets / (math.log(2) * counted))
+        wrong = differing(said, facts)
+        self.add("headline", not wrong,
+                 f"{len(data.starts)} documents, {targets} targets, {counted} bytes: val_loss "
+                 f"{said['val_loss']:.6f} is val_bpb {facts['val_bpb']:.6f}"
+                 + (f"; result.json differs in {' '.join(wrong)}" if wrong else ""))
+
+    # What the script does with documents that it is given
+
+    def score(self, name: str, tokens: np.ndarray, starts: np.ndarray, digest: str) -> list[np.ndarray]:
+        """The losses of a re-score by document; the script must have reported them as they are."""
         began = time.perf_counter()
-        scores = self.scorer.score([case.tokens for case in cases], slots)
-        print(f"scored {what}: {len(cases)} documents, {sum(map(len, scores))} targets, {slots} slots, "
+        losses, said, left, closed = self.program.score(name, None if name == "all" else tokens)
+        targets = len(tokens) - 1
+        print(f"scored {name}: {len(starts)} documents, {targets} targets, "
               f"{time.perf_counter() - began:.1f} s", flush=True)
-        return list(zip(cases, scores))
+        good = int((np.isfinite(losses) & (losses > -EXACT)).sum())
+        self.add("every target once", good == len(losses) == targets,
+                 f"{name}: {targets} targets, {len(losses)} losses, {good} of them possible")
+        if len(losses) != targets:
+            raise Incomplete
+        counted = int(self.data.pieces.target_bytes(tokens).sum())
+        loss, bpb = float(losses.sum() / targets), float(losses.sum() / (math.log(2) * counted))
+        facts = dict(documents=len(starts), tokens=targets, bytes=counted, val_loss=loss, val_bpb=bpb,
+                     val_sha256=digest, model_sha256=sha256(self.run.artifact))
+        wrong = differing(said, facts)
+        self.add("headline", not wrong, f"{name}: its losses are {loss:.6f} a target, {bpb:.6f} bits a byte"
+                 + (f"; what the script reports differs in {' '.join(wrong)}" if wrong else ""))
+        if left:
+            self.add("confined", False, f"{name}: it left {' '.join(left)}")
+        self.confined.append(closed)
+        return np.split(losses, starts[1:])
 
-    def verdict(self, rule: str, what: str, scored: Scored, in_chunk: bool = False) -> Verdict:
-        """Whether what is as it was has the scores it had; or that part of it in the chunk where it ends."""
-        pairs, ends = [], [0, *self.scorer.ends.tolist()]
-        for case, after in scored:
-            kept = slice(max(end for end in ends if end <= case.kept) if in_chunk else 0, case.kept)
-            pairs.append((self.base[case.number][kept], after[kept]))
-        self.pairs += [] if in_chunk else pairs
+    def score_cases(self, name: str, cases: list[Case]) -> list[tuple[Case, np.ndarray]]:
+        tokens = np.concatenate([case.tokens for case in cases])
+        lengths = np.array([len(case.tokens) for case in cases])
+        digest = sha256(tokens.astype("<u2").tobytes())
+        return list(zip(cases, self.score(name, tokens, np.cumsum(lengths) - lengths, digest)))
+
+    def compare(self, rule: str, what: str, scored: list[tuple[Case, np.ndarray]],
+                change: str = "") -> Moved:
+        """Whether documents with a change, or with none, have the losses they had up to there."""
+        pairs = []
+        for case, losses in scored:
+            if case.number >= 0 and case.change == change:
+                before = self.base[case.number][: case.kept]
+                count = min(len(before), len(losses))  # the last document of a set has no BOS after it
+                pairs.append((before[:count], losses[:count]))
         moved = Moved.of(pairs)
-        return Verdict(rule, moved.little(self.noise), f"{what}: {moved}", moved)
+        self.pairs += pairs
+        self.add(rule, moved.little(self.noise), f"{what}: {moved}")
+        return moved
 
-    def verdicts(self, scores: Path | None = None) -> Iterator[Verdict]:
-        """Of all checks, as they come; also of the scores that the run saved, if they are given."""
-        for check in (self.order, self.tails, self.lengths, self.others, self.together, self.once,
-                      self.normalised):
-            yield from check()
-        if scores:
-            yield self.saved(scores)
+    def unaltered(self, cases: list[Case]):
+        self.base = [losses for _, losses in self.score_cases("unaltered", cases)]
 
-    def order(self) -> list[Verdict]:
-        """Documents in the reverse order; on a GPU this is the noise that later verdicts go by."""
-        if self.scorer.ranks.on_gpu:
-            self.noise = COARSE
-        scored = self.score("in reverse order", self.whole[::-1], self.slots)
-        verdict = self.verdict("documents independent", "order reversed", scored)
-        if self.scorer.ranks.on_gpu:
-            self.noise = 4 * min(verdict.moved.rms, COARSE)
-        return [verdict]
+    def reversed(self, cases: list[Case]):
+        scored = self.score_cases("reversed", cases)
+        moved = self.compare("documents independent", "order reversed", scored)
+        if self.gpu:
+            self.noise = 4 * min(moved.rms, COARSE)
 
-    def tails(self) -> list[Verdict]:
-        """Later tokens: neither what comes before in the document sees them, nor another document."""
-        cases = with_other_tails(self.scorer, self.documents, self.rng)
-        scored = self.score("with other tails", cases, self.few)
-        altered = [(case, after) for case, after in scored if case.kept < len(case.tokens)]
-        others = [(case, after) for case, after in scored if case.kept == len(case.tokens)]
-        seen = Moved.of([(self.base[case.number][case.kept :], after[case.kept :])
-                         for case, after in altered])
-        visible = seen.largest > FAR and seen.rms > (self.noise or EXACT)
-        in_chunk = "before altered tokens, in their chunk"
-        return [Verdict("causal", visible, f"altered tokens: {seen}"),
-                self.verdict("causal", "before altered tokens", altered),
-                self.verdict("score before update", in_chunk, altered, in_chunk=True),
-                self.verdict("documents independent", "others altered", others)]
+    def tails(self, cases: list[Case]):
+        scored = self.score_cases("tails", cases)
+        ends = [0, *chunk_ends(max(len(case.tokens) for case in cases), self.run.settings).tolist()]
+        in_chunk, after = [], []
+        for case, losses in scored:
+            if case.change == "tail":
+                before, count = self.base[case.number], min(len(losses), len(self.base[case.number]))
+                start = max(end for end in ends if end <= case.kept)
+                in_chunk.append((before[start : case.kept], losses[start : case.kept]))
+                after.append((before[case.kept : count], losses[case.kept : count]))
+        seen, chunk = Moved.of(after), Moved.of(in_chunk)
+        noticed = seen.largest > FAR and seen.rms > (self.noise or EXACT)
+        self.add("causal", noticed if seen.targets else None, f"altered tokens: {seen}")
+        self.compare("causal", "before altered tokens", scored, "tail")
+        self.add("score before update", chunk.little(self.noise),
+                 f"before altered tokens, in their chunk: {chunk}")
+        self.compare("documents independent", "others altered, and others before", scored)
 
-    def lengths(self) -> list[Verdict]:
-        """Where a document ends: nothing before it knows, nor does another document."""
-        cases = with_other_lengths(self.scorer, self.documents, self.rng)
-        by_change = {-1: [], 0: [], 1: []}  # cut, as it was, continued
-        for case, scores in self.score("cut or continued", cases, self.few):
-            more = len(case.tokens) - len(self.documents[case.number])
-            by_change[int(np.sign(more))].append((case, scores))
-        return [self.verdict("causal", "before a cut", by_change[-1]),
-                self.verdict("causal", "continued", by_change[1]),
-                self.verdict("documents independent", "others cut or continued", by_change[0])]
+    def lengths(self, cases: list[Case]):
+        scored = self.score_cases("lengths", cases)
+        self.compare("causal", "before a cut", scored, "cut")
+        self.compare("causal", "continued", scored, "continued")
+        self.compare("documents independent", "others cut, continued or absent", scored)
 
-    def others(self) -> list[Verdict]:
-        """Documents absent; another number of slots, each used again and again."""
-        half = self.score("half of them", some(self.documents, self.rng), self.few)
-        return [self.verdict("documents independent", "half of them absent, the rest in random order", half),
-                self.verdict("slots do not matter", f"{self.few} instead of {self.slots}",
-                             self.score("in few slots", self.whole, self.few))]
+    def rest(self, cases: list[Case]):
+        scored = self.score_cases("rest", cases)
+        self.compare("causal", "all later documents replaced", scored)
+        variants = [(case, losses) for case, losses in scored if case.change == "next"]
+        place = len(variants[0][0].tokens) - 1  # the target that each has another token for
+        p = np.exp([-losses[place] for _, losses in variants])
+        limit = 1e-4
+        if self.gpu:
+            limit = 1e-3 + self.noise * math.sqrt((p**2).sum())  # the noise of one p is not another's
+        self.add("full distribution", bool(abs(p.sum() - 1) <= limit),
+                 f"each of {len(p)} tokens after {place + 1}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}")
 
-    def together(self) -> list[Verdict]:
-        """A small advantage may hide in the noise of one check, less so in that of all."""
+    def all(self, chosen: list[int]):
+        """The whole set: the headline, and the chosen documents among all others."""
+        data, said = self.data, self.run.result
+        losses = self.score("all", data.tokens, data.starts, data.sha256)
+        bpb = np.concatenate(losses).sum() / (math.log(2) * data.pieces.target_bytes(data.tokens).sum())
+        limit = HEADLINE if self.gpu or "CPU" not in said["hardware"] else EXACT
+        self.add("headline", bool(abs(bpb - said["val_bpb"]) <= limit),
+                 f"by all documents val_bpb is {bpb:.6f}, by result.json {said['val_bpb']:.6f}, which may "
+                 f"differ by {limit:.0e}")
+        if len(chosen) < len(data.starts):
+            cases = [Case(number, data.document(i), len(losses[i])) for number, i in enumerate(chosen)]
+            self.compare("documents independent", "among all documents",
+                         list(zip(cases, [losses[i] for i in chosen])))
+
+    def together(self):
+        """A small advantage may hide in the noise of one comparison, less so in that of all."""
         moved = Moved.of(self.pairs)
-        limit = COMMON if self.scorer.ranks.on_gpu else EXACT
-        return [Verdict("no drift", abs(moved.mean) <= limit, f"all of these together: {moved}", moved)]
-
-    def saved(self, file: Path) -> Verdict:
-        """Whether the scores that the run saved are those of these documents now."""
-        with np.load(file) as scores:
-            nll, starts = scores["nll"].astype(np.float64), scores["document_starts"]
-        pairs = list(zip(np.split(nll, starts[1:]), self.base))
-        if any(len(after) - len(before) not in (0, 1) for before, after in pairs):  # 1: the BOS added here
-            return Verdict("headline", False, f"{file} has other documents")
-        moved = Moved.of([(before, after[: len(before)]) for before, after in pairs])
-        return Verdict("headline", moved.little(self.noise), f"saved scores, and these: {moved}", moved)
-
-    def once(self) -> list[Verdict]:
-        """Every target has one score."""
-        scores, tg = np.concatenate(self.base), self.scorer.tg
-        good = int((np.isfinite(scores) & (scores > -EXACT)).sum())
-        total = sum(map(len, self.documents))
-        verdicts = [Verdict("one pass", good == len(scores) == total,
-                            f"{good} of {total} targets have a score")]
-        if self.scorer.cfg.ttt_enabled:
-            count = np.zeros(total, dtype=np.int64)
-            val, run = self.scorer.validation(self.documents), self.scorer.with_slots(self.slots)
-            for this in tg.rank_rounds(run, val):
-                np.add.at(count, this.target_index.cpu().numpy(), 1)
-            once, more, never = ((count == 1).sum(), (count > 1).sum(), (count == 0).sum())
-            verdicts.append(Verdict("one pass", once == total, f"targets in the rounds: {once} once, {more} "
-                                    f"more often, {never} never"))
-        return verdicts
-
-    def normalised(self) -> list[Verdict]:
-        """Probabilities of all tokens that could be a document's last sum to one, adapted and plain.
-
-        After a chunk, learned from, and a little more; and somewhere later in another document.
-        """
-        scorer, verdicts = self.scorer, []
-        chunk, vocab = scorer.cfg.ttt_chunk_size, scorer.cfg.vocab_size
-        slots = self.slots if scorer.ranks.on_gpu else max(self.slots, 64)
-        for number, place in enumerate((chunk + 2, int(self.rng.integers(2 * chunk + 2, 4 * chunk)))):
-            long = [tokens for tokens in self.documents if len(tokens) > place]
-            long = long or [max(self.documents, key=len)]
-            before = long[number % len(long)]
-            before = before[: min(place, len(before) - 1)]
-            variants = [np.append(before, token) for token in range(vocab)]
-            for adapted in (True, False) if scorer.cfg.ttt_enabled else (False,):
-                nll = np.array([scores[len(before) - 1] for scores in scorer.score(variants, slots, adapted)])
-                p, what = np.exp(-nll), "adapted" if adapted else "plain"
-                limit = 1e-4
-                if self.noise is not None:  # each p has its own
-                    limit = 1e-3 + self.noise * math.sqrt((p**2).sum())
-                figures = (f"all {vocab} tokens after {len(before)}, {what}: sum of p is {p.sum():.6f}, "
-                           f"1 to {limit:.0e}")
-                verdicts.append(Verdict("full distribution", abs(p.sum() - 1) <= limit, figures))
-        return verdicts
+        limit = max(DRIFT, 4 * moved.error) if self.gpu else EXACT
+        self.add("no drift", bool(abs(moved.mean) <= limit) if moved.targets else None,
+                 f"all comparisons together: {moved}")
+        self.add("confined", True if all(self.confined) else None,
+                 "it wrote in its own folders and could read no other data" if all(self.confined) else
+                 "without Landlock it may have read, and left, files elsewhere")
 
 
-def text_bytes(tokenizer: Path, tokens: np.ndarray) -> int:
-    """Bytes of text that all tokens but the first stand for, counted without the audited script."""
-    import sentencepiece
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(len(sp))])
-    pieces = ["" if special[i] else sp.id_to_piece(i) for i in range(len(sp))]
-    spaced = np.array([piece.startswith("\u2581") for piece in pieces])
-    size = np.array([1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").encode())
-                     for i, piece in enumerate(pieces)])
-    before, target = tokens[:-1], tokens[1:]
-    in_pieces = (size[target] * ~special[target]).sum()
-    leading_spaces = (spaced[target] & ~special[before]).sum()
-    return int(in_pieces + leading_spaces)
+def write_verdicts(path: Path, audit: Audit):
+    """All of the file or nothing."""
+    names = "code_sha256", "packed_sha256", "val_sha256", "val_loss", "val_bpb"
+    values = {name: audit.run.result[name] for name in names}
+    values |= {"model_sha256": sha256(audit.run.artifact), "script_sha256": sha256(audit.program.source),
+               "rules": audit.by_rule(), "verdicts": list(map(str, audit.verdicts))}
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise AuditError(f"cannot write {path}: {error.strerror}") from error
 
 
-def result_of(run: Path) -> dict:
-    """What result.json says; nothing if there is none."""
-    file = run / "result.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def headline(run: Path, scorer: Scorer, scores: Path | None = None) -> list[Verdict]:
-    """Whether the score in result.json, if there is one, follows from its loss and from these documents.
-
-    And its loss from the scores that the run saved, if they are given.
-    """
-    said, val = result_of(run), scorer.val
-    if not said:
-        return []
-    fraction = said["settings"].get("val_doc_fraction", 1.0)
-    if said["val_sha256"] != val.sha256 or fraction != scorer.cfg.val_doc_fraction:
-        return [Verdict("headline", True,
-                        "not checked: DATA_DIR holds other validation documents than the run's")]
-    files = scorer.tg.find_data(scorer.cfg, need_train=False)
-    counts = dict(documents=len(val.starts), tokens=len(val.tokens) - 1,
-                  bytes=text_bytes(files.tokenizer, val.tokens))
-    wrong = [name for name, value in counts.items() if said[name] != value]
-    bpb = said["val_loss"] * counts["tokens"] / (math.log(2) * counts["bytes"])
-    wrong += [] if math.isclose(bpb, said["val_bpb"], rel_tol=1e-9) else ["val_bpb"]
-    figures = (f"{counts['tokens']} targets, {counts['bytes']} bytes: val_loss {said['val_loss']:.6f} is "
-               f"val_bpb {bpb:.6f}")
-    if scores:
-        with np.load(scores) as file:
-            nll = file["nll"].astype(np.float64)
-        loss = nll.mean()
-        if len(nll) != counts["tokens"] or not math.isclose(loss, said["val_loss"], rel_tol=1e-9):
-            wrong.append("val_loss")
-        figures += f"; {len(nll)} saved scores have the mean {loss:.6f}"
-    else:
-        figures += "; that this is the mean of the run's scores is not checked without --scores"
-    figures += f"; result.json differs in {' '.join(wrong)}" if wrong else ""
-    return [Verdict("headline", not wrong, figures)]
-
-
-def size(run: Path, tg: types.ModuleType) -> Verdict:
-    """Bytes of code and model, and whether result.json, if there is one, says the same."""
-    packed, said = run / "train_gpt_packed.py", result_of(run)
-    model = (run / "final_model.int6.ptz").stat().st_size
-    code = packed.stat().st_size if packed.is_file() else said.get("code_bytes") or len(tg.pack_script())
-    wrong = [name for name, value in (("code", code), ("model", model), ("total", code + model))
-             if said.get(f"{name}_bytes", value) != value]
-    figures = f"code {code} + model {model} = {code + model} bytes of {CAP_BYTES}"
-    figures += f"; result.json differs in {' '.join(wrong)}" if wrong else ""
-    return Verdict("size", code + model <= CAP_BYTES and not wrong, figures)
-
-
-def origin(run: Path, script: Path) -> str:
-    """Whether the script is the one that made the run, by what result.json says."""
-    said, digest = result_of(run), hashlib.sha256(script.read_bytes()).hexdigest()
-    if not said:
-        return "no result.json: unknown which script made the run"
-    same = digest in (said.get("code_sha256"), said.get("packed_sha256"))
-    return f"{script}: {'the' if same else 'NOT the'} script that made the run, by its sha256"
+def perform(args: argparse.Namespace) -> Audit:
+    # 1) Read the run and its validation set; choose documents, and alter them.
+    run = FinishedRun.read(args.run)
+    given = Path(os.environ.get("DATA_DIR") or run.settings["data_dir"])
+    data = Data.read(next((root / given for root in (Path.cwd(), ROOT) if (root / given).is_dir()), given),
+                     run.settings)
+    count = min(args.documents, len(data.starts))
+    if count < 4:
+        raise AuditError(f"{count} documents are too few to compare: 4 at least")
+    seed = int.from_bytes(os.urandom(3), "little") if args.seed is None else args.seed
+    chosen = np.sort(np.random.default_rng(seed).choice(len(data.starts), count, replace=False)).tolist()
+    sets = Alterations([data.document(i) for i in chosen], data.pieces, run.settings, seed)
+    planned = {name: getattr(sets, name)() for name in RESCORES[:-1] if name not in args.skip}
+    targets = {name: sum(len(case.tokens) for case in cases) for name, cases in planned.items()}
+    targets |= {"all": len(data.tokens)} if "all" not in args.skip else {}
+    # 2) Say what comes.
+    gpu, ours = on_gpu(), is_ours(args.script)
+    device = "GPU" if gpu else "CPU"
+    print(f"{args.run} on a {device}: {count} of {len(data.starts)} documents, --seed {seed}")
+    if not ours:
+        print(f"{args.script} IS NOT THIS REPOSITORY'S TRAIN_GPT.PY, PACKED OR NOT: HOW THE ARTIFACT CAME "
+              "ABOUT IS NOT CHECKED.")
+    expected = {name: seconds_expected(run, number, args.processes) for name, number in targets.items()}
+    print(f"about {sum(expected.values()):.0f} s, if this machine is as fast as the run's: "
+          + ", ".join(f"{name} {seconds:.0f}" for name, seconds in expected.items()), flush=True)
+    # 3) Judge.
+    timeout = args.timeout or max(900, 10 * max(expected.values()))
+    audit = Audit(run, data, Program(args.script, run, data, args.processes, timeout), gpu)
+    audit.statements(ours)
+    audit.size()
+    audit.headline()
+    if "all" in args.skip:
+        audit.add("headline", None, "whether all documents have this score: they are not scored again")
+    with contextlib.suppress(Incomplete):
+        for name, cases in planned.items():
+            getattr(audit, name)(cases)
+        if "all" not in args.skip:
+            audit.all(chosen)
+        audit.together()
+    return audit
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run, with final_model.int6.ptz")
-    parser.add_argument("--script", type=Path, default=SCRIPT,
+    parser.add_argument("run", type=Path, help="folder of a run, with final_model.int6.ptz and result.json")
+    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py",
                         help="the train_gpt.py, or copy of it, to score with")
     parser.add_argument("--documents", type=int, default=64,
-                        help="how many of the first validation documents (64)")
-    parser.add_argument("--seed", type=int, default=0, help="of places and tokens of alterations (0)")
-    parser.add_argument("--scores", type=Path, help="the run's SAVE_SCORES file, to compare with")
+                        help="how many validation documents, chosen at random, to alter (64)")
+    parser.add_argument("--seed", type=int, help="of choice and alterations (another each time)")
+    parser.add_argument("--skip", nargs="+", choices=RESCORES[1:], default=[], help="re-scores to leave out")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs to score on, by torchrun (1)")
+    parser.add_argument("--timeout", type=float,
+                        help="seconds that a re-score may take (10 times what is expected, 900 at least)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the verdicts, as JSON")
     args = parser.parse_args(argv)
-    tg = load_script(args.script)
     try:
-        scorer = Scorer(tg, args.run / "final_model.int6.ptz")
-        documents = scorer.documents(args.documents)
-        if len(documents) < 3:
-            raise tg.UserError(f"{len(documents)} documents are too few to compare: 3 at least")
-        if scorer.ranks.world_size > 1:
-            raise tg.UserError("an audit is one process: start it without torchrun")
-        print(origin(args.run, args.script))
-        print(f"on {tg.device_name(scorer.ranks.device)}, attention {scorer.ops.attend.__name__}", flush=True)
-        verdicts = [size(args.run, tg), *headline(args.run, scorer, args.scores)]
-        print(*verdicts, sep="\n", flush=True)
-        for verdict in Audit(scorer, documents, args.seed).verdicts(args.scores):
-            print(verdict, flush=True)
-            verdicts.append(verdict)
-    except (tg.UserError, RuntimeError, ValueError, KeyError, OSError) as error:
+        audit = perform(args)
+        if args.write:
+            write_verdicts(args.write, audit)
+    except AuditError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    failed = sorted({verdict.rule for verdict in verdicts if not verdict.passed})
-    passed = sum(verdict.passed for verdict in verdicts)
-    print(f"{'FAIL: ' + ', '.join(failed) if failed else 'pass'}: {passed} of {len(verdicts)} checks pass")
-    return 1 if failed else 0
+    by_rule = audit.by_rule()
+    for word in ("FAIL", "NOT CHECKED"):
+        rules = [rule for rule in RULES if by_rule[rule] == word]
+        print(f"{word}: {', '.join(rules) or 'none'}")
+    words = [verdict.word for verdict in audit.verdicts]
+    print(f"{words.count('pass')} checks passed, {words.count('FAIL')} failed, "
+          f"{words.count('NOT CHECKED')} were not made")
+    return int("FAIL" in words)
 
 
 if __name__ == "__main__":

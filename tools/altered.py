@@ -1,0 +1,207 @@
+"""For tools/audit.py: a validation set, read without the audited script, and altered sets made from it."""
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+
+
+class AuditError(Exception):
+    """Why there can be no verdict."""
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AuditError(f"cannot read {path}: {error.strerror}") from error
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_shard(path: Path) -> np.ndarray:
+    data = read(path)
+    magic, version, count = np.frombuffer(data[:12].ljust(12, b"\0"), dtype="<i4").tolist()
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or len(data) != HEADER_BYTES + 2 * count or not count:
+        raise AuditError(f"{path} is not a token shard, or damaged")
+    return np.frombuffer(data, dtype="<u2", offset=HEADER_BYTES)
+
+
+def write_shard(path: Path, tokens: np.ndarray):
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+class Pieces(NamedTuple):
+    """What the tokenizer's pieces stand for; arrays are (pieces,)."""
+    bos: int
+    special: np.ndarray  # whether it is no text
+    spaced: np.ndarray  # whether it begins with a space
+    size: np.ndarray  # UTF-8 bytes without that space
+    words: np.ndarray  # ids of pieces that begin with a space and come back when their text is tokenized
+
+    @classmethod
+    def read(cls, path: Path, vocab_size: int) -> "Pieces":
+        import sentencepiece
+        data = read(path)
+        try:
+            sp = sentencepiece.SentencePieceProcessor(model_proto=data)
+            pieces = [sp.id_to_piece(i) for i in range(len(sp))]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise AuditError(f"{path} is not a SentencePiece model") from error
+        if len(pieces) != vocab_size or sp.bos_id() < 0:
+            raise AuditError(f"{path} has {len(pieces)} pieces, the run's {vocab_size}, or it has no BOS")
+        ids = range(vocab_size)
+        special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+        texts = [piece.removeprefix("\u2581") for piece in pieces]
+        size = np.array([1 if sp.is_byte(i) else len(texts[i].encode()) for i in ids]) * ~special
+        spaced = np.array([texts[i] != pieces[i] for i in ids]) & ~special
+        words = [i for i in np.flatnonzero(spaced & (size > 0)).tolist() if sp.encode(texts[i]) == [i]]
+        return cls(sp.bos_id(), special, spaced, size, np.array(words or np.flatnonzero(~special)))
+
+    def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of text that every token but the first adds, by the challenge's rule."""
+        before, target = tokens[:-1], tokens[1:]
+        return self.size[target] + (self.spaced[target] & ~self.special[before])
+
+
+class Data(NamedTuple):
+    """A validation set. Target j is token j + 1."""
+    tokenizer: Path
+    shards: list[Path]
+    pieces: Pieces
+    tokens: np.ndarray  # of the documents that were scored: all, unless VAL_DOC_FRACTION says otherwise
+    starts: np.ndarray  # of these documents
+    available: int  # documents that there are
+    sha256: str  # of the tokens in all shards
+
+    @classmethod
+    def read(cls, root: Path, settings: dict[str, Any]) -> "Data":
+        vocab_size = settings["vocab_size"]
+        folder = root / f"datasets/fineweb10B_sp{vocab_size}"
+        shards = sorted(folder.glob("fineweb_val_[0-9]*.bin"))
+        if not shards:
+            raise AuditError(f"DATA_DIR={root}: there is no {folder}/fineweb_val_*.bin")
+        tokenizer = root / f"tokenizers/fineweb_{vocab_size}_bpe.model"
+        pieces = Pieces.read(tokenizer, vocab_size)
+        stream = np.concatenate([read_shard(path) for path in shards])
+        tokens = stream.astype(np.int64)
+        starts = np.flatnonzero(tokens == pieces.bos)
+        if tokens.max() >= vocab_size or not len(starts) or starts[0] != 0:
+            raise AuditError(f"{folder} does not hold documents of {tokenizer}")
+        count = max(1, round(settings["val_doc_fraction"] * len(starts)))
+        end = starts[count] if count < len(starts) else len(tokens)
+        return cls(tokenizer, shards, pieces, tokens[:end], starts[:count], len(starts),
+                   sha256(stream.tobytes()))
+
+    def document(self, number: int) -> np.ndarray:
+        """A document from its BOS on."""
+        return self.tokens[self.starts[number] : np.append(self.starts, len(self.tokens))[number + 1]]
+
+
+class Case(NamedTuple):
+    """A document of an altered set."""
+    number: int  # of the document that it was made from, or -1
+    tokens: np.ndarray
+    kept: int  # so many of its first targets are as they were
+    change: str = ""  # none, or: tail, cut, continued, added, next
+
+
+def chunk_ends(longest: int, settings: dict[str, Any]) -> np.ndarray:
+    """Where the chunks of a document end, in targets, up to at least `longest`; each is learned from."""
+    ends = [settings["ttt_chunk_size"]]
+    while ends[-1] < longest:
+        size = max(settings["ttt_chunk_size"], int(ends[-1] * settings["ttt_chunk_growth"]))
+        ends.append(ends[-1] + min(size, settings["ttt_eval_seq_len"]))
+    return np.array(ends)
+
+
+class Alterations:
+    """Sets of documents made from some documents, each by the method that is named like its re-score.
+
+    What comes in place of text could be text of this tokenizer: words at random, which are hard to predict,
+    or one passage again and again, which is easy. So a choice by later losses will be another.
+    """
+
+    def __init__(self, documents: list[np.ndarray], pieces: Pieces, settings: dict[str, Any], seed: int):
+        self.documents, self.pieces, self.settings = documents, pieces, settings
+        self.rng = np.random.default_rng(seed)
+        self.ends = chunk_ends(max(map(len, documents)), settings)
+
+    def words(self, count: int) -> np.ndarray:
+        return self.rng.choice(self.pieces.words, count)
+
+    def passage(self, count: int) -> np.ndarray:
+        return np.resize(self.words(12), count)
+
+    def added(self, text: np.ndarray) -> Case:
+        return Case(-1, np.append(self.pieces.bos, text), 0, "added")
+
+    def place(self, tokens: np.ndarray) -> int:
+        """A token of a document to alter, 0 if it is too short; target j is token j + 1.
+
+        The target that it is lies inside a chunk, not first in it and, if it can be, in one that is learned
+        from. If it can be, it begins a word.
+        """
+        length = len(tokens)
+        learned = max((end for end in self.ends.tolist() if end < length), default=0)
+        last = learned if learned > 1 else length - 1
+        places = 1 + np.setdiff1d(np.arange(1, last), self.ends)
+        at_words = places[self.pieces.spaced[tokens[places]]]
+        places = at_words if len(at_words) else places
+        return int(self.rng.choice(places)) if len(places) else 0
+
+    def unaltered(self) -> list[Case]:
+        return [Case(i, tokens, len(tokens)) for i, tokens in enumerate(self.documents)]
+
+    def reversed(self) -> list[Case]:
+        return self.unaltered()[::-1]
+
+    def tails(self) -> list[Case]:
+        """Every second document ends otherwise. Short documents come first, so that no slot is new for it."""
+        length = 2 * self.settings["ttt_chunk_size"] + 2
+        cases = [self.added(self.words(length)) for _ in range(self.settings["ttt_batch_size"])]
+        for case in self.unaltered():
+            at = self.place(case.tokens) if case.number % 2 == 0 else 0
+            if at:
+                text = self.words if case.number % 4 else self.passage
+                tokens = np.append(case.tokens[:at], text(len(case.tokens) - at))
+                case = Case(case.number, tokens, at - 1, "tail")
+            cases.append(case)
+        return cases
+
+    def lengths(self) -> list[Case]:
+        """Of four documents one is cut, one goes on, one is absent and one stays."""
+        cases = []
+        for number, tokens in enumerate(self.documents):
+            at = self.place(tokens)
+            if number % 4 == 0 and at:
+                cases.append(Case(number, tokens[:at], at - 1, "cut"))
+            elif number % 4 == 1:
+                more = self.words(int(self.rng.integers(1, 3 * self.settings["ttt_chunk_size"])))
+                cases.append(Case(number, np.append(tokens, more), len(tokens) - 1, "continued"))
+            elif number % 4 != 2:
+                cases.append(Case(number, tokens, len(tokens)))
+        return cases
+
+    def rest(self) -> list[Case]:
+        """The first half stays, and all that comes later is replaced.
+
+        Among that is the beginning of a document, longer than a chunk, with each token in turn as its next:
+        BOS first, as that beginning alone is followed by a BOS.
+        """
+        half = -(-len(self.documents) // 2)
+        chunk = self.settings["ttt_chunk_size"]
+        length = int(self.rng.integers(chunk + 2, 3 * chunk))
+        long = [tokens for tokens in self.documents if len(tokens) > length]
+        long = long or [max(self.documents, key=len)[:-1]]
+        beginning = long[int(self.rng.integers(len(long)))][:length]
+        tokens = [token for token in range(len(self.pieces.size)) if token != self.pieces.bos]
+        cases = [Case(-1, np.append(beginning, token), 0, "next") for token in tokens]
+        later = [self.added(self.passage(len(document))) for document in self.documents[half:]]
+        return self.unaltered()[:half] + [Case(-1, beginning, 0, "next"), *cases, *later]

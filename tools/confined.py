@@ -1,0 +1,131 @@
+"""Run a foreign program so that nothing of it stays: its time is limited, and all its processes are ended.
+
+On Linux with Landlock the program can write in its own folder only, and read nothing but that and what the
+machine's software is made of. It cannot find the files that it was not given, nor leave any for its next run.
+"""
+import contextlib
+import ctypes
+import os
+import signal
+import site
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Iterable, Mapping, NamedTuple
+
+SYSTEM = "/bin /sbin /usr /lib /lib32 /lib64 /libx32 /etc /opt /nix /run /sys /var/lib".split()
+DEVICES = "/dev /proc".split()  # their files can be written, none created
+SHARED_MEMORY = Path("/dev/shm")  # where compilers lock; what a program leaves there is reported
+READ = 0b1101  # Landlock's bits: execute, read files, list folders
+WRITE = 0b0010 | 1 << 14  # write and truncate files
+ANY = (1 << 15) - 1  # and create, remove, rename
+NO_NEW_PRIVILEGES, CHILD_SUBREAPER = 38, 36  # of prctl
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Ended(NamedTuple):
+    """How a program ended."""
+    status: int | None  # None: it ran out of time
+    last_words: str  # the last line of what it wrote to stderr
+    left: list[str]  # files that it left where its next run could find them
+    confined: bool
+
+
+def run(command: list, environment: Mapping[str, str], folder: Path, timeout: float) -> Ended:
+    """Run a command in a folder, where its output will be in out.txt and err.txt; ends what it started."""
+    before, shared = children(), shared_files()
+    if sys.platform == "linux":
+        libc.prctl(CHILD_SUBREAPER, 1, 0, 0, 0)  # processes that lose their parent become this one's children
+    rules = ruleset(folder)
+
+    def confine():
+        if rules is not None:
+            libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+            if libc.syscall(RESTRICT_SELF, rules, 0):
+                os._exit(126)
+
+    status = None
+    try:
+        with open(folder / "out.txt", "wb") as out, open(folder / "err.txt", "wb") as err:
+            process = subprocess.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL,
+                                       stdout=out, stderr=err, start_new_session=True, preexec_fn=confine)
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(timeout)
+            finally:
+                end_all(process, before)
+    finally:
+        if rules is not None:
+            os.close(rules)
+    lines = (folder / "err.txt").read_text(errors="replace").strip().splitlines()
+    return Ended(status, lines[-1] if lines else "", sorted(shared_files() - shared), rules is not None)
+
+
+def end_all(process: subprocess.Popen, before: set[int]):
+    """End a program with all that it started. `before`: this process's children that are none of these."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    while orphans := children() - before:  # their own children become ours in turn
+        for pid in orphans:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        time.sleep(0.01)
+
+
+def children() -> set[int]:
+    """Processes whose parent is this one."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = file.read_text(errors="replace").rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid():
+                found.add(int(file.parent.name))
+    return found
+
+
+def shared_files() -> set[str]:
+    """This user's files in shared memory."""
+    found = set()
+    for file in SHARED_MEMORY.glob("*"):
+        with contextlib.suppress(OSError):
+            if file.stat().st_uid == os.getuid():
+                found.add(str(file))
+    return found
+
+
+def software() -> list[str]:
+    """Folders of the machine's software: the system's, this Python's, and what the search paths name."""
+    paths = [path for name in ("PATH", "LD_LIBRARY_PATH") for path in os.environ.get(name, "").split(":")]
+    packages = [path for path in sys.path if path and Path(path) != Path(__file__).parent]
+    paths += [sys.prefix, sys.base_prefix, site.getuserbase()]
+    return [*SYSTEM, *filter(os.path.isabs, paths + packages)]
+
+
+def ruleset(folder: Path) -> int | None:
+    """A Landlock ruleset, as a file descriptor, that closes all but a folder; None without Landlock."""
+    version = libc.syscall(CREATE_RULESET, None, 0, 1) if sys.platform == "linux" else -1
+    if version < 1:
+        return None
+    known = (1 << {1: 13, 2: 14}.get(version, 15)) - 1
+    handled = struct.pack("Q", known)
+    rules = libc.syscall(CREATE_RULESET, handled, len(handled), 0)
+    allow(rules, software(), READ)
+    allow(rules, DEVICES, (READ | WRITE) & known)
+    allow(rules, [folder, SHARED_MEMORY], ANY & known)
+    return rules
+
+
+def allow(rules: int, paths: Iterable, access: int):
+    """Let a ruleset allow such access to all that lies in folders; those that do not exist are skipped."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            place = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", access, place), 0)
+            os.close(place)
