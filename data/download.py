@@ -7,25 +7,32 @@
     python data/download.py --check              # look at what is there, fetch nothing
 
 Files arrive under OUT/datasets/fineweb10B_VARIANT and OUT/tokenizers, where train_gpt.py looks for them
-(DATA_DIR=OUT). An interrupted download goes on where it stopped. Every file is checked (size, checksum where
-the hub has one, header, token count) before it gets its name, and a file that is there already is checked and
-kept. The default repository is that of the variable MATCHED_FINEWEB_REPO_ID, else the one that holds the
-8192-piece variant.
+(DATA_DIR=OUT). Every file is checked (size, checksum where the hub has one, header, token count) before it
+gets its name. Whole files are kept: the same command, given again, checks them and fetches what is missing or
+damaged. A file that was on its way when the command ended begins anew; only while it runs does the hub's
+client go on inside a file, after a broken connection. Data of prepare.py are never changed, nor is another
+tokenizer, and no shards of another source stay beside the hub's. The default repository is that of the
+variable MATCHED_FINEWEB_REPO_ID, else the one that holds the 8192-piece variant.
 """
 import argparse
-import hashlib
+import json
 import os
 import pathlib
 import shutil
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tools"))
+import command  # noqa: E402
 
-DEFAULT_REPO = os.environ.get("MATCHED_FINEWEB_REPO_ID", "kevclark/parameter-golf")
+with command.imports():
+    import numpy as np
+
+DEFAULT_REPO = os.environ.get("MATCHED_FINEWEB_REPO_ID") or "kevclark/parameter-golf"
 MAGIC, VERSION = 20240520, 1  # what a shard begins with
 HEADER_BYTES = 1024
 BOS = 1  # of all published variants
+STAGING = ".download"  # a folder beside the files, and so on their disk, until they are whole
 CHALLENGE_DOCUMENTS = 50_000  # of the validation split, whatever the tokenizer
 
 
@@ -58,11 +65,12 @@ def first_line(error: Exception) -> str:
 
 def list_repository(repo: str, revision: str) -> list[Remote]:
     """All files of a dataset repository."""
-    from huggingface_hub import HfApi
-
+    with command.imports():
+        from huggingface_hub import HfApi
     try:
         tree = HfApi().list_repo_tree(repo, repo_type="dataset", revision=revision, recursive=True)
-        files = [entry for entry in tree if hasattr(entry, "size")]  # the others are folders
+        files = [entry for entry in tree if hasattr(entry, "size")  # the others are folders
+                 and ".." not in entry.path.split("/")]
         return [Remote(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
     except Exception as error:  # whatever the network or the client raises
         raise DownloadError(f"cannot list {repo} (revision {revision}): {first_line(error)}; "
@@ -109,20 +117,12 @@ def count_tokens(path: pathlib.Path) -> int:
     return int(header[2])
 
 
-def sha256_of(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def problem(path: pathlib.Path, remote: Remote) -> str | None:
     """What is wrong with a local copy; None if nothing is."""
     size = path.stat().st_size
     if size != remote.size:
         return f"{path} has {size} bytes, the hub's has {remote.size}"
-    if remote.sha256 and sha256_of(path) != remote.sha256:
+    if remote.sha256 and command.sha256_of(path) != remote.sha256:
         return f"{path} has another checksum than the hub's"
     if remote.name.endswith(".bin"):
         try:
@@ -132,34 +132,84 @@ def problem(path: pathlib.Path, remote: Remote) -> str | None:
     return None
 
 
-def fetch(wanted: Wanted, repo: str, revision: str, staging: pathlib.Path) -> None:
-    """Download one file (or the rest of it) aside, check it, and give it its name."""
-    from huggingface_hub import hf_hub_download
-
+def fetch(wanted: Wanted, repo: str, revision: str) -> None:
+    """Download one file aside, check it, and give it its name."""
+    with command.imports():
+        from huggingface_hub import hf_hub_download
+    staging = wanted.local.parent / STAGING
     try:
-        fetched = hf_hub_download(repo, wanted.remote.path, repo_type="dataset", revision=revision,
-                                  local_dir=staging)
-    except Exception as error:  # whatever the network or the client raises
-        raise DownloadError(f"{wanted.remote.path}: {first_line(error)}; "
-                            "run the same command again to go on") from error
-    part = pathlib.Path(fetched)
-    wrong = problem(part, wanted.remote)
-    if wrong:
-        part.unlink()
-        raise DownloadError(f"{wrong}; run the same command again to fetch it anew")
-    wanted.local.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(part, wanted.local)
+        try:
+            fetched = hf_hub_download(repo, wanted.remote.path, repo_type="dataset", revision=revision,
+                                      local_dir=staging)
+        except Exception as error:  # whatever the network or the client raises
+            raise DownloadError(f"{wanted.remote.path}: {first_line(error)}; "
+                                "run the same command again to fetch what is missing") from error
+        wrong = problem(pathlib.Path(fetched), wanted.remote)
+        if wrong:
+            raise DownloadError(f"{wrong}; run the same command again to fetch it anew")
+        os.replace(fetched, wanted.local)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-def summarize(out: pathlib.Path, variant: str) -> str:
-    """Shards, tokens and validation documents of what is there; DownloadError if any shard is not whole."""
+def own_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What prepare.py wrote of the shards that it made; None if there is no such file, or another's."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        return {"tokenizer": manifest["tokenizer"]["sha256"],
+                "shards": {**manifest["val"]["shards"], **manifest["train"]["shards"]}}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def refuse_others(wanted: list[Wanted], files: list[Remote]) -> None:
+    """DownloadError if what is there belongs to other data than the hub's."""
+    tokenizer, *shards = wanted
+    folder = shards[0].local.parent
+    if own_manifest(folder):
+        raise DownloadError(f"{folder} holds shards of prepare.py: choose another --out")
+    if tokenizer.local.exists() and problem(tokenizer.local, tokenizer.remote):
+        raise DownloadError(f"{tokenizer.local} is another tokenizer: remove it or choose another --out")
+    names = {file.local.name for file in shards}
+    place = shards[0].remote.path.rpartition("/")[0]
+    on_hub = {file.name: file for file in files if file.path.rpartition("/")[0] == place}
+    for path in sorted(folder.glob("fineweb_*.bin")):
+        if path.name not in names and (path.name not in on_hub or problem(path, on_hub[path.name])):
+            raise DownloadError(f"{path} is none of the hub's: remove it or choose another --out")
+
+
+def check(out: pathlib.Path, variant: str) -> str:
+    """Look at all files of a variant; DownloadError if any is missing or not whole. Returns their counts."""
     folder = out / f"datasets/fineweb10B_{variant}"
+    tokenizer = out / f"tokenizers/fineweb_{variant.removeprefix('sp')}_bpe.model"
+    shards = {split: sorted(folder.glob(f"fineweb_{split}_*.bin")) for split in ("train", "val")}
+    # 1) Is everything there, and whole?
+    if not tokenizer.is_file():
+        raise DownloadError(f"there is no {tokenizer}: fetch it without --check")
     lines = []
-    for split in ("train", "val"):
-        shards = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-        lines.append(f"{split}: {len(shards)} shards, {sum(map(count_tokens, shards)):,} tokens")
+    for split, paths in shards.items():
+        if not paths:
+            raise DownloadError(f"there is no {folder}/fineweb_{split}_*.bin: fetch them without --check")
+        lines.append(f"{split}: {len(paths)} shards, {sum(map(count_tokens, paths)):,} tokens")
+    numbered = [f"fineweb_val_{i:06}.bin" for i in range(len(shards["val"]))]
+    if [path.name for path in shards["val"]] != numbered:
+        raise DownloadError(f"{folder}/fineweb_val_*.bin are not numbered from 000000 without a gap")
+    # 2) Is it what prepare.py made?
+    manifest = own_manifest(folder)
+    if manifest:
+        there = {path.name: command.sha256_of(path) for path in shards["train"] + shards["val"]}
+        changed = [name for name in {**manifest["shards"], **there}
+                   if manifest["shards"].get(name) != there.get(name)]
+        changed += [tokenizer.name] if command.sha256_of(tokenizer) != manifest["tokenizer"] else []
+        if changed:
+            raise DownloadError(f"{folder}: {changed[0]} is not what manifest.json says")
+        lines.append("all as manifest.json says")
+    elif (folder / "manifest.json").exists():
+        lines.append(f"{folder}/manifest.json is not of prepare.py: nothing was compared with it")
+    # 3) How many documents has validation?
     documents = 0
-    for path in folder.glob("fineweb_val_*.bin"):
+    for path in shards["val"]:
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
         documents += int((tokens == BOS).sum())
     note = ""
@@ -171,26 +221,30 @@ def summarize(out: pathlib.Path, variant: str) -> str:
 
 def download(args: argparse.Namespace) -> None:
     """Fetch all files that are wanted and are not there, whole."""
-    # 1) What is wanted, and what of it is missing.
     files = list_repository(args.repo, args.revision)
     wanted = choose(files, args.variant, args.train_shards, args.out, args.repo)
-    missing = [file for file in wanted if not file.local.exists() or problem(file.local, file.remote)]
-    total = sum(file.remote.size for file in wanted)
-    need = sum(file.remote.size for file in missing)
-    print(f"{args.repo}, {args.variant}: {len(wanted)} files, {total / 1e9:.2f} GB; {len(missing)} files, "
-          f"{need / 1e9:.2f} GB to fetch")
-    # 2) Is there room for it?
     args.out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(args.out).free
-    if free < need + (1 << 28):
-        raise DownloadError(f"--out {args.out}: {free / 1e9:.2f} GB are free, {need / 1e9:.2f} GB are to "
-                            "come: make room")
-    # 3) Fetch it.
-    staging = args.out / ".download"
-    for number, file in enumerate(missing, 1):
-        print(f"[{number}/{len(missing)}] {file.local}", flush=True)
-        fetch(file, args.repo, args.revision, staging)
-    shutil.rmtree(staging, ignore_errors=True)
+    with command.claim(args.out):
+        # 1) What of it is missing?
+        for folder in {file.local.parent for file in wanted}:
+            shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a process that was killed
+        refuse_others(wanted, files)
+        missing = [file for file in wanted if not file.local.exists() or problem(file.local, file.remote)]
+        total = sum(file.remote.size for file in wanted)
+        need = sum(file.remote.size for file in missing)
+        command.say(f"{args.repo}, {args.variant}: {len(wanted)} files, {total / 1e9:.2f} GB; "
+                    f"{len(missing)} files, {need / 1e9:.2f} GB to fetch")
+        # 2) Is there room for it?
+        for file in missing:
+            file.local.parent.mkdir(parents=True, exist_ok=True)
+        free = min((shutil.disk_usage(file.local.parent).free for file in missing), default=0)
+        if missing and free < need + (1 << 28):
+            raise DownloadError(f"--out {args.out}: {free / 1e9:.2f} GB are free, {need / 1e9:.2f} GB are to "
+                                "come: make room")
+        # 3) Fetch it.
+        for number, file in enumerate(missing, 1):
+            command.say(f"[{number}/{len(missing)}] {file.local}")
+            fetch(file, args.repo, args.revision)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,15 +265,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not args.check:
             download(args)
-        print(summarize(args.out, args.variant))
-    except DownloadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
-        return 2
+        command.say(check(args.out, args.variant))
+    except (DownloadError, OSError) as error:
+        return command.report(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

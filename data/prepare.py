@@ -14,16 +14,17 @@ writes
         manifest.json                         counts, bytes and sha256 of all of it
 
 Afterwards every shard is read back: its documents must decode to the input, byte for byte and in order, and
-no training document may equal a validation document. The dataset folder appears under its name only when all
-of that has passed. Documents that the tokenizer cannot give back exactly (a literal U+2581, which
-SentencePiece takes for a space) and empty ones are left out and counted. Memory stays constant: documents
-stream through, whatever the input's size.
+no training document may equal a validation document. Tokenizer and dataset folder get their names only when
+all of that has passed, and never those of files that are there already. Documents that the tokenizer cannot
+give back exactly (a literal U+2581, which SentencePiece takes for a space; what its normalisation changes)
+and empty ones are left out and counted. Memory stays constant: documents stream through, whatever the
+input's size. So the input is read several times and has to be files.
 """
 import argparse
-import collections
 import concurrent.futures
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -31,15 +32,26 @@ import os
 import pathlib
 import shutil
 import sys
-from typing import Callable, Iterable, Iterator, NamedTuple
+import threading
+import zlib
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
-import numpy as np
-import sentencepiece
-from tqdm import tqdm
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tools"))
+import command  # noqa: E402
+
+with command.imports():
+    import numpy as np
+    import sentencepiece
+    from tqdm import tqdm
 
 MAGIC, VERSION = 20240520, 1  # what a shard begins with
 HEADER_INTS = 256
-BATCH_BYTES = 1 << 20  # text handed to a worker at a time
+DEFAULT_PIECES = 8192
+MOST_PIECES = 65536  # that fit into uint16
+MOST_LINE = 1 << 28  # bytes; a longer line is no document
+BATCH_BYTES = 1 << 22  # text that is tokenized at a time
+SPACE = "\u2581"  # what SentencePiece writes for one
+PROBES = "a  b", " a", "a\tb", "a\nb", "\ufb01", "A\u030a"  # what normalisations change
 
 
 class PrepareError(Exception):
@@ -49,31 +61,32 @@ class PrepareError(Exception):
 # ---- Reading documents -------------------------------------------------------------------------------------
 
 
-def open_text(path: pathlib.Path):
-    """Open a .jsonl, .jsonl.xz or .jsonl.gz file as UTF-8 text."""
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    return opener(path, "rt", encoding="utf-8", newline="\n")
-
-
 def read_documents(paths: list[pathlib.Path], key: str) -> Iterator[str]:
     """The text of every line of all files. PrepareError names one that is neither {key: text} nor blank."""
     for path in paths:
+        opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
         try:
-            with open_text(path) as lines:
-                for number, line in enumerate(lines, 1):
+            with opener(path, "rb") as lines:
+                for number in itertools.count(1):
+                    line = lines.readline(MOST_LINE)
+                    if not line:
+                        break
                     if line.strip():
                         yield parse_line(line, key, f"{path}:{number}")
-        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise PrepareError(f"cannot read {path}: {error}") from error
 
 
-def parse_line(line: str, key: str, place: str) -> str:
+def parse_line(line: bytes, key: str, place: str) -> str:
+    """The text that a line holds."""
+    if len(line) == MOST_LINE:
+        raise PrepareError(f"{place}: a line of more than {MOST_LINE >> 20} MB is no document")
     try:
-        text = json.loads(line)[key]
+        text = json.loads(line.decode())[key]
         text.encode()  # fails for what is no text, and for text that has no UTF-8
         return text
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PrepareError(f'{place}: not a JSON object with a text "{key}" ({error!r})') from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PrepareError(f'{place}: not a JSON object with a text "{key}" ({error!r:.200})') from None
 
 
 def in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -94,13 +107,14 @@ def in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
 # ---- Tokenizer ---------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, path: pathlib.Path) -> None:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int) -> bytes:
     """Train the challenge's kind of SentencePiece model.
 
     That is BPE with byte fallback, identity normalisation and no dummy prefix.
     """
     taken = 0  # bytes
     mistakes = []
+    model = io.BytesIO()
 
     def first_documents():
         """Documents until max_bytes are taken."""
@@ -115,38 +129,80 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, p
             mistakes.append(error)
             raise
 
-    part = path.with_name(path.name + ".part")
+    def train():
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=first_documents(), model_writer=model, vocab_size=vocab_size,
+            model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+            add_dummy_prefix=False, remove_extra_whitespaces=False, character_coverage=0.9995,
+            max_sentence_length=1 << 24, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+            num_threads=os.cpu_count() or 1, minloglevel=2)
+
     try:
-        with open(part, "wb") as out:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=first_documents(), model_writer=out, vocab_size=vocab_size,
-                model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-                add_dummy_prefix=False, remove_extra_whitespaces=False, character_coverage=0.9995,
-                max_sentence_length=1 << 24, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-                num_threads=os.cpu_count() or 1, minloglevel=2)
+        call_in_thread(train)
     except RuntimeError as error:
-        part.unlink(missing_ok=True)
         if mistakes:
             raise mistakes[0] from None
         if not taken:
             raise PrepareError("no document is left for training after the first --val-docs") from None
         raise PrepareError(f"--vocab-size {vocab_size}: SentencePiece cannot train on these documents: "
                            f"{error}") from error
-    part.rename(path)
+    return model.getvalue()
 
 
-def load_tokenizer(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
-    """Read a SentencePiece model; PrepareError if it is none, or has no BOS."""
+def call_in_thread(function: Callable[[], Any]) -> None:
+    """Call a function that is long in C++, while this thread hears Ctrl-C."""
+    future = concurrent.futures.Future()
+
+    def work():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    future.result()
+
+
+def open_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    """A tokenizer that train_gpt.py accepts and counts bytes by rightly; PrepareError if it is not."""
+    # 1) Read it.
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise PrepareError(f"--tokenizer {path}: not a SentencePiece model ({error})") from error
+        if not model:
+            raise ValueError("it is empty")
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+        pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise PrepareError(f"{name}: not a SentencePiece model, or damaged ({error})") from error
+    # 2) Check that it has what shards need.
+    if len(pieces) > MOST_PIECES:
+        raise PrepareError(f"{name}: has {len(pieces)} pieces; tokens are stored as uint16, which hold "
+                           f"{MOST_PIECES}")
     if tokenizer.bos_id() < 0:
-        raise PrepareError(f"--tokenizer {path}: has no BOS piece, and every document starts with one")
+        raise PrepareError(f"{name}: has no BOS piece, and every document starts with one")
+    # 3) Check the rule by which bytes are counted: a space is counted where a piece begins with SPACE.
+    special = {i for i in range(len(pieces))
+               if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)}
+    texts = [piece for i, piece in enumerate(pieces) if i not in special]
+    inside = [piece for piece in texts if SPACE in piece[1:]]
+    if inside:
+        raise PrepareError(f"{name}: its piece {inside[0]} has a space inside, so its bytes cannot be "
+                           "counted")
+    if SPACE not in texts:
+        raise PrepareError(f"{name}: has no piece {SPACE}, so a space would be counted as the 3 bytes of "
+                           f"{SPACE}")
     return tokenizer
 
 
-# ---- Workers: pure functions of a batch, run in other processes --------------------------------------------
+def describe(tokenizer: sentencepiece.SentencePieceProcessor) -> str:
+    """Whether a tokenizer gives texts back as they were."""
+    changed = [text for text in PROBES if tokenizer.decode(tokenizer.encode(text)) != text]
+    if not changed:
+        return "gives back spaces, line breaks and composed letters as they were"
+    return (f"changes texts, such as {', '.join(map(ascii, changed))}: documents that it changes are left "
+            "out")
+
+
+# ---- Tokenizing --------------------------------------------------------------------------------------------
 
 
 class Encoded(NamedTuple):
@@ -158,50 +214,41 @@ class Encoded(NamedTuple):
     text_bytes: int  # of those that are not left out
 
 
-worker_tokenizer: sentencepiece.SentencePieceProcessor  # of a worker process, which begins with start_worker
+class Job(NamedTuple):
+    """What both splits need."""
+    tokenizer: sentencepiece.SentencePieceProcessor
+    threads: int
+    input: list[pathlib.Path]
+    key: str  # of the text in each JSON object
+    val_docs: int
+    folder: pathlib.Path  # where shards are written
 
+    def texts(self, split: str) -> Iterator[str]:
+        """The documents of a split: the first ones of the input, or the rest."""
+        documents = read_documents(self.input, self.key)
+        bounds = (0, self.val_docs) if split == "val" else (self.val_docs, None)
+        return itertools.islice(documents, *bounds)
 
-def start_worker(model: str) -> None:
-    global worker_tokenizer
-    worker_tokenizer = sentencepiece.SentencePieceProcessor(model_file=model)
+    def encode(self, texts: list[str]) -> Encoded:
+        """Tokenize documents; leave out empty ones, and those that would not decode to themselves."""
+        bos = self.tokenizer.bos_id()
+        encoded = self.tokenizer.encode(texts, num_threads=self.threads, return_type="numpy")
+        tokens = []
+        empty = inexact = leading_space = text_bytes = 0
+        for text, ids, decoded in zip(texts, encoded, self.decode(encoded)):
+            exact = decoded == text and bos not in ids
+            empty += not text
+            inexact += not exact
+            if text and exact:
+                leading_space += text.startswith(" ")
+                text_bytes += len(text.encode())
+                tokens.append(np.append(bos, ids).astype("<u2"))
+            else:
+                tokens.append(None)
+        return Encoded(tokens, empty, inexact, leading_space, text_bytes)
 
-
-def encode_batch(texts: list[str]) -> Encoded:
-    """Tokenize documents; leave out empty ones, and those that would not decode to themselves."""
-    bos = worker_tokenizer.bos_id()
-    tokens = []
-    empty = inexact = leading_space = text_bytes = 0
-    for text, ids in zip(texts, worker_tokenizer.encode(texts)):
-        exact = worker_tokenizer.decode(ids) == text
-        empty += not text
-        inexact += not exact
-        if text and exact:
-            leading_space += text.startswith(" ")
-            text_bytes += len(text.encode())
-            tokens.append(np.array([bos] + ids, dtype=np.uint16))
-        else:
-            tokens.append(None)
-    return Encoded(tokens, empty, inexact, leading_space, text_bytes)
-
-
-def mismatches(texts: list[str], documents: list[np.ndarray]) -> int:
-    """How many token documents do not decode to the text at the same place."""
-    decoded = worker_tokenizer.decode([ids[1:].tolist() for ids in documents])
-    different = sum(text != other for text, other in zip(texts, decoded))
-    return different + abs(len(texts) - len(decoded))
-
-
-def bounded_map(pool: concurrent.futures.Executor, function: Callable, batches: Iterable[tuple],
-                depth: int) -> Iterator[tuple]:
-    """(batch, function(*batch)) in order, at most `depth` of them under way, so that memory is bounded."""
-    pending = collections.deque()
-    for batch in batches:
-        pending.append((batch, pool.submit(function, *batch)))
-        if len(pending) >= depth:
-            batch, future = pending.popleft()
-            yield batch, future.result()
-    for batch, future in pending:
-        yield batch, future.result()
+    def decode(self, documents: list[np.ndarray]) -> list[str]:
+        return self.tokenizer.decode(documents, num_threads=self.threads)
 
 
 # ---- Shards ------------------------------------------------------------------------------------------------
@@ -241,6 +288,8 @@ class ShardWriter:
             header[:3] = MAGIC, VERSION, self.in_shard
             self.file.seek(0)
             self.file.write(header.tobytes())
+            self.file.flush()
+            os.fsync(self.file.fileno())
             self.file.close()
         self.file = None
         self.in_shard = 0
@@ -259,23 +308,6 @@ def fingerprint(ids: np.ndarray) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-class Job(NamedTuple):
-    """What both splits need."""
-    pool: concurrent.futures.Executor
-    depth: int  # batches under way at once
-    input: list[pathlib.Path]
-    key: str  # of the text in each JSON object
-    val_docs: int
-    folder: pathlib.Path  # where shards are written
-    bos: int
-
-    def texts(self, split: str) -> Iterator[str]:
-        """The documents of a split: the first ones of the input, or the rest."""
-        documents = read_documents(self.input, self.key)
-        bounds = (0, self.val_docs) if split == "val" else (self.val_docs, None)
-        return itertools.islice(documents, *bounds)
-
-
 def write_split(job: Job, split: str, limit: int,
                 held_out: set[bytes]) -> tuple[dict, list[pathlib.Path], bytearray]:
     """Tokenize one split into shards. Fills held_out from validation, drops its members from training.
@@ -286,9 +318,8 @@ def write_split(job: Job, split: str, limit: int,
     kept = bytearray()
     counts = dict(documents=0, tokens=0, text_bytes=0, left_out_empty=0, left_out_inexact=0,
                   left_out_copies=0, begin_with_space=0)
-    batches = ((batch,) for batch in in_batches(job.texts(split)))
     bar = tqdm(desc=f"tokenize {split}", unit=" docs", unit_scale=True, disable=None)
-    for _, encoded in bounded_map(job.pool, encode_batch, batches, job.depth):
+    for encoded in map(job.encode, in_batches(job.texts(split))):
         for ids in encoded.tokens:
             digest = None if ids is None else fingerprint(ids)
             is_copy = split == "train" and digest in held_out
@@ -307,7 +338,10 @@ def write_split(job: Job, split: str, limit: int,
     writer.close()
     bar.close()
     if not writer.documents:
-        raise PrepareError(f"no document is left for the {split} shards, of {len(kept)} in the input")
+        raise PrepareError(
+            f"no document is left for the {split} shards, of {len(kept)} in the input: "
+            f"{counts['left_out_empty']} are empty, {counts['left_out_inexact']} would not come back from "
+            f"the tokenizer, {counts['left_out_copies']} are copies of validation documents")
     counts.update(documents=writer.documents, tokens=writer.tokens)
     return counts, writer.paths, kept
 
@@ -316,22 +350,15 @@ def verify_split(job: Job, split: str, paths: list[pathlib.Path], kept: bytearra
                  held_out: set[bytes]) -> None:
     """Read the shards back: they must decode to the input, and training must hold nothing of validation."""
     texts = itertools.compress(job.texts(split), kept)
-    documents = read_shard_documents(paths, job.bos)
-    copies = 0
-
-    def pairs():
-        """Batches of texts, each with the token documents at the same place."""
-        nonlocal copies
-        for batch in in_batches(texts):
-            at_same_place = list(itertools.islice(documents, len(batch)))
-            if split == "train":
-                copies += sum(fingerprint(ids) in held_out for ids in at_same_place)
-            yield batch, at_same_place
-
+    documents = read_shard_documents(paths, job.tokenizer.bos_id())
+    wrong = copies = 0
     bar = tqdm(desc=f"verify {split}", total=sum(kept), unit=" docs", unit_scale=True, disable=None)
-    wrong = 0
-    for (batch, _), different in bounded_map(job.pool, mismatches, pairs(), job.depth):
-        wrong += different
+    for batch in in_batches(texts):
+        at_same_place = list(itertools.islice(documents, len(batch)))
+        decoded = job.decode([ids[1:] for ids in at_same_place])
+        wrong += sum(text != other for text, other in itertools.zip_longest(batch, decoded))
+        if split == "train":
+            copies += sum(fingerprint(ids) in held_out for ids in at_same_place)
         bar.update(len(batch))
     bar.close()
     left = sum(1 for _ in documents)
@@ -352,8 +379,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="the DATA_DIR to fill; made if missing")
     parser.add_argument("--val-docs", required=True, type=int,
                         help="this many first documents are for validation only")
-    parser.add_argument("--vocab-size", type=int, default=8192,
-                        help="pieces of the tokenizer to train (default 8192)")
+    parser.add_argument("--vocab-size", type=int,
+                        help=f"pieces of the tokenizer (default {DEFAULT_PIECES}, or what --tokenizer has)")
     parser.add_argument("--tokenizer", type=pathlib.Path,
                         help="use this SentencePiece model instead of training one")
     parser.add_argument("--tokenizer-bytes", type=int, default=200_000_000,
@@ -364,69 +391,120 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-key", default="text",
                         help='name of the text in each JSON object (default "text")')
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
-                        help="processes (default: one a core)")
+                        help="threads (default: one a core)")
     args = parser.parse_args(argv)
-    if args.val_docs < 1 or args.shard_tokens < 2 or args.workers < 1:
-        parser.error("--val-docs, --workers want at least 1, --shard-tokens at least 2")
-    if not 300 <= args.vocab_size <= 65536:
+    if args.val_docs < 1 or args.workers < 1 or args.tokenizer_bytes < 1:
+        parser.error("--val-docs, --workers and --tokenizer-bytes want at least 1")
+    if not 2 <= args.shard_tokens < 1 << 31:
+        parser.error("--shard-tokens wants 2 to 2147483647: a shard's header has its count as int32")
+    if args.vocab_size is not None and not 300 <= args.vocab_size <= MOST_PIECES:
         parser.error("--vocab-size wants 300 to 65536: tokens are stored as uint16, bytes and controls take "
                      "260 pieces")
     return args
 
 
-def place_tokenizer(args: argparse.Namespace) -> pathlib.Path:
-    """Train or copy the tokenizer to its place under --out; returns that path."""
-    folder = args.out / "tokenizers"
-    folder.mkdir(parents=True, exist_ok=True)
-    if args.tokenizer:
-        vocab_size = load_tokenizer(args.tokenizer).get_piece_size()
-        path = folder / f"fineweb_{vocab_size}_bpe.model"
-        if not (path.exists() and path.samefile(args.tokenizer)):
-            shutil.copyfile(args.tokenizer, path)
-        return path
-    path = folder / f"fineweb_{args.vocab_size}_bpe.model"
-    if path.exists():
-        raise PrepareError(f"{path} exists: name it with --tokenizer to use it, or remove it to train "
-                           "another")
-    print(f"training a tokenizer of {args.vocab_size} pieces ...")
-    training = itertools.islice(read_documents(args.input, args.text_key), args.val_docs, None)
-    train_tokenizer(training, args.vocab_size, args.tokenizer_bytes, path)
-    return path
+def read_tokenizer(path: pathlib.Path, vocab_size: int | None) -> bytes:
+    """The tokenizer of --tokenizer; PrepareError if it cannot be used."""
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise PrepareError(f"--tokenizer {path}: {error.strerror}") from error
+    tokenizer = open_tokenizer(model, f"--tokenizer {path}")
+    pieces = tokenizer.get_piece_size()
+    if vocab_size not in (None, pieces):
+        raise PrepareError(f"--vocab-size {vocab_size}: --tokenizer {path} has {pieces} pieces")
+    command.say(f"{path}: {pieces} pieces; it {describe(tokenizer)}")
+    return model
 
 
-def sha256_of(path: pathlib.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def check_input(paths: list[pathlib.Path]) -> None:
+    """PrepareError names what cannot be read, or not more than once."""
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise PrepareError(f"cannot read {path}: it is no file, and the input is read several times; "
+                               "write it into one first")
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            raise PrepareError(f"cannot read {path}: {error.strerror}") from error
+
+
+class Places(NamedTuple):
+    """Where what is made belongs."""
+    tokenizer: pathlib.Path
+    folder: pathlib.Path  # of the shards
+
+    @property
+    def part(self) -> pathlib.Path:
+        """The folder until it is whole."""
+        return self.folder.with_name(self.folder.name + ".part")
+
+    def check(self, model: bytes | None) -> None:
+        """PrepareError if anything there would have to change."""
+        if self.folder.exists():
+            raise PrepareError(f"{self.folder} exists: remove it or choose another --out")
+        if self.tokenizer.exists() and self.tokenizer.read_bytes() != model:
+            remedy = "choose another --out" if model else "name it with --tokenizer to use it"
+            raise PrepareError(f"{self.tokenizer} exists: {remedy}, or remove it to have another")
 
 
 def prepare(args: argparse.Namespace) -> dict:
-    """Do all of it; returns the manifest."""
-    # 1) A tokenizer, and a folder that is not yet under its name.
-    model = place_tokenizer(args)
-    tokenizer = load_tokenizer(model)
-    folder = args.out / "datasets" / f"fineweb10B_sp{tokenizer.get_piece_size()}"
-    if folder.exists():
-        raise PrepareError(f"{folder} exists: remove it or choose another --out")
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    """Refuse what cannot be done before anything is touched, then do it; returns the manifest."""
+    # 1) Input and tokenizer.
+    check_input(args.input)
+    model = read_tokenizer(args.tokenizer, args.vocab_size) if args.tokenizer else None
+    pieces = args.vocab_size or DEFAULT_PIECES
+    if model:
+        pieces = open_tokenizer(model, "--tokenizer").get_piece_size()
+    # 2) The folder, which no other process may fill meanwhile.
+    args.out.mkdir(parents=True, exist_ok=True)
+    with command.claim(args.out):
+        places = Places(args.out / "tokenizers" / f"fineweb_{pieces}_bpe.model",
+                        args.out / "datasets" / f"fineweb10B_sp{pieces}")
+        places.check(model)
+        shutil.rmtree(places.part, ignore_errors=True)  # of a process that was killed
+        try:
+            return fill(args, places, model)
+        finally:
+            shutil.rmtree(places.part, ignore_errors=True)
+
+
+def fill(args: argparse.Namespace, places: Places, model: bytes | None) -> dict:
+    """Make everything aside and give it its name; returns the manifest."""
+    # 1) The tokenizer.
+    places.part.mkdir(parents=True)
+    places.tokenizer.parent.mkdir(exist_ok=True)
+    if not model:
+        pieces = args.vocab_size or DEFAULT_PIECES
+        command.say(f"training a tokenizer of {pieces} pieces ...")
+        training = itertools.islice(read_documents(args.input, args.text_key), args.val_docs, None)
+        model = train_tokenizer(training, pieces, args.tokenizer_bytes)
+    tokenizer = open_tokenizer(model, "the tokenizer that was trained")
     # 2) Write and check the shards. Validation comes first, so that training can leave its copies out.
-    manifest = {"tokenizer": {"file": model.name, "sha256": sha256_of(model)}}
+    sha256 = hashlib.sha256(model).hexdigest()
+    manifest = {"tokenizer": {"file": places.tokenizer.name, "sha256": sha256}}
     held_out: set[bytes] = set()
-    with concurrent.futures.ProcessPoolExecutor(args.workers, initializer=start_worker,
-                                                initargs=(str(model),)) as pool:
-        job = Job(pool, 2 * args.workers, args.input, args.text_key, args.val_docs, part, tokenizer.bos_id())
-        for split in ("val", "train"):
-            counts, paths, kept = write_split(job, split, args.shard_tokens, held_out)
-            verify_split(job, split, paths, kept, held_out)
-            manifest[split] = {**counts, "shards": {path.name: sha256_of(path) for path in paths}}
-            listed = [f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()]
-            print(f"{split}: " + ", ".join(listed))
-    # 3) Everything has passed: give the folder its name.
-    (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    part.rename(folder)
+    job = Job(tokenizer, args.workers, args.input, args.text_key, args.val_docs, places.part)
+    for split in ("val", "train"):
+        counts, paths, kept = write_split(job, split, args.shard_tokens, held_out)
+        verify_split(job, split, paths, kept, held_out)
+        manifest[split] = {**counts, "shards": {path.name: command.sha256_of(path) for path in paths}}
+        listed = [f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()]
+        command.say(f"{split}: " + ", ".join(listed))
+    # 3) Everything has passed: give tokenizer and folder their names.
+    (places.part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    is_new = not places.tokenizer.exists()
+    try:
+        if is_new:
+            command.write_whole(places.tokenizer, model)
+        places.part.rename(places.folder)
+    except BaseException:
+        if is_new:
+            places.tokenizer.unlink(missing_ok=True)
+        raise
     val_documents, train_documents = manifest["val"]["documents"], manifest["train"]["documents"]
-    print(f"checked: all shards decode to their documents; none of the {val_documents:,} validation "
-          f"documents is among the {train_documents:,} training documents\n{folder}")
+    command.say(f"checked: all shards decode to their documents; none of the {val_documents:,} validation "
+                f"documents is among the {train_documents:,} training documents\n{places.folder}")
     return manifest
 
 
@@ -435,13 +513,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare(args)
     except PrepareError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return command.report(error)
     except OSError as error:
-        print(f"error: {error.strerror}: {error.filename or args.out}", file=sys.stderr)
-        return 2
+        return command.report(f"{error.strerror or error}: {error.filename or args.out}")
+    except MemoryError:
+        return command.report("out of memory: lower --tokenizer-bytes")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

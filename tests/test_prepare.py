@@ -1,13 +1,19 @@
 """data/prepare.py: documents to shards and back, held-out validation, mistakes. It made the bundled data."""
+import errno
 import gzip
 import hashlib
+import io
 import json
 import lzma
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import sentencepiece
 
 import train_gpt as tg
 from conftest import ROOT, SMOKE, TINY, as_environment
@@ -25,9 +31,35 @@ def write_jsonl(path, documents, opener=open):
     return path
 
 
-def call(*arguments):
-    command = [sys.executable, ROOT / "data/prepare.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+def command(*arguments):
+    return list(map(str, [sys.executable, ROOT / "data/prepare.py", *arguments]))
+
+
+def call(*arguments, **options):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, **options)
+
+
+def files_in(folder):
+    """Name, bytes and time of every file in a folder."""
+    return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def error_of(done):
+    """The one line that a mistake ends with."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def refused(capfd):
+    """refused(*arguments): that line, of a call in this process."""
+    def run(*arguments):
+        line = [os.fsdecode(argument) if isinstance(argument, bytes) else str(argument)
+                for argument in arguments]
+        return error_of(subprocess.CompletedProcess(line, prepare.main(line), *capfd.readouterr()))
+    return run
 
 
 def shards_in(folder, split):
@@ -134,70 +166,327 @@ def test_inexact_and_empty_documents_are_left_out_and_counted(tmp_path):
 
 @pytest.mark.parametrize("arguments,says", [
     (["missing.jsonl"], "cannot read missing.jsonl"),
+    (["ok.jsonl", "."], "cannot read .: it is no file"),
     (["bad.jsonl"], "bad.jsonl:2: not a JSON object"),
     (["number.jsonl"], 'number.jsonl:1: not a JSON object with a text "text"'),
+    (["deep.jsonl"], 'deep.jsonl:1: not a JSON object with a text "text" (RecursionError'),
+    (["digits.jsonl"], 'digits.jsonl:1: not a JSON object with a text "text" (ValueError'),
+    (["latin.jsonl"], "latin.jsonl:2: not a JSON object"),
+    (["surrogate.jsonl"], "surrogate.jsonl:1: not a JSON object"),
     (["cut.jsonl.xz"], "cannot read cut.jsonl.xz"),
+    (["flipped.jsonl.xz"], "cannot read flipped.jsonl.xz"),
+    (["cut.jsonl.gz"], "cannot read cut.jsonl.gz"),
+    (["flipped.jsonl.gz"], "cannot read flipped.jsonl.gz"),
+    (["crc.jsonl.gz"], "cannot read crc.jsonl.gz"),
+    (["ok.jsonl.gz"], "cannot read ok.jsonl.gz"),
     (["ok.jsonl", "--text-key", "body"], 'ok.jsonl:1: not a JSON object with a text "body"'),
     (["ok.jsonl", "--val-docs", "20"], "no document is left for training"),
-    (["ok.jsonl", "--tokenizer", "bad.jsonl"], "not a SentencePiece model"),
     (["ok.jsonl", "--vocab-size", "60000"], "--vocab-size 60000"),
-    (["ok.jsonl", "--vocab-size", "70000"], "--vocab-size wants 300 to 65536"),
-    (["ok.jsonl", "--val-docs", "0"], "--val-docs"),
+    (["ok.jsonl", "--vocab-size", "512", "--tokenizer", str(MODEL)], "has 1024 pieces"),
+    (["ok.jsonl", "--out", "ok.jsonl"], "File exists: ok.jsonl"),
+    ([b"no\xff\n.jsonl"], r"cannot read no\udcff\n.jsonl: No such file"),
 ])
-def test_mistakes_are_named(tmp_path, monkeypatch, arguments, says):
+def test_mistakes_are_named(tmp_path, monkeypatch, refused, arguments, says):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "ok.jsonl", DOCUMENTS[:10])
+    (tmp_path / "ok.jsonl.gz").write_bytes((tmp_path / "ok.jsonl").read_bytes())
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
     (tmp_path / "number.jsonl").write_text('{"text": 5}\n')
-    (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(b'{"text": "x"}\n' * 1000)[:-20])
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + 200_000 * "[" + "\n")
+    (tmp_path / "digits.jsonl").write_text('{"text": ' + 5000 * "9" + "}\n")
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "fine"}\n{"text": "caf\xe9"}\n'.encode("latin-1"))
+    (tmp_path / "surrogate.jsonl").write_text('{"text": "' + 9000 * "x" + r'\ud800"}' + "\n")
+    for suffix, compress in ((".xz", lzma.compress), (".gz", gzip.compress)):
+        whole = compress(json.dumps({"text": DOCUMENTS[0]}).encode() + b"\n")
+        flipped = whole[:200] + bytes(8) + whole[208:]
+        (tmp_path / f"cut.jsonl{suffix}").write_bytes(whole[:-20])
+        (tmp_path / f"flipped.jsonl{suffix}").write_bytes(flipped)
+    (tmp_path / "crc.jsonl.gz").write_bytes(whole[:-8] + bytes(4) + whole[-4:])
+    before = files_in(tmp_path)
     if "--val-docs" not in arguments:
         arguments = [*arguments, "--val-docs", 1]
-    done = call(*arguments, "--out", "out")
-    assert done.returncode == 2 and says in done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.rglob("*.bin"))
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", "out"]
+    said = refused(*arguments)
+    assert says in said and len(said) < 400
+    assert files_in(tmp_path) == before
 
 
-def test_existing_data_are_never_overwritten(tmp_path):
-    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:10])
+@pytest.mark.parametrize("arguments,says", [
+    (["--vocab-size", "70000"], "--vocab-size wants 300 to 65536"),
+    (["--val-docs", "0"], "--val-docs"),
+    (["--tokenizer-bytes", "0"], "--tokenizer-bytes"),
+    (["--shard-tokens", "3000000000"], "--shard-tokens wants 2 to 2147483647"),
+    (["--workers", "0"], "--workers"),
+])
+def test_impossible_options_are_refused(capsys, arguments, says):
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(["a.jsonl", "--out", "out", "--val-docs", "1", *arguments])
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_pipe_is_refused_and_a_file_behind_stdin_is_not(tmp_path):
+    """The input is read several times. A pipe that nobody writes into would be waited for, too."""
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:9])
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    arguments = ["--out", tmp_path / "out", "--val-docs", 2, "--tokenizer", MODEL]
+    for name, text in (("/dev/stdin", data.read_text()), (tmp_path / "pipe.jsonl", "")):
+        said = error_of(call(name, *arguments, input=text))
+        assert f"cannot read {name}: it is no file" in said and not (tmp_path / "out").exists()
+    with open(data) as file:
+        done = call("/dev/stdin", *arguments, stdin=file)
+    assert done.returncode == 0 and texts_in(tmp_path / "out", "train") == DOCUMENTS[2:9]
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch, refused):
+    """Not read into memory: however long it is, or becomes when it is decompressed."""
+    monkeypatch.setattr(prepare, "MOST_LINE", 1000)
+    data = tmp_path / "a.jsonl.gz"
+    data.write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": "' + 2000 * b"x"))
+    said = refused(data, "--out", tmp_path / "out", "--val-docs", 1, "--tokenizer", MODEL)
+    assert "a.jsonl.gz:2: a line of more than" in said
+
+
+# Tokenizers
+
+
+def trained(**changes) -> bytes:
+    """A tokenizer, trained otherwise than prepare.py does."""
+    model = io.BytesIO()
+    options = dict(
+        sentence_iterator=iter(DOCUMENTS[:40]), vocab_size=400, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(model_writer=model, **{**options, **changes})
+    return model.getvalue()
+
+
+def without_spaces() -> bytes:
+    return trained(sentence_iterator=(text.replace(" ", "") for text in DOCUMENTS[:40]))
+
+
+REFUSED = {
+    "no BOS piece": lambda: trained(bos_id=-1),
+    "has a space inside": lambda: trained(split_by_whitespace=False, vocab_size=900),
+    "has no piece \u2581": without_spaces,
+    "not a SentencePiece model": lambda: b"text",
+    "it is empty": lambda: b"",
+    "or damaged": lambda: MODEL.read_bytes()[:-3],
+}
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_tokenizers_that_train_gpt_cannot_count_with_are_refused(tmp_path, refused, says):
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:9])
+    model = tmp_path / "a.model"
+    model.write_bytes(REFUSED[says]())
+    assert says in refused(data, "--out", tmp_path / "out", "--val-docs", 2, "--tokenizer", model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_pieces_than_a_token_can_name_are_refused(monkeypatch):
+    monkeypatch.setattr(prepare, "MOST_PIECES", 1023)
+    with pytest.raises(prepare.PrepareError, match="has 1024 pieces"):
+        prepare.open_tokenizer(MODEL.read_bytes(), "it")
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"add_dummy_prefix": True}, {"normalization_rule_name": "nmt_nfkc"}, {"model_type": "unigram"},
+    {"remove_extra_whitespaces": True}, {"user_defined_symbols": ["<s>"], "bos_piece": "<b>"}])
+def test_train_gpt_counts_the_bytes_of_what_is_written(tmp_path, changes):
+    """With every tokenizer that is accepted; and it is said which of them change text."""
+    texts = [*DOCUMENTS[:6], "plain words only", "a  b", "\ufb01ne", "<s> is no BOS"]
+    data = write_jsonl(tmp_path / "a.jsonl", texts)
+    model = tmp_path / "a.model"
+    model.write_bytes(trained(**changes))
     out = tmp_path / "out"
+    done = call(data, "--out", out, "--val-docs", 9, "--tokenizer", model)
+    tokenizer = tg.load_tokenizer(model, 400)
+    changes_text = bool({"normalization_rule_name", "remove_extra_whitespaces"} & set(changes))
+    assert ("it changes texts, such as" in done.stdout) == changes_text
+    assert ("it gives back spaces" in done.stdout) != changes_text
+    assert done.returncode == 0, done.stderr
+    kept = texts_in(out, "val")
+    assert manifest_in(out)["val"]["left_out_inexact"] == 9 - len(kept)
+    assert (len(kept) < 9) == changes_text
+    (shard,) = shards_in(out, "val")
+    counted = tokenizer.target_bytes(np.append(shard, tokenizer.bos).astype(np.int64)).sum()
+    assert counted == sum(len(text.encode()) for text in kept)
+
+
+# What is there already, who else is at work, and ends before the end
+
+
+def test_existing_data_are_never_overwritten(tmp_path, refused):
+    """Neither shards nor their tokenizer, by a call that is refused."""
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:40])
+    out = tmp_path / "out"
+    other = tmp_path / "other.model"
+    other.write_bytes(trained(vocab_size=1024, sentence_iterator=iter(DOCUMENTS)))
     assert call(data, "--out", out, "--val-docs", 1, "--tokenizer", MODEL).returncode == 0
-    again = call(data, "--out", out, "--val-docs", 2, "--tokenizer", MODEL)
-    assert again.returncode == 2 and "exists: remove it or choose another --out" in again.stderr
-    assert texts_in(out, "val") == DOCUMENTS[:1]
+    before = files_in(out)
+    for options in (["--tokenizer", MODEL], ["--tokenizer", other], ["--vocab-size", 1024]):
+        said = refused(data, "--out", out, "--val-docs", 2, *options)
+        assert "exists: remove it or choose another --out" in said and files_in(out) == before
 
 
-class Future:
-    """A call that is made when its result is asked for."""
+def test_an_existing_tokenizer_is_used_or_stays(tmp_path, refused):
+    """One without shards, as after their removal."""
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:40])
+    out = tmp_path / "out"
+    there = out / "tokenizers/fineweb_400_bpe.model"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(trained())
+    other = tmp_path / "other.model"
+    other.write_bytes(trained(sentence_iterator=iter(DOCUMENTS[40:])))
+    before = files_in(out)
+    for options, remedy in ((["--tokenizer", other], "choose another --out"),
+                            (["--vocab-size", 400], "name it with --tokenizer")):
+        assert remedy in refused(data, "--out", out, "--val-docs", 2, *options)
+        assert files_in(out) == before
+    assert call(data, "--out", out, "--val-docs", 2, "--tokenizer", there).returncode == 0
+    assert before.items() <= files_in(out).items() and texts_in(out, "val") == DOCUMENTS[:2]
 
-    def __init__(self, function, arguments):
-        self.function = function
-        self.arguments = arguments
 
-    def result(self):
-        return self.function(*self.arguments)
+def test_two_at_work_in_one_folder(tmp_path):
+    """The second is told so at once, and touches nothing."""
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:9])
+    out = tmp_path / "out"
+    part = out / "datasets/fineweb10B_sp1024.part"
+    part.mkdir(parents=True)
+    (part / "fineweb_val_000000.bin").write_bytes(b"what the first has written")
+    arguments = [data, "--out", out, "--val-docs", 2, "--tokenizer", MODEL]
+    with prepare.command.claim(out):
+        before = files_in(out)
+        said = error_of(call(*arguments))
+        assert f"another prepare.py or download.py is at work there: {out}" in said
+        assert files_in(out) == before
+    assert call(*arguments).returncode == 0
+    assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
+        "fineweb_1024_bpe.model", "fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json"]
 
 
-class Pool:
-    """As much of an executor as bounded_map needs."""
+@pytest.fixture(scope="module")
+def long_input(tmp_path_factory):
+    """Documents that take long enough to be interrupted."""
+    return write_jsonl(tmp_path_factory.mktemp("long") / "a.jsonl", DOCUMENTS * 100)
 
-    def submit(self, function, *arguments):
-        return Future(function, arguments)
+
+def start(wait_for, *arguments):
+    """A process that has come so far as to make a file or folder."""
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not wait_for.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return process
 
 
-def test_memory_is_bounded():
-    """However long the input, only so many batches are under way."""
-    taken = []
+@pytest.mark.parametrize("options,val_docs,begun", [
+    (["--vocab-size", 8192], 3, ""), (["--tokenizer", MODEL], 9000, "fineweb_val_000000.bin"),
+    (["--tokenizer", MODEL], 3, "fineweb_train_000000.bin")], ids=["tokenizer", "validation", "training"])
+def test_ctrl_c_ends_in_one_line_and_leaves_nothing(tmp_path, long_input, options, val_docs, begun):
+    """While the tokenizer is trained, and while shards are written."""
+    pieces = options[1] if options[0] == "--vocab-size" else 1024
+    part = tmp_path / f"out/datasets/fineweb10B_sp{pieces}.part"
+    process = start(part / begun, long_input, "--out", tmp_path / "out", "--val-docs", val_docs, *options)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "error: interrupted\n"
+    assert not files_in(tmp_path) and not part.exists()
 
-    def batches():
-        for number in range(100):
-            taken.append(number)
-            yield (number,)
 
-    results = []
-    for batch, result in prepare.bounded_map(Pool(), lambda number: number**2, batches(), depth=5):
-        results.append((*batch, result))
-        assert len(taken) - len(results) < 5
-    assert results == [(number, number**2) for number in range(100)]
+def test_what_a_killed_process_left_does_not_matter(tmp_path, long_input):
+    out = tmp_path / "out"
+    part = out / "datasets/fineweb10B_sp1024.part"
+    arguments = "--out", out, "--val-docs", 3, "--tokenizer", MODEL
+    process = start(part / "fineweb_train_000000.bin", long_input, *arguments)
+    process.kill()
+    process.communicate()
+    (part / "fineweb_train_000007.bin").write_bytes(b"of the killed process")
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:9])
+    assert call(data, *arguments).returncode == 0
+    assert texts_in(out, "train") == DOCUMENTS[3:9]
+    assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
+        "fineweb_1024_bpe.model", "fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json"]
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path):
+    """The system's own refusal: here files may have no more than so many bytes."""
+    resource = pytest.importorskip("resource")
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    out = tmp_path / "out"
+    limit = 100_000  # the shards of validation fit, those of training do not
+    done = call(data, "--out", out, "--val-docs", 9, "--tokenizer", MODEL,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert f"File too large: {out}" in error_of(done) and not files_in(out)
+
+
+@pytest.mark.parametrize("moment", ["write", "flush", "name the tokenizer", "name the folder"])
+def test_nothing_half_there_whenever_the_disk_fails(tmp_path, monkeypatch, refused, moment):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    places = {"write": (prepare.ShardWriter, "add"), "flush": (os, "fsync"),
+              "name the tokenizer": (os, "replace"), "name the folder": (prepare.pathlib.Path, "rename")}
+    monkeypatch.setattr(*places[moment], fail)
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:9])
+    out = tmp_path / "out"
+    said = refused(data, "--out", out, "--val-docs", 2, "--tokenizer", MODEL)
+    assert said == f"error: No space left on device: {out}\n"
+    assert not files_in(out) and not list(out.rglob("fineweb10B*"))
+
+
+@pytest.mark.parametrize("console,status", [("closed", 0), ("gone", 0), ("full", 2)])
+def test_a_console_that_is_gone_costs_no_data(tmp_path, console, status):
+    """Whoever listened is gone: the work is done. A full disk behind it is said."""
+    if console == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:9])
+    line = command(data, "--out", tmp_path / "out", "--val-docs", 2, "--tokenizer", MODEL)
+    how = {"closed": ">&- 2>&-", "gone": "| true; exit ${PIPESTATUS[0]}", "full": "> /dev/full"}[console]
+    done = subprocess.run(["bash", "-c", f'"$@" {how}', "-", *line], capture_output=True, text=True)
+    assert done.returncode == status
+    assert bool(list((tmp_path / "out").rglob("manifest.json"))) == (status == 0)
+    assert done.stderr == ("" if status == 0 else f"error: No space left on device: {tmp_path / 'out'}\n")
+
+
+def test_a_missing_package_is_named(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['sentencepiece'] = None\n")
+    done = call("a.jsonl", "--out", tmp_path / "out", "--val-docs", 2,
+                env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    said = error_of(done)
+    assert "sentencepiece" in said and "pip install -r requirements.txt" in said
+
+
+def test_memory_is_bounded(tmp_path, monkeypatch):
+    """However long the input, only so much of it is held before it is tokenized, or read back."""
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 100)
+    held = []
+    most = 0
+
+    def documents(*_):
+        for number in range(1000):
+            held.append(number)
+            yield f"text {number}"
+
+    def take(function):
+        def taking(job, batch):
+            nonlocal most
+            most = max(most, len(held))
+            held.clear()
+            return function(job, batch)
+        return taking
+
+    monkeypatch.setattr(prepare, "read_documents", documents)
+    monkeypatch.setattr(prepare.Job, "encode", take(prepare.Job.encode))
+    job = prepare.Job(prepare.open_tokenizer(MODEL.read_bytes(), "it"), 1, [], "text", 1, tmp_path)
+    _, paths, kept = prepare.write_split(job, "train", 1000, set())
+    assert len(kept) == 999 and most <= 100 // len("text 0") + 1
+    most = 0
+    held.clear()
+    monkeypatch.setattr(prepare.Job, "decode", take(prepare.Job.decode))
+    prepare.verify_split(job, "train", paths, kept, set())
+    assert most <= 100 // len("text 0") + 2, "the document that is left for validation is read, too"
 
 
 def test_bundled_shards_are_what_the_manifest_says():

@@ -1,0 +1,125 @@
+"""What the commands in tools/ and data/ share: how they begin and how they end. It needs Python alone.
+
+Whatever ends a command early is one line on stderr: a mistake, a missing package, Ctrl-C, a full disk. A
+console that is gone ends nothing but its output.
+"""
+import contextlib
+import errno
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator, NoReturn
+
+
+def one_line(text: Any) -> str:
+    """The text in one line; what no console shows, as in the names of some files, is escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def note(text: Any) -> None:
+    """Say something on stderr, in one line."""
+    with contextlib.suppress(OSError):  # the console may be gone
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
+def report(problem: Any) -> int:
+    """Say on stderr what was wrong; returns the exit status of a mistake."""
+    if isinstance(problem, OSError) and problem.strerror:
+        problem = f"{problem.strerror}: {problem.filename}" if problem.filename else problem.strerror
+    note(f"error: {problem}")
+    return 2
+
+
+def say(text: Any) -> None:
+    """Print; when whoever read it has gone, the work goes on without."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        silence()
+
+
+def silence() -> None:
+    """Let nothing more reach stdout, not even what Python still holds of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def interrupted() -> NoReturn:
+    """End the process at once, whatever its other threads are at."""
+    report("interrupted")
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def imports(requirements: str = "requirements.txt") -> Iterator[None]:
+    """Where packages are imported that may be missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise SystemExit(report(f"{error}: pip install -r {requirements}")) from None
+    except KeyboardInterrupt:
+        interrupted()
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call a command's main and end the process with the status that it returns."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted()
+    except OSError as error:
+        silence()
+        status = 141 if isinstance(error, BrokenPipeError) else report(error)  # 141: as SIGPIPE ends programs
+    sys.exit(status)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write all of a file, through to the disk, or nothing; OSError if that fails."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; OSError if another process holds it.
+
+    The system lets go of the lock with its process, however that ends.
+    """
+    with imports():
+        import filelock
+    path = folder / ".lock"
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BlockingIOError(errno.EAGAIN, "another prepare.py or download.py is at work there",
+                              str(folder)) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
