@@ -1,8 +1,9 @@
-"""data/download.py against a stand-in for the hub on this machine: listing, resuming, checks, mistakes."""
+"""data/download.py against a stand-in for the hub on this machine: listing, going on, checks, mistakes."""
 import hashlib
 import http.server
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 
-from conftest import ROOT, shard_bytes
+from conftest import ROOT, SMOKE, shard_bytes
 
 pytest.importorskip("huggingface_hub")
 sys.path.insert(0, str(ROOT / "data"))
@@ -49,6 +50,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     files: dict[str, bytes] = {}
     served: dict[str, int] = {}  # bytes sent, by file
     cut: dict[str, int] = {}  # files whose next transfer breaks off after so many bytes
+    stopped: dict[str, threading.Event] = {}  # files whose next transfer waits in the middle
+    waiting: threading.Event  # set when one does
 
     def log_message(self, *args):
         pass
@@ -104,6 +107,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if name in self.cut:
             sent = sent[: self.cut.pop(name)]
         self.served[name] = self.served.get(name, 0) + len(sent)
+        if name in self.stopped:
+            half = len(sent) // 2
+            self.wfile.write(sent[:half])
+            sent = sent[half:]
+            self.waiting.set()
+            self.stopped.pop(name).wait(60)
         self.wfile.write(sent)
         self.close_connection = True
 
@@ -111,7 +120,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path):
     """A hub that runs, with the environment of a client of it."""
-    handler = type("Handler", (Hub,), dict(files=published(), served={}, cut={}))
+    handler = type("Handler", (Hub,), dict(files=published(), served={}, cut={}, stopped={},
+                                           waiting=threading.Event()))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     handler.environment = {
@@ -122,23 +132,46 @@ def hub(tmp_path):
     server.shutdown()
 
 
+def command(out, *arguments):
+    line = [sys.executable, ROOT / "data/download.py", "--repo", "owner/name", "--variant", "sp512",
+            "--out", out, *arguments]
+    return list(map(str, line))
+
+
 def fetch(hub, out, *arguments):
-    command = [sys.executable, ROOT / "data/download.py", "--repo", "owner/name", "--variant", "sp512",
-               "--out", out, *arguments]
-    return subprocess.run(list(map(str, command)), env=hub.environment, capture_output=True, text=True)
+    return subprocess.run(command(out, *arguments), env=hub.environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def stopped(hub, tmp_path):
+    """A process in the middle of the first training shard, and what lets it go on."""
+    go_on = hub.stopped[on_hub(TRAIN_0)] = threading.Event()
+    process = subprocess.Popen(command(tmp_path / "out", "--train-shards", "1"), env=hub.environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert hub.waiting.wait(60)
+    yield process, go_on
+    go_on.set()
+    process.kill()
+    process.communicate()
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_mistake(done, says):
+    """The client of the hub may have said something before."""
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") or done.stderr.startswith("usage: ")
 
 
 def test_fetches_what_is_asked_for(hub, tmp_path):
     out = tmp_path / "data"
     done = fetch(hub, out, "--train-shards", "1")
     assert done.returncode == 0, done.stderr
-    there = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     wanted = TOKENIZER, TRAIN_0, VAL_0, VAL_1
-    assert there == {path: hub.files[on_hub(path)] for path in wanted}, "nothing else, no temporary file"
+    assert files_in(out) == {path: hub.files[on_hub(path)] for path in wanted}, "and no temporary file"
     assert "train: 1 shards, 100,000 tokens" in done.stdout and "val: 2 shards, 1,500 tokens" in done.stdout
     assert "validation documents: 30 (the challenge's validation has 50,000)" in done.stdout
 
@@ -163,14 +196,76 @@ def test_damaged_local_files_are_fetched_again(hub, tmp_path):
         assert fetch(hub, tmp_path, "--train-shards", "1").returncode == 0 and path.read_bytes() == whole
 
 
-def test_a_broken_transfer_goes_on_where_it_stopped(hub, tmp_path):
-    hub.cut[on_hub(TRAIN_0)] = 120_000
-    fetch(hub, tmp_path, "--train-shards", "1")  # the client may go on by itself
-    again = fetch(hub, tmp_path, "--train-shards", "1")
-    assert again.returncode == 0, again.stderr
-    whole = hub.files[on_hub(TRAIN_0)]
+def test_the_client_goes_on_inside_a_file_while_it_runs(hub, tmp_path):
+    """From the last of its chunks of 10 MB that were whole."""
+    whole = hub.files[on_hub(TRAIN_0)] = shard_bytes(np.ones(12_000_000))
+    hub.cut[on_hub(TRAIN_0)] = 23_000_000
+    done = fetch(hub, tmp_path, "--train-shards", "1")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / TRAIN_0).read_bytes() == whole
-    assert hub.served[on_hub(TRAIN_0)] < 2 * len(whole), "not from the start again"
+    assert hub.served[on_hub(TRAIN_0)] < 1.2 * len(whole), "not from the start again"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_whole_files_are_kept_and_one_that_was_on_its_way_begins_anew(hub, stopped, tmp_path, how):
+    process, go_on = stopped
+    process.send_signal(how)
+    if how == signal.SIGINT:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130 and said.splitlines()[-1] == "error: interrupted"
+        assert "Traceback" not in said
+        assert set(files_in(tmp_path / "out")) == {TOKENIZER, VAL_0, VAL_1}, "nothing half there"
+    process.wait()
+    go_on.set()
+    before = dict(hub.served)
+    assert fetch(hub, tmp_path / "out", "--train-shards", "1").returncode == 0
+    wanted = TOKENIZER, TRAIN_0, VAL_0, VAL_1
+    assert files_in(tmp_path / "out") == {path: hub.files[on_hub(path)] for path in wanted}
+    size = len(hub.files[on_hub(TRAIN_0)])
+    assert hub.served == before | {on_hub(TRAIN_0): before[on_hub(TRAIN_0)] + size}
+
+
+def test_two_at_work_in_one_folder(hub, stopped, tmp_path):
+    """The second is told so at once and takes nothing from the first."""
+    process, go_on = stopped
+    said = "another prepare.py or download.py is at work there"
+    assert_mistake(fetch(hub, tmp_path / "out", "--train-shards", "1"), said)
+    go_on.set()
+    assert process.wait(60) == 0 and len(files_in(tmp_path / "out")) == 4
+    assert hub.served[on_hub(TRAIN_0)] == len(hub.files[on_hub(TRAIN_0)])
+
+
+@pytest.mark.parametrize("there,says", [
+    ({f"{SHARDS}/manifest.json": (SMOKE / "datasets/fineweb10B_sp1024/manifest.json").read_bytes(),
+      VAL_0: b"mine"}, "holds shards of prepare.py"),
+    ({TOKENIZER: b"mine"}, f"{TOKENIZER} is another tokenizer"),
+    ({TRAIN_1: b"mine"}, f"{TRAIN_1} is none of the hub's"),
+    ({f"{SHARDS}/fineweb_val_000002.bin": b"mine"}, "fineweb_val_000002.bin is none of the hub's"),
+], ids=["prepared", "tokenizer", "other train", "other val"])
+def test_other_data_stay_and_are_not_mixed_with_the_hubs(hub, tmp_path, there, says):
+    for name, data in there.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    assert_mistake(fetch(hub, tmp_path / "out", "--train-shards", "1"), says)
+    assert files_in(tmp_path / "out") == there and not hub.served
+
+
+def test_a_manifest_of_others_is_left_alone(hub, tmp_path):
+    """And named, as nothing is compared with it."""
+    path = tmp_path / SHARDS / "manifest.json"
+    path.parent.mkdir(parents=True)
+    for foreign in (b"{}", b"[1]", b'{"val": {}}', b"no json", b"\xff", 100_000 * b"["):
+        path.write_bytes(foreign)
+        done = fetch(hub, tmp_path, "--train-shards", "1")
+        assert done.returncode == 0, done.stderr
+        assert f"{path} is not of prepare.py: nothing was compared" in done.stdout
+        assert path.read_bytes() == foreign
+
+
+def test_a_path_that_leaves_the_repository_is_not_fetched(hub, tmp_path):
+    hub.files[f"../{on_hub(SHARDS)}/fineweb_train_000002.bin"] = b"x"
+    assert_mistake(fetch(hub, tmp_path, "--train-shards", "3"), "owner/name has 2")
 
 
 @pytest.mark.parametrize("body,says", [
@@ -215,10 +310,68 @@ def test_check_fetches_nothing_and_finds_damage(hub, tmp_path):
     assert done.returncode == 2 and str(path) in done.stderr and served == hub.served
 
 
-def test_the_default_repository_can_be_set():
-    assert download.DEFAULT_REPO == "kevclark/parameter-golf"
+@pytest.fixture
+def whole(hub, tmp_path):
+    """All files of a variant, without the hub."""
+    for name in (TOKENIZER, TRAIN_0, VAL_0, VAL_1):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(hub.files[on_hub(name)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("missing,says", [
+    ([TOKENIZER, SHARDS], f"there is no .*/{TOKENIZER}: fetch"), ([TOKENIZER], f"/{TOKENIZER}: fetch"),
+    ([TRAIN_0], f"{SHARDS}/fineweb_train_.*: fetch"), ([VAL_0, VAL_1], f"{SHARDS}/fineweb_val_.*: fetch"),
+    ([VAL_0], "not numbered from 000000 without a gap")])
+def test_a_check_of_nothing_is_no_success(whole, capsys, missing, says):
+    arguments = ["--check", "--variant", "sp512", "--out", str(whole)]
+    assert download.main(arguments) == 0
+    assert "train: 1 shards, 100,000 tokens" in capsys.readouterr().out
+    for name in missing:
+        path = whole / name
+        path.rename(path.with_name("elsewhere"))
+    assert download.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out and re.fullmatch(f"error: .*{says}.*\n", err)
+
+
+def test_a_check_compares_with_the_manifest_of_prepare(tmp_path, capsys):
+    """One flipped bit, another tokenizer, a shard more or less."""
+    folder = "datasets/fineweb10B_sp1024"
+    for path in SMOKE.glob("*/**/*.*"):
+        copy = tmp_path / path.relative_to(SMOKE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    arguments = ["--check", "--variant", "sp1024", "--out", str(tmp_path)]
+    assert download.main(arguments) == 0
+    assert "all as manifest.json says" in capsys.readouterr().out
+    for name in (f"{folder}/fineweb_val_000000.bin", "tokenizers/fineweb_1024_bpe.model"):
+        path = tmp_path / name
+        data = path.read_bytes()
+        path.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+        assert download.main(arguments) == 2
+        assert f"{path.name} is not what manifest.json says" in capsys.readouterr().err
+        path.write_bytes(data)
+    path = tmp_path / folder / "fineweb_train_000002.bin"
+    for other in ("fineweb_train_000003.bin", "gone"):
+        path = path.rename(path.with_name(other))
+        assert download.main(arguments) == 2
+        assert "is not what manifest.json says" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(hub, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['huggingface_hub'] = None\n")
+    hub.environment["PYTHONPATH"] = str(tmp_path)
+    done = fetch(hub, tmp_path / "out")
+    assert_mistake(done, "pip install -r requirements.txt")
+    assert "huggingface_hub" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("given,used", [("a/b", "a/b"), ("", "kevclark/parameter-golf")])
+def test_the_default_repository_can_be_set(given, used):
     script = str(ROOT / "data/download.py")
     code = f"import runpy; print(runpy.run_path({script!r})['DEFAULT_REPO'])"
-    done = subprocess.run([sys.executable, "-c", code], env={"MATCHED_FINEWEB_REPO_ID": "a/b"},
+    done = subprocess.run([sys.executable, "-c", code], env={"MATCHED_FINEWEB_REPO_ID": given},
                           capture_output=True, text=True)
-    assert done.stdout.strip() == "a/b"
+    assert done.stdout.strip() == used
