@@ -88,17 +88,68 @@ def test_table_and_drawing(tmp_path, capsys):
         assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_mistakes_end_in_one_line(tmp_path):
+def test_a_last_document_without_text_is_read(tmp_path):
+    """A BOS alone at the end of validation begins a document that has no target."""
     scores = draw_scores((30, 100))
-    good = save(tmp_path / "a.npz", scores)
-    other = save(tmp_path / "b.npz", scores._replace(starts=scores.starts + [0, 1]))
-    (tmp_path / "no.npz").write_text("text")
-    np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
-    for name in ("no.npz", "foreign.npz", "missing.npz"):
-        with pytest.raises(SystemExit, match=f"error: .*{name}: not what SAVE_SCORES writes"):
-            plot_ttt.main([str(tmp_path / name)])
-    with pytest.raises(SystemExit, match="error: .* different documents"):
-        plot_ttt.main([str(good), str(other)])
+    path = save(tmp_path / "a.npz", scores._replace(starts=np.append(scores.starts, 130)))
+    *_, (total,) = plot_ttt.tables(plot_ttt.read_scores(path), None).values()
+    assert total.targets == 130 and total.documents == 2
+
+
+FOREIGN = {
+    "is no archive": lambda scores: b"text",
+    "holds other arrays": lambda scores: {"x": np.zeros(3)},
+    "holds objects": lambda scores: {**scores, "nll": np.array([{}] * 130)},
+    "has a loss too few": lambda scores: {**scores, "nll": scores["nll"][:-1]},
+    "has a loss that is none": lambda scores: {**scores, "nll": np.full(130, np.nan)},
+    "has losses in rows": lambda scores: {name: value[None] for name, value in scores.items()},
+    "has no text": lambda scores: {**scores, "token_bytes": np.zeros(130)},
+    "has no documents": lambda scores: {**scores, "document_starts": np.zeros(0, int)},
+    "begins in a document": lambda scores: {**scores, "document_starts": np.array([1, 30])},
+    "has documents out of order": lambda scores: {**scores, "document_starts": np.array([0, 50, 30])},
+    "has documents past its end": lambda scores: {**scores, "document_starts": np.array([0, 131])},
+    "has nothing": lambda scores: {name: value[:0] for name, value in scores.items()},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_files_end_in_one_line(tmp_path, capsys, kind):
+    path = tmp_path / "a.npz"
+    nll, token_bytes, starts = draw_scores((30, 100))
+    made = FOREIGN[kind](dict(nll=nll, token_bytes=token_bytes, document_starts=starts))
+    if isinstance(made, bytes):
+        path.write_bytes(made)
+    else:
+        np.savez(path, **made)
+    with pytest.raises(SystemExit) as ended:
+        plot_ttt.main([str(path)])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.startswith(f"error: {path}: not what SAVE_SCORES writes")
+    assert err.count("\n") == 1
+
+
+def test_what_would_unpack_to_more_than_it_is_is_refused(tmp_path, capsys):
+    """SAVE_SCORES does not compress, so that no small file takes all memory."""
+    scores = draw_scores((30, 100))
+    np.savez_compressed(tmp_path / "a.npz", nll=np.zeros(10**6), token_bytes=np.ones(10**6),
+                        document_starts=scores.starts)
+    with pytest.raises(SystemExit):
+        plot_ttt.main([str(tmp_path / "a.npz")])
+    assert "it is compressed" in capsys.readouterr().err
+
+
+def test_mistakes_end_in_one_line(tmp_path, capsys):
+    scores = draw_scores((30, 100))
+    good = str(save(tmp_path / "a.npz", scores))
+    other = str(save(tmp_path / "b.npz", scores._replace(starts=scores.starts + [0, 1])))
+    assert plot_ttt.main([good, other]) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {good} and {other} are scores of different documents\n"
+    for missing in ("missing.npz", "\udcff\n.npz"):
+        with pytest.raises(SystemExit):
+            plot_ttt.main([str(tmp_path / missing)])
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and "No such file" in err
 
 
 def test_scores_of_a_run(tiny_data, tmp_path, capfd):

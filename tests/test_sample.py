@@ -84,19 +84,43 @@ def test_the_command_prints_the_text_and_its_continuation(finished, capfd):
     assert capfd.readouterr().out == "The café\n"
 
 
+@pytest.fixture(scope="module")
+def foreign(finished, tmp_path_factory):
+    """Files that are not what they are given for."""
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (folder / "no.model").write_bytes(b"text")
+    changed = bytearray(TOKENIZER.read_bytes())
+    changed[-1] ^= 1
+    (folder / "changed.model").write_bytes(changed)
+    (folder / "no.pt").write_bytes(b"text")
+    checkpoint = torch.load(finished / "final_model.pt", weights_only=True)
+    checkpoint["weights"].popitem()
+    torch.save(checkpoint, folder / "other.pt")
+    return folder
+
+
 @pytest.mark.parametrize("options,said", [
+    (["{model}", "--file", "{foreign}/latin.txt"], "{foreign}/latin.txt is not UTF-8"),
+    (["{model}", "caf\udce9"], "the text is not UTF-8"),
+    (["{model}", "--tokenizer", "{foreign}/no.model"], "{foreign}/no.model"),
+    (["{model}", "--tokenizer", "{foreign}/changed.model"], "{foreign}/changed.model is not the tokenizer"),
+    (["{foreign}/no.pt"], "{foreign}/no.pt"), (["{foreign}/other.pt"], "{foreign}/other.pt"),
+    (["\udcff\n.pt"], r"\udcff\n.pt: No such file"),
     (["{model}", "--window", "9999", "--tokenizer", str(TOKENIZER)], "--window 9999"),
     (["/nowhere.pt"], "/nowhere.pt"),
     (["{model}", "--tokenizer", "/nowhere.model"], "/nowhere.model"),
     (["{model}", "--file", "/nowhere.txt", "--tokenizer", str(TOKENIZER)], "/nowhere.txt")])
-def test_mistakes_end_in_one_line(finished, capfd, options, said):
+def test_mistakes_end_in_one_line(finished, foreign, capfd, options, said):
     model = str(finished / "final_model.int6.ptz")
-    assert sample.main([option.replace("{model}", model) for option in options]) == 2
+    assert sample.main([option.format(model=model, foreign=foreign) for option in options]) == 2
     out, err = capfd.readouterr()
-    assert not out and err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert not out and err.startswith("error: ") and err.count("\n") == 1
+    assert said.format(foreign=foreign) in err
 
 
-@pytest.mark.parametrize("options", [["--temperature", "-1"], ["--top-p", "0"], ["--tokens", "x"]])
+@pytest.mark.parametrize("options", [["--temperature", "-1"], ["--top-p", "0"], ["--tokens", "x"],
+                                     ["--seed", str(2**63)]])
 def test_impossible_options_are_refused(options, capfd):
     with pytest.raises(SystemExit) as end:
         sample.main(["model.pt", *options])

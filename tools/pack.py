@@ -13,8 +13,11 @@ import platform
 import sys
 from pathlib import Path
 
+import command
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_gpt as tg
+with command.imports():
+    import train_gpt as tg
 
 
 def described(data: bytes) -> str:
@@ -34,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.check:
             tg.write_file(args.out, packed)
     except tg.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return command.report(error)
     print(f"train_gpt.py: {described(tg.read_file(Path(tg.__file__)))}")
     print(f"packed: {described(packed)}")
     if not args.check:
@@ -49,4 +51,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

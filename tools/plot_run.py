@@ -3,44 +3,76 @@
 
     python tools/plot_run.py runs/a runs/b/metrics.jsonl -o runs.png
 
-A run is a folder that train_gpt.py left (its ARTIFACT_DIR) or a metrics.jsonl from one.
+A run is a folder that train_gpt.py left (its ARTIFACT_DIR) or a metrics.jsonl from one. What a run that was
+killed left of its last line is left out, and so are rows of kinds that this does not draw.
 """
 import argparse
+import io
 import json
+import math
 import pathlib
-import sys
+from collections import Counter
+from typing import Any
+
+import command
 
 BPB = {"val_bpb_unquantized": "unquantized", "val_bpb_quantized": "quantized", "val_bpb": "adapted"}
+NUMBERS = {  # that rows must have, by their kind
+    "settings": ("train_batch_tokens",), "step": ("step", "loss", "seconds", "lr", "looped"),
+    "validation": ("step", "val_loss"), "result": ()}
 
 
 def read_run(path: pathlib.Path) -> dict:
     """{"name", "settings", "steps", "validations", "result"} of a run; an unfinished one has no result."""
     file = path / "metrics.jsonl" if path.is_dir() else path
-    try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {file}: not the metrics of a run ({error})") from error
-
-    def rows_of(kind: str) -> list[dict]:
-        return [row for row in rows if row.get("kind") == kind]
-
+    rows = read_rows(file)
     in_folder_of_run = path.is_dir() or file.name == "metrics.jsonl"
-    settings = rows_of("settings")
-    results = rows_of("result")
-    run = {"name": file.parent.name if in_folder_of_run else file.stem,
-           "settings": settings[0] if settings else {},
-           "steps": rows_of("step"),
-           "validations": rows_of("validation"),
-           "result": results[-1] if results else None}
+    run = {"name": file.absolute().parent.name if in_folder_of_run else file.stem,
+           "settings": (rows["settings"] or [{}])[0],
+           "steps": rows["step"],
+           "validations": rows["validation"],
+           "result": rows["result"][-1] if rows["result"] else None}
     if not run["steps"] and not run["result"]:
-        raise SystemExit(f"error: {file} has neither steps nor a result")
+        raise SystemExit(command.report(f"{file} has neither steps nor a result"))
     return run
 
 
+def read_rows(file: pathlib.Path) -> dict[str, list[dict]]:
+    """The rows of every kind that is drawn."""
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise SystemExit(command.report(f"{file}: not the metrics of a run ({error.strerror})")) from error
+    rows = {kind: [] for kind in NUMBERS}
+    others = Counter()
+    for number, line in enumerate(lines, 1):
+        try:
+            kind, row = parse_row(line)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            if number == len(lines) > 1 and not line.endswith(b"\n"):
+                command.note(f"{file}: its last line is torn and left out")
+                break
+            reason = f"line {number}: {error!r:.120}"
+            raise SystemExit(command.report(f"{file}: not the metrics of a run ({reason})")) from error
+        rows.get(kind, []).append(row)
+        others[kind] += kind not in rows
+    for kind, count in (+others).items():
+        command.note(f"{file}: rows of kind {kind} are left out: {count}")
+    return rows
+
+
+def parse_row(line: bytes) -> tuple[str, dict[str, Any]]:
+    """A row and its kind. ValueError, KeyError or TypeError if it is none."""
+    row = json.loads(line)
+    for name in NUMBERS.get(row["kind"], ()):
+        math.isfinite(row[name])  # TypeError if it is no number
+    return row["kind"], row
+
+
 def scores_of(run: dict) -> dict[str, float]:
-    """The scores that the result of a run has, by their label."""
+    """The scores that the result of a run has, by what they are of."""
     result = run["result"]
-    return {label: result[key] for key, label in BPB.items() if result.get(key) is not None}
+    return {label: result[key] for key, label in BPB.items() if isinstance(result.get(key), int | float)}
 
 
 def speeds(run: dict) -> tuple[list[int], list[float]]:
@@ -57,12 +89,16 @@ def speeds(run: dict) -> tuple[list[int], list[float]]:
     return steps, tokens_per_second
 
 
+def label(run: dict) -> str:
+    """A run's name for a legend, which takes dollars for mathematics and hides names that begin with _."""
+    name = command.one_line(run["name"]).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
 def draw(runs: list[dict], out: pathlib.Path) -> None:
     """Draw all runs into one picture of four parts."""
-    try:
+    with command.imports("requirements-dev.txt"):
         import matplotlib
-    except ImportError:
-        raise SystemExit("error: drawing needs matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -72,7 +108,7 @@ def draw(runs: list[dict], out: pathlib.Path) -> None:
         draw_training(run, color, loss, rate, speed)
     loss.set(title="train loss (dots: validation; dotted line: loops begin)", xlabel="step",
              ylabel="nats a token")
-    losses = sorted(row["loss"] for run in runs for row in run["steps"])
+    losses = sorted(row["loss"] for run in runs for row in run["steps"] if math.isfinite(row["loss"]))
     if losses:
         loss.set_ylim(losses[0] - 0.1, losses[int(0.98 * (len(losses) - 1))] + 0.3)
         loss.legend()
@@ -86,7 +122,7 @@ def draw_training(run: dict, color, loss, rate, speed) -> None:
     """Draw the steps of a run into three axes."""
     rows = run["steps"]
     steps = [row["step"] for row in rows]
-    loss.plot(steps, [row["loss"] for row in rows], color=color, linewidth=0.8, label=run["name"])
+    loss.plot(steps, [row["loss"] for row in rows], color=color, linewidth=0.8, label=label(run))
     validations = run["validations"]
     if validations:
         loss.plot([row["step"] for row in validations], [row["val_loss"] for row in validations], "o",
@@ -105,7 +141,7 @@ def draw_scores(runs: list[dict], bpb) -> None:
         scores = scores_of(run)
         width = 0.8 / len(runs)
         places = [place + i * 0.8 / len(runs) for place in range(len(scores))]
-        bars = bpb.bar(places, list(scores.values()), width=width, label=run["name"])
+        bars = bpb.bar(places, list(scores.values()), width=width, label=label(run))
         bpb.bar_label(bars, fmt="%.4f", fontsize=8)
         middles = [place + 0.4 - 0.4 / len(runs) for place in range(len(scores))]
         bpb.set_xticks(middles, list(scores))
@@ -117,11 +153,14 @@ def draw_scores(runs: list[dict], bpb) -> None:
 
 
 def save(figure, out: pathlib.Path) -> None:
-    """Write a picture; what cannot be written ends in one line."""
+    """Write a picture, whole or not at all; what cannot be written ends in one line."""
+    picture = io.BytesIO()
     try:
-        figure.savefig(out, dpi=110)
+        figure.savefig(picture, dpi=110, format=out.suffix[1:] or "png")
+        command.write_whole(out, picture.getvalue())
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: cannot write {out}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise SystemExit(command.report(f"cannot write {out}: {reason}")) from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,9 +171,9 @@ def main(argv: list[str] | None = None) -> int:
                         help="PNG to write (run.png)")
     args = parser.parse_args(argv)
     draw([read_run(path) for path in args.run], args.out)
-    print(args.out)
+    command.say(args.out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

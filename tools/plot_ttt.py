@@ -10,12 +10,14 @@ gain over plain scores, save those with TTT_ENABLED=0. Prints a table, in which 
 documents, and draws it, without bins of fewer than 5 documents.
 """
 import argparse
-import sys
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import command
 
+with command.imports("requirements-dev.txt"):
+    import numpy as np
 from plot_run import save
 
 FEW = 5  # documents: a bin of fewer is in the table, but not in the picture
@@ -41,16 +43,30 @@ class Row(NamedTuple):
 
 
 def read_scores(path: Path) -> Scores:
-    """Read saved scores; SystemExit if the file is not what SAVE_SCORES writes."""
+    """Read saved scores; ends in one line if the file is not what SAVE_SCORES writes."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed")
         with np.load(path) as file:
             nll, token_bytes = (file[name].astype(np.float64) for name in ("nll", "token_bytes"))
-            scores = Scores(nll, token_bytes, file["document_starts"])
-        assert scores.nll.shape == scores.token_bytes.shape and scores.starts[0] == 0 < len(scores.nll)
+            scores = Scores(nll, token_bytes, file["document_starts"].astype(np.int64))
+        check_scores(scores)
     except Exception as error:  # whatever a foreign file provokes
         reason = f"{type(error).__name__}: {error}"
-        raise SystemExit(f"error: {path}: not what SAVE_SCORES writes ({reason})") from error
+        raise SystemExit(command.report(f"{path}: not what SAVE_SCORES writes ({reason})")) from error
     return scores
+
+
+def check_scores(scores: Scores) -> None:
+    """ValueError if these are not losses, bytes and documents that belong together."""
+    nll, token_bytes, starts = scores
+    if not nll.ndim == token_bytes.ndim == starts.ndim == 1 or not len(nll) == len(token_bytes) > 0:
+        raise ValueError("its arrays are not of one length")
+    if not np.isfinite(nll).all() or not (token_bytes >= 0).all() or not token_bytes.sum():
+        raise ValueError("its losses are not finite, or it is of no text")
+    if not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] > len(nll):
+        raise ValueError("its documents are not in order")
 
 
 def ratio(bits: np.ndarray, size: np.ndarray) -> tuple[float, float]:
@@ -110,20 +126,18 @@ def tables(scores: Scores, base: Scores | None) -> dict[str, list[Row]]:
 def show(rows: list[Row], title: str, gain: bool) -> None:
     """Print a table; with a column for the gain, if there is one."""
     gain_title = f"{'gain':>11}" if gain else ""
-    print(f"{title:<26}{'documents':>10}{'targets':>10}{'bytes':>8}{'bpb':>9}{gain_title}{'+-':>10}")
+    command.say(f"{title:<26}{'documents':>10}{'targets':>10}{'bytes':>8}{'bpb':>9}{gain_title}{'+-':>10}")
     for row in rows:
         gained = f"{row.value:>+11.6f}" if gain else ""
-        print(f"{row.name:<26}{row.documents:>10}{row.targets:>10}{row.share:>8.1%}{row.bpb:>9.5f}{gained}"
-              f"{row.error:>10.6f}")
-    print()
+        command.say(f"{row.name:<26}{row.documents:>10}{row.targets:>10}{row.share:>8.1%}{row.bpb:>9.5f}"
+                    f"{gained}{row.error:>10.6f}")
+    command.say("")
 
 
 def draw(results: dict[str, list[Row]], gain: bool, out: Path) -> None:
     """Draw the tables with their error bars."""
-    try:
+    with command.imports("requirements-dev.txt"):
         import matplotlib
-    except ImportError:
-        raise SystemExit("error: drawing needs matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -159,14 +173,14 @@ def main(argv: list[str] | None = None) -> int:
         same_bytes = np.array_equal(scores.token_bytes, base.token_bytes)
         same_starts = np.array_equal(scores.starts, base.starts)
         if not (same_bytes and same_starts):
-            raise SystemExit(f"error: {args.scores} and {args.base} are scores of different documents")
+            return command.report(f"{args.scores} and {args.base} are scores of different documents")
     results = tables(scores, base)
     for title, rows in results.items():
         show(rows, title, bool(base))
     draw(results, bool(base), args.out)
-    print(args.out)
+    command.say(args.out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

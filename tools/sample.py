@@ -14,11 +14,14 @@ import sys
 from pathlib import Path
 from typing import Iterator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import numpy as np
-import torch
+import command
 
-import train_gpt as tg
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+with command.imports():
+    import numpy as np
+    import torch
+
+    import train_gpt as tg
 
 
 class Sampler:
@@ -26,6 +29,7 @@ class Sampler:
 
     def __init__(self, path: Path, window: int = 0):
         saved = tg.read_saved(path)
+        self.tokenizer_sha256 = saved.tokenizer_sha256
         env = {**os.environ, "EVAL_ONLY_PATH": str(path)}
         self.cfg = cfg = tg.Config.from_env(env, saved.settings)
         self.device = tg.Ranks.join().device
@@ -40,7 +44,8 @@ class Sampler:
             _, tensors = tg.unpack_artifact(saved.artifact, path)
             self.model = tg.restore(model, tensors)
         else:
-            self.model = model.with_weights(saved.weights)
+            with tg.parsing(str(path)):
+                self.model = model.with_weights(saved.weights)
 
     @torch.no_grad()
     def probabilities(self, tokens: list[int], temperature: float, top_p: float) -> torch.Tensor:
@@ -102,7 +107,7 @@ def not_negative(text: str) -> float:
 
 def whole(text: str) -> int:
     value = int(text)
-    if value < 0:
+    if not 0 <= value < 2**63:
         raise ValueError
     return value
 
@@ -124,14 +129,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def read_text(args: argparse.Namespace) -> str:
+    """The text to continue; UserError if it is none."""
+    try:
+        if args.file:
+            return tg.read_file(args.file).decode()
+        args.text.encode()
+        return args.text
+    except UnicodeError as error:
+        raise tg.UserError(f"{args.file or 'the text'} is not UTF-8: {error}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        text = tg.read_file(args.file).decode() if args.file else args.text
+        text = read_text(args)
         sampler = Sampler(args.model, args.window)
         path = args.tokenizer or tg.find_data(sampler.cfg, need_train=False).tokenizer
+        tokenizer = tg.read_file(path)
+        if sampler.tokenizer_sha256 not in ("", tg.sha256(tokenizer)):  # older models do not name theirs
+            raise tg.UserError(f"{path} is not the tokenizer that {args.model} was trained with")
         bos = tg.load_tokenizer(path, sampler.cfg.vocab_size).bos
-        processor = tg.lazy_import("sentencepiece").SentencePieceProcessor(model_file=str(path))
+        processor = tg.lazy_import("sentencepiece").SentencePieceProcessor(model_proto=tokenizer)
         tokens = [bos, *processor.encode(text)]
         shown = ""
         print(text, end="", flush=True)
@@ -143,11 +162,10 @@ def main(argv: list[str] | None = None) -> int:
             print(whole_text[len(shown) :], end="", flush=True)
             shown = whole_text
         print()
-    except (tg.UserError, UnicodeDecodeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except tg.UserError as error:
+        return command.report(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)
