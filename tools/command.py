@@ -63,8 +63,8 @@ def imports(requirements: str = "requirements.txt") -> Iterator[None]:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call a command's main and end the process with the status that it returns."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:

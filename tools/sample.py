@@ -129,8 +129,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_text(args: argparse.Namespace) -> str:
-    """The text to continue; UserError if it is none."""
+def text_to_continue(args: argparse.Namespace) -> str:
+    """That of --file or of the command line; UserError if it is no text."""
     try:
         if args.file:
             return tg.read_file(args.file).decode()
@@ -143,7 +143,7 @@ def read_text(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        text = read_text(args)
+        text = text_to_continue(args)
         sampler = Sampler(args.model, args.window)
         path = args.tokenizer or tg.find_data(sampler.cfg, need_train=False).tokenizer
         tokenizer = tg.read_file(path)
