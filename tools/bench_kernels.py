@@ -13,13 +13,16 @@ import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import command
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import torch
+with command.imports("requirements-gpu.txt"):
+    import torch
 
-import train_gpt as tg
-from bench_step import ceilings, kernel_times
-from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
+    import train_gpt as tg
+    from bench_step import ceilings, kernel_times
+    from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
 
 H, K, E, R, D, M, V = 8, 4, 64, 16, 512, 2048, 8192
 
@@ -70,13 +73,15 @@ def both_ways(function: Callable, leaves: tuple) -> tuple[float, float]:
     return microseconds(forward), microseconds(backward)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=98_304, help="rows of the inputs (98304)")
-    T = parser.parse_args().tokens
+    T = parser.parse_args(argv).tokens
+    if T < 1:
+        parser.error("--tokens wants at least 1")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        raise SystemExit("error: this needs a Hopper GPU")
+        return command.report("this needs a Hopper GPU")
 
     def draw(*shape):
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
@@ -92,7 +97,8 @@ def main() -> None:
                   max(case.backward_bytes / copy, 2 * case.operations / product))
         for way, our, their, floor in zip(("forward", "backward"), ours, theirs, floors):
             print(f"{name:20}{way:10}{our:9.0f}{their:9.0f}{1e6 * floor:9.0f}{1e6 * floor / our:10.0%}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

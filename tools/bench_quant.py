@@ -16,16 +16,20 @@ import dataclasses
 import functools
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import brotli
-import numpy as np
-import torch
+import command
 
-import train_gpt as tg
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+with command.imports():
+    import brotli
+    import numpy as np
+    import torch
+
+    import train_gpt as tg
 
 
 def say(*words, **options) -> None:
@@ -100,15 +104,17 @@ class Bench:
     @torch.no_grad()
     def __init__(self, folder: Path, code_bytes: int):
         self.saved = tg.read_saved(folder / "final_model.pt")
-        self.artifact_path = folder / "bench_quant.ptz"
         self.code_bytes = code_bytes or len(tg.pack_script())
         cfg, ranks = tg.Config.from_env(os.environ, self.saved.settings), tg.Ranks.join()
         backend = tg.Backend.for_machine(cfg, ranks.device)
         self.run = tg.Run(cfg, ranks, lambda line, **_: say("   ", line), backend)
         files = tg.find_data(cfg, need_train=True)
+        if self.saved.tokenizer_sha256 not in ("", tg.sha256(tg.read_file(files.tokenizer))):
+            raise tg.UserError(f"{files.tokenizer} is not the tokenizer that {folder} was trained with")
         tokenizer = tg.load_tokenizer(files.tokenizer, cfg.vocab_size)
         self.val = tg.load_validation(files.val, tokenizer, cfg)
-        self.model = tg.GPT(cfg).to(ranks.device).with_weights(self.saved.weights)
+        with tg.parsing(str(folder / "final_model.pt")):
+            self.model = tg.GPT(cfg).to(ranks.device).with_weights(self.saved.weights)
         buffers, buffer_tokens = tg.split_step(cfg, 1)
         loader = tg.PackedLoader(files.train, tokenizer.bos, cfg, buffer_tokens)
         clock = Clock(ranks)
@@ -133,8 +139,8 @@ class Bench:
         """By this script, with a trellis of so many states."""
         run = self.run._replace(cfg=dataclasses.replace(self.run.cfg, quant_states=states))
         clock = Clock(run.ranks)
-        blob = tg.export(run, self.model, self.sums, self.code_bytes, self.artifact_path)
-        self.artifact_path.unlink()
+        with tempfile.TemporaryDirectory() as scratch:
+            blob = tg.export(run, self.model, self.sums, self.code_bytes, Path(scratch, "artifact"))
         export_seconds = clock.seconds()
         quantizers = tg.make_quantizers(run, self.model, self.sums)
         clock = Clock(run.ranks)
@@ -142,7 +148,7 @@ class Bench:
             quantizer.quantize(0.1, states)
         gptq_seconds = clock.seconds()
         clock = Clock(run.ranks)
-        _, tensors = tg.unpack_artifact(blob, self.artifact_path)
+        _, tensors = tg.unpack_artifact(blob, Path("artifact"))
         say(f"{states} states: export {export_seconds:.1f} s, GPTQ of everything {gptq_seconds:.1f} s a "
             f"time, decoding {clock.seconds():.1f} s")
         self.say_bytes(tensors, len(blob))
@@ -183,16 +189,27 @@ class Bench:
         return None
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder with final_model.pt")
     parser.add_argument("--states", type=int, nargs="*", default=[],
+                        choices=tg.Config.__dataclass_fields__["quant_states"].metadata["choices"],
                         help="other numbers of states; 1: no trellis")
     parser.add_argument("--code-bytes", type=int, default=0,
                         help="of the packed script; default: of this one's")
-    args = parser.parse_args()
-    bench = Bench(args.run, args.code_bytes)
+    args = parser.parse_args(argv)
+    if args.code_bytes < 0:
+        parser.error("--code-bytes wants at least 0")
+    try:
+        compare(Bench(args.run, args.code_bytes), args.states)
+    except tg.UserError as error:
+        return command.report(error)
+    return 0
+
+
+def compare(bench: Bench, other_states: list[int]) -> None:
+    """Quantize by both recipes and by other numbers of states, and print what each costs."""
     ours = bench.ours(bench.run.cfg.quant_states)
     theirs = bench.ancestors(ours.total_bytes, ours.codes)
     if theirs is None:
@@ -200,14 +217,11 @@ def main() -> None:
     else:
         ratio = f"{ours.cost / theirs:.3f}"
     say(f"ratio of costs at equal bytes: {ratio}")
-    for states in args.states:
+    for states in other_states:
         bench.ours(states)
     say(f"{'recipe':36}{'bytes':>12}{'val_bpb':>10}{'cost':>9}", *bench.rows, sep="\n")
     say(f"ratio of costs at equal bytes: {ratio}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except tg.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command.run(main)

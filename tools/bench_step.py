@@ -11,10 +11,12 @@ the zeros of a fresh model faster. Every time is the median of --rounds rounds, 
 timed in turn.
 """
 import argparse
+import atexit
 import collections
 import functools
 import importlib.util
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -22,24 +24,35 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
+import command
+
+with command.imports():
+    import numpy as np
+    import torch
+    import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 THIS_SCRIPT = str(ROOT / "train_gpt.py")
 
 
+def read_script(ref: str) -> bytes:
+    """The train_gpt.py of a commit or a path; ends in one line if there is none."""
+    show = ["git", "-C", str(ROOT), "show", f"{ref}:train_gpt.py"]
+    try:
+        if Path(ref).is_file():
+            return Path(ref).read_bytes()
+        return subprocess.run(show, check=True, capture_output=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        problem = f"{ref} is neither a file nor a commit with a train_gpt.py, or git is missing"
+        raise SystemExit(command.report(problem)) from None
+
+
 def load_script(ref: str, name: str):
     """train_gpt.py of a commit or a path as a module; its name is also the namespace of its operators."""
-    path = Path(ref)
-    if path.is_file():
-        source = path.read_text(encoding="utf-8")
-    else:
-        show = ["git", "-C", str(ROOT), "show", f"{ref}:train_gpt.py"]
-        source = subprocess.run(show, check=True, capture_output=True, text=True).stdout
-    file = Path(tempfile.mkdtemp(), f"{name}.py")  # a real file: Triton reads the source of its kernels
-    file.write_text(source, encoding="utf-8")
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    file = Path(folder.name, f"{name}.py")  # a real file: Triton reads the source of its kernels
+    file.write_bytes(read_script(ref))
     spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -235,27 +248,32 @@ def measure(files: list[Candidate], args, ranks, product) -> list[tuple[str, dic
     return rows
 
 
-def worker(args) -> None:
+def make_candidate(ref: str, name: str, args, ranks) -> Candidate:
+    """Load a script; another than this one may be unlike it."""
+    try:
+        return Candidate(ref, name, train_shards(args.data), ranks)
+    except Exception as error:
+        if ref == THIS_SCRIPT:
+            raise
+        problem = f"--compare {ref}: it has other names or settings than this script ({error!r})"
+        raise SystemExit(command.report(problem)) from error
+
+
+def worker(args, tg) -> None:
     """One of the processes that the command line starts."""
-    tg = load_script(THIS_SCRIPT, "bench_this")
     ranks = tg.Ranks.join()
 
     def say(*words):
         if ranks.is_main:
             print(*words, flush=True)
 
-    if not ranks.on_gpu:
-        raise SystemExit("error: this needs a GPU")
     # 1) Ceilings of the machine.
     say(f"== {ranks.world_size} x {tg.device_name(ranks.device)}, torch {torch.__version__}")
     product, operations, copied = ceilings(ranks)
     say(f"8192^3 bf16 product {operations / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s")
     # 2) The files, compiled.
-    shards = sorted(Path(args.data).glob("**/fineweb_train_*.bin")) if args.data else []
-    if args.data and not shards:
-        raise SystemExit(f"error: --data {args.data} has no fineweb_train_*.bin")
     refs = [THIS_SCRIPT, *args.compare]
-    files = [Candidate(ref, f"bench_{i}", shards, ranks) for i, ref in enumerate(refs)]
+    files = [make_candidate(ref, f"bench_{i}", args, ranks) for i, ref in enumerate(refs)]
     for looped in (False, True):
         for file in files:
             began = time.perf_counter()
@@ -282,7 +300,12 @@ def worker(args) -> None:
             say("\n".join(lines))
 
 
-def main() -> None:
+def train_shards(folder: str) -> list[Path]:
+    """The shards of --data; none without it."""
+    return sorted(Path(folder).glob("**/fineweb_train_*.bin")) if folder else []
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", nargs="*", default=[], metavar="REF",
@@ -295,19 +318,42 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=25, help="kernels to list; 0: none (25)")
     parser.add_argument("--profile-all", action="store_true",
                         help="list kernels of every file, not of this alone")
-    args = parser.parse_args()
-    if "RANK" in os.environ:
-        return worker(args)
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.repeat < 1 or args.top < 0:
+        parser.error("--rounds and --repeat want at least 1, --top at least 0")
+    if not re.fullmatch(r"([1-9]\d{0,3}(,[1-9]\d{0,3})*)?", args.gpus):
+        parser.error("--gpus wants numbers with commas between them")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    # 1) Refuse what cannot be timed, before processes are started.
     there = torch.cuda.device_count()
     counts = [int(n) for n in args.gpus.split(",")] if args.gpus else [n for n in (1, 2, 4, 8) if n <= there]
-    if not counts:
-        raise SystemExit("error: this needs a GPU")
+    if not there or max(counts) > there:
+        return command.report(f"this needs {max(counts, default=1)} GPUs, here are {there}")
+    if args.data and not train_shards(args.data):
+        return command.report(f"--data {args.data} has no fineweb_train_*.bin")
+    for ref in args.compare:
+        read_script(ref)
+    tg = load_script(THIS_SCRIPT, "bench_this")
+    # 2) Be a process of a measurement, or start those of every measurement.
+    try:
+        tg.Config.from_env()
+        if "RANK" in os.environ:
+            worker(args, tg)
+            return 0
+    except tg.UserError as error:
+        return command.report(error)
     for count in counts:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        done = subprocess.run([*command, __file__, *sys.argv[1:]])
+        command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        f"--nproc_per_node={count}", __file__, *(sys.argv[1:] if argv is None else argv)]
+        done = subprocess.run(command_line)
         if done.returncode:
-            raise SystemExit(done.returncode)
+            return done.returncode
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -18,8 +18,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-import submission
-import train_gpt as tg
+import command
+
+with command.imports():
+    import submission
+    import train_gpt as tg
 
 SETTINGS = ROOT / "docs/settings.md"
 RESULTS = ROOT / "docs/results.md"
@@ -93,7 +96,7 @@ def smoke_runs() -> str:
     rows = ["| seed | unquantized | quantized | adapted | bytes of the model | log |",
             "|---|---|---|---|---|---|"]
     for path in sorted((ROOT / "logs").glob("*_cpu_smoke-seed*/result.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_bytes())
         names = "val_bpb_unquantized", "val_bpb_quantized", "val_bpb"
         scores = " | ".join(f"{result[name]:.4f}" for name in names)
         log = f"../logs/{path.parent.name}/log.txt"
@@ -103,7 +106,7 @@ def smoke_runs() -> str:
 
 def submitted_runs() -> str:
     """Table of the runs of submission.json."""
-    made = json.loads((ROOT / "submission.json").read_text())
+    made = json.loads((ROOT / "submission.json").read_bytes())
     for row in made["seed_results"].values():
         row["log"] = f"../{row['log']}"
     return submission.table(made)
@@ -114,29 +117,33 @@ def fill(page: str, blocks: dict[str, str]) -> str:
     for name, text in blocks.items():
         before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if page.count(before) != 1 or page.count(after) != 1:
-            raise SystemExit(f"error: docs/results.md lacks the markers {before.strip()} and {after}")
+            problem = f"docs/results.md lacks the markers {before.strip()} and {after}"
+            raise SystemExit(command.report(problem))
         head, rest = page.split(before)
         _, tail = rest.split(after)
         page = f"{head}{before}{text}\n{after}{tail}"
     return page
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true",
                         help="write nothing; exit status 1 if something is out of date")
-    args = parser.parse_args()
-    blocks = {"submission": submitted_runs(), "smoke": smoke_runs()}
-    pages = {SETTINGS: settings_page(), RESULTS: fill(RESULTS.read_text(encoding="utf-8"), blocks)}
+    args = parser.parse_args(argv)
+    try:
+        blocks = {"submission": submitted_runs(), "smoke": smoke_runs()}
+        pages = {SETTINGS: settings_page(), RESULTS: fill(RESULTS.read_text(encoding="utf-8"), blocks)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return command.report(f"submission.json, docs/ or logs/ cannot be read: {error!r}")
     stale = [path for path, text in pages.items()
              if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{'out of date' if args.check else 'written'}: {path.relative_to(ROOT)}")
         if not args.check:
-            path.write_text(pages[path], encoding="utf-8")
+            command.write_whole(path, pages[path].encode())
     return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

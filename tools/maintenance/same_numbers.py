@@ -15,9 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import command
+
+with command.imports():
+    import numpy as np
 
 
 class RunFailed(Exception):
@@ -32,11 +35,10 @@ def run(script: Path, folder: Path, seed: int, steps: int) -> None:
            "SAVE_SCORES": str(folder / "scores.npz")}
     if steps:
         env["ITERATIONS"] = str(steps)
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script)], env=env, cwd=ROOT, capture_output=True)
     if done.returncode:
-        raise RunFailed(f"{script} with SEED={seed} ended with status {done.returncode}: "
-                        f"{done.stderr[-300:]}")
+        last_line = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise RunFailed(f"{script} with SEED={seed} ended with status {done.returncode}: {last_line:.300}")
 
 
 def differences(before: Path, now: Path) -> list[str]:
@@ -46,40 +48,44 @@ def differences(before: Path, now: Path) -> list[str]:
     if (before / name).read_bytes() != (now / name).read_bytes():
         found.append("artifact")
     with np.load(before / "scores.npz") as old, np.load(now / "scores.npz") as new:
-        found += [key for key in old.files if old[key].tobytes() != new[key].tobytes()]
+        found += sorted(set(old.files) ^ set(new.files))
+        found += [key for key in old.files if key in new.files and old[key].tobytes() != new[key].tobytes()]
     return found
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="whose train_gpt.py to compare with")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1337, 42, 7], help="1337 42 7")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42, 7], help="1337 42 7")
     parser.add_argument("--steps", type=int, default=0, help="of training; default: the preset's")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     show = ["git", "-C", str(ROOT), "show", f"{args.commit}:train_gpt.py"]
-    shown = subprocess.run(show, capture_output=True, text=True)
-    if shown.returncode:
-        print(f"error: {shown.stderr.strip()}", file=sys.stderr)
-        return 2
+    try:
+        script = subprocess.run(show, check=True, capture_output=True).stdout
+        with tempfile.TemporaryDirectory() as scratch:
+            return compare(script, Path(scratch), args.seeds, args.steps)
+    except subprocess.CalledProcessError as error:
+        return command.report(error.stderr.decode(errors="replace").strip())
+    except (RunFailed, OSError) as error:
+        return command.report(error)
+
+
+def compare(script: bytes, scratch: Path, seeds: list[int], steps: int) -> int:
+    """Run an earlier script and this one with every seed; 1 if they differ, else 0."""
+    earlier = scratch / "train_gpt.py"
+    earlier.write_bytes(script)
     equal = True
-    with tempfile.TemporaryDirectory() as scratch:
-        earlier = Path(scratch, "train_gpt.py")
-        earlier.write_text(shown.stdout, encoding="utf-8")
-        for seed in args.seeds:
-            before, now = Path(scratch, f"before-{seed}"), Path(scratch, f"now-{seed}")
-            try:
-                run(earlier, before, seed, args.steps)
-                run(ROOT / "train_gpt.py", now, seed, args.steps)
-            except RunFailed as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
-            found = differences(before, now)
-            equal = equal and not found
-            verdict = f"DIFFERENT: {', '.join(found)}" if found else "the same to the byte"
-            print(f"seed {seed}: {verdict}", flush=True)
+    for seed in seeds:
+        before, now = scratch / f"before-{seed}", scratch / f"now-{seed}"
+        run(earlier, before, seed, steps)
+        run(ROOT / "train_gpt.py", now, seed, steps)
+        found = differences(before, now)
+        equal = equal and not found
+        verdict = f"DIFFERENT: {', '.join(found)}" if found else "the same to the byte"
+        command.say(f"seed {seed}: {verdict}")
     return 0 if equal else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)
