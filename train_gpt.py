@@ -9,16 +9,20 @@ Every setting is an environment variable, and the defaults are those of a record
 phases; `run_phases`, near the end of the file, calls them in this order. Two clocks of 600 s count:
 
     setup                check settings, files and packages; pack the script, so that its size is known
+    open training data   open the shards, and compare them with tokenizer and manifest
     warm-up              compile and run every training shape on random tokens, then restore all state
     train                Muon and AdamW; layers 3 to 5 repeat from 35 % of the clock on     | training clock
     calibrate            gather statistics for quantization on training batches             |
     export               quantize and compress, write the artifact, read it back
+    hash training data   wait for the hashes of the shards that were read
     open validation      not earlier, unless VAL_LOSS_EVERY asks for it, which is a caveat of the result
+    count bytes          decode all validation documents: the table of bytes must agree with their text
     score unquantized    plain score of the averaged weights, for comparison
     open artifact        read the weights back from the artifact's bytes                    | scoring clock
     score quantized      plain score of these weights                                       |
     prepare adaptation   compile and capture every shape on random tokens
     adapt                score-first test-time training for each document: the headline     | scoring clock
+    report               sum up
 
 Three things make the score count. Validation files are opened after the artifact has been written. `adapt`
 scores a chunk of a document and only then learns from it. `Tally` ends the run if a target was scored twice,
@@ -80,6 +84,7 @@ from torch import Tensor, nn
 
 CAP_BYTES = 16_000_000  # code + model as files; decimal megabytes
 CLOCK_SECONDS = 600  # of training, and again of scoring
+MOST_PARAMETERS = 2**28  # more would have half a bit each; so that no damaged file fills the memory
 BUFFERS_PER_STEP = 8  # a step's tokens fill 8 buffers; more, if ranks cannot share 8 evenly: see split_step
 
 class UserError(Exception):
@@ -160,16 +165,16 @@ class Config:
     # data and batches
     vocab_size: int = knob(8192, 1, 65536, kind="model")  # pieces of the tokenizer; part of data file names
     train_batch_tokens: int = knob(786_432, 8, kind="quantization")  # tokens of an optimizer step, all ranks
-    train_seq_len: int = knob(2048, 1, kind="quantization")  # longest span of a document seen as one context
+    train_seq_len: int = knob(2048, 1, 2**24, kind="quantization")  # longest span seen as one context
     val_batch_tokens: int = knob(524_288, 1)  # plain evaluation: a forward takes this / max(8, ranks)
-    eval_seq_len: int = knob(2048, 1)  # longest span of a document in plain evaluation
+    eval_seq_len: int = knob(2048, 1, 2**24)  # longest span of a document in plain evaluation
     val_doc_fraction: float = knob(1.0, 1e-9, 1.0, kind="run")  # score this first part of the documents only
     # model
     num_layers: int = knob(11, 1, 1000, kind="model")  # layers with weights of their own
     model_dim: int = knob(512, 1, kind="model")  # width of the residual stream
     num_heads: int = knob(8, 1, kind="model")  # query heads
     num_kv_heads: int = knob(4, 1, kind="model")  # key/value heads
-    mlp_mult: float = knob(4.0, 1e-3, kind="model")  # hidden width of the MLP over MODEL_DIM
+    mlp_mult: float = knob(4.0, 1e-3, 1e3, kind="model")  # hidden width of the MLP over MODEL_DIM
     rope_dims: int = knob(16, 0, kind="model")  # dimensions of each head that are rotated by position
     rope_base: float = knob(10_000.0, 1.0, kind="model")  # base of the rotation's frequencies
     qk_gain_init: float = knob(5.0, 0.0)  # initial gain of each query head
@@ -215,7 +220,7 @@ class Config:
     ttt_lora_lr: float = knob(2e-4, 0.0)  # AdamW, for adapters
     ttt_chunk_size: int = knob(24, 1)  # least number of tokens scored between two updates
     ttt_chunk_growth: float = knob(1 / 64, 0.0, 1.0)  # least size of a chunk over the tokens before it
-    ttt_eval_seq_len: int = knob(3072, 1)  # longest context, including the chunk that is scored
+    ttt_eval_seq_len: int = knob(3072, 1, 2**24)  # longest context, including the chunk that is scored
     ttt_batch_size: int = knob(64, 1)  # documents that advance together on a rank
     ttt_weight_decay: float = knob(0.5, 0.0)  # weight decay of adapters
     ttt_beta2: float = knob(0.99, 0.0, 0.999999)  # AdamW, for adapters; beta 1 is 0
@@ -252,6 +257,8 @@ class Config:
             (self.rope_dims % 2 or self.rope_dims > self.head_dim, "rope_dims model_dim num_heads",
              "must give an even number of dimensions of a head"),
             (self.model_dim * self.mlp_mult % 1, "model_dim mlp_mult", "give a fractional width"),
+            (self.parameters > MOST_PARAMETERS, "num_layers model_dim mlp_mult vocab_size",
+             f"give {self.parameters:.3g} parameters, too many for {CAP_BYTES} bytes"),
             (self.num_loops and not
              self.loop_start <= self.loop_end < min(self.num_layers, self.parallel_start_layer),
              "loop_start loop_end num_layers parallel_start_layer",
@@ -282,6 +289,12 @@ class Config:
     @property
     def mlp_dim(self) -> int:
         return int(self.model_dim * self.mlp_mult)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all matrices; vectors are few."""
+        by_layer = 2 * (self.model_dim + self.kv_dim + self.mlp_dim)
+        return self.model_dim * (self.vocab_size + self.num_layers * by_layer)
 
     @property
     def loops_at_end(self) -> bool:
@@ -318,7 +331,7 @@ def parse_setting(name: str, value: Any, kind: type) -> Any:
     text = str(int(value)) if isinstance(value, bool) else str(value)
     with contextlib.suppress(KeyError, ValueError):
         parsed = {"0": False, "1": True}[text] if kind is bool else kind(text)
-        if kind is not float or math.isfinite(parsed):
+        if kind is str or abs(parsed) < (math.inf if kind is float else 2**63):  # which NaN is not
             return parsed
     wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
     raise UserError(f"{name}={text!r} is not {wanted}")
@@ -332,14 +345,13 @@ def check_setting(field: dataclasses.Field, value: Any):
     if low is not None and not low <= value <= high:
         raise UserError(f"{name}={value} is out of range, from {low} to {high}")
     if choices and value not in choices:
-        raise UserError(f"{name}={value} is none of {[*choices]}")
+        raise UserError(f"{name}={value!r} is none of {[*choices]}")
 
 def setting_comments() -> dict[str, str]:
     """The comment beside each field of Config, by the field's name; none in a packed script, where comments
     are gone.
     """
-    source = script_path().read_text(encoding="utf-8")
-    return dict(re.findall(r"^    (\w+): \w+ = knob\(.*\)  # (.+)$", source, flags=re.M))
+    return dict(re.findall(r"^    (\w+): \w+ = knob\(.*\)  # (.+)$", script_source(), flags=re.M))
 
 def settings_help() -> str:
     """The settings as --help prints them: variable, default, meaning."""
@@ -368,9 +380,7 @@ class Ranks:
     @classmethod
     def join(cls) -> "Ranks":
         """Take the place that torchrun assigned to this process; without torchrun it is the only one."""
-        rank = int(os.environ.get("RANK", 0))
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        rank, world_size, local_rank = launcher_variables()
         gpus = torch.cuda.device_count()
         if gpus and local_rank >= gpus:
             raise UserError(f"--nproc_per_node is too large: this machine has {gpus} GPUs, none for "
@@ -379,7 +389,11 @@ class Ranks:
             torch.cuda.set_device(local_rank)
         if world_size > 1:  # gloo beside NCCL: what the host has to know must not wait for the GPU
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+            try:
+                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+            except (RuntimeError, ValueError) as error:
+                raise UserError(f"the processes cannot meet at MASTER_ADDR and MASTER_PORT, which torchrun "
+                                f"sets (--master_port chooses another): {error!s:.200}") from error
         return cls(rank, world_size, f"cuda:{local_rank}" if gpus else "cpu")
 
     def synchronize(self):
@@ -418,6 +432,18 @@ class Ranks:
             dist.broadcast_object_list(objects, src=0, device=torch.device("cpu"))
         return objects[0]
 
+def launcher_variables() -> tuple[int, int, int]:
+    """Rank, world size and local rank as torchrun sets them, or those of a single process: 0, 1, 0."""
+    given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if given == [None] * 3:
+        return 0, 1, 0
+    with contextlib.suppress(TypeError, ValueError):
+        rank, world_size, local_rank = map(int, given)
+        if 0 <= rank < world_size and local_rank >= 0:
+            return rank, world_size, local_rank
+    raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK are {given}: torchrun sets all three, RANK below "
+                    "WORLD_SIZE; start by torchrun, or unset them")
+
 def ceil_div(a, b):
     return -(-a // b)
 
@@ -455,15 +481,22 @@ def read_file(path: Path) -> bytes:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
-def sha256(data: bytes) -> str:
+def sha256(data: Any) -> str:
+    """Of bytes, or of an array's."""
     return hashlib.sha256(data).hexdigest()
 
-def script_path() -> Path:
-    """The source that runs: this file or, of a packed script, the file that it unpacked itself to.
+def sha256_of_file(path: Path) -> str:
+    """Of a file that is not empty; it is mapped, not read, and other threads run meanwhile."""
+    return sha256(np.memmap(path, dtype=np.uint8, mode="r"))
 
-    PACKED, in section 9, sets UNPACKED.
-    """
-    return Path(globals().get("UNPACKED", __file__))
+def script_source() -> str:
+    """The source that runs: this file or, of a packed script, what it unpacked: PACKED, in section 9."""
+    return globals().get("SOURCE") or Path(__file__).read_text(encoding="utf-8")
+
+def say(text: str, stream: Any = None):
+    """Print a line. A console that is full, gone or of another encoding costs no more than the line."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream or sys.stdout, flush=True)
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
@@ -493,33 +526,64 @@ class Phase:
         yield
         self.began += time.perf_counter() - since
 
+RUN_FILES = ("log.txt", "metrics.jsonl", "train_gpt_packed.py", "final_model.pt", "final_model.int6.ptz",
+             "result.json")
+
 class RunLog:
     """What a run leaves to read, written by rank 0: log.txt, metrics.jsonl, some 60 lines on the console."""
 
-    def __init__(self, cfg: Config, ranks: Ranks):
+    def __init__(self, cfg: Config, ranks: Ranks, began: float):
+        """`began`: when imports had ended, and ranks began to join (perf_counter)."""
         self.ranks = ranks
-        default_id = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-seed{cfg.seed}"
-        self.run_id = ranks.broadcast_object(cfg.run_id or default_id)
-        self.folder = Path(cfg.artifact_dir or Path("runs", self.run_id))
-        self.phases = [Phase("imports", "", PROCESS_START, time.perf_counter() - PROCESS_START)]
+        self.run_id = cfg.run_id
+        self.folder = Path(cfg.artifact_dir)
         self.files = {}
+        self.caveats: list[str] = []
         problem = None
         try:
             if ranks.is_main:
-                self.open_files()
+                self.claim_folder(cfg)
         except OSError as error:
             problem = f"ARTIFACT_DIR={self.folder} cannot be used: {error.strerror}"
-        problem = ranks.broadcast_object(problem)
+        self.run_id, self.folder, problem = ranks.broadcast_object((self.run_id, self.folder, problem))
         if problem:
             raise UserError(problem)
+        self.phases = [Phase("imports", "", PROCESS_START, began - PROCESS_START),
+                       Phase("join", "", began, time.perf_counter() - began)]
 
-    def open_files(self):
-        """Create the folder and its log files; OSError if that fails, or another run has its result there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / "result.json").exists():
-            raise OSError(0, "it holds the result of another run")
+    def claim_folder(self, cfg: Config):
+        """Take a folder for this run alone and create its log files; OSError if it is, or holds, another's.
+
+        Of two runs that start at once one gets it, as files and folders are created only if they are not
+        there. A default name that is taken gets a number.
+        """
+        default_id = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-seed{cfg.seed}"
+        self.run_id = cfg.run_id or default_id
+        if cfg.artifact_dir or cfg.run_id:
+            self.folder = Path(cfg.artifact_dir or Path("runs", cfg.run_id))
+            self.folder.mkdir(parents=True, exist_ok=True)
+        else:
+            Path("runs").mkdir(exist_ok=True)
+            for number in itertools.count(2):
+                self.folder = Path("runs", self.run_id)
+                with contextlib.suppress(FileExistsError):
+                    self.folder.mkdir()
+                    break
+                self.run_id = f"{default_id}-{number}"
+        for name in RUN_FILES:
+            if (self.folder / name).exists():
+                raise OSError(0, f"it holds {name} of another run; name another folder, or move that away")
         for name in ("log.txt", "metrics.jsonl"):
-            self.files[name] = open(self.folder / name, "w")
+            self.files[name] = open(self.folder / name, "x", encoding="utf-8", errors="surrogateescape")
+
+    def withdraw(self):
+        """Leave no trace of a run that a mistake ended before it began: the next can have its folder."""
+        if self.files and self.phases[-1].name in ("join", "setup", "open training data"):
+            for name in RUN_FILES:  # all this run's, as there were none
+                (self.folder / name).unlink(missing_ok=True)
+            self.files = {}
+            with contextlib.suppress(OSError):  # other files are in it
+                self.folder.rmdir()
 
     def write(self, name: str, line: str):
         if self.files:
@@ -532,16 +596,20 @@ class RunLog:
         """Add lines to the log and, unless told otherwise, to the console."""
         self.write("log.txt", message)
         if console and self.files:
-            with contextlib.suppress(BrokenPipeError):  # whoever read the console has gone
-                print(message, flush=True)
+            say(message)
+
+    def caveat(self, why: str):
+        """Log why the result would not count as a record; it will be among its caveats."""
+        self(why)
+        self.caveats.append(why)
 
     def metrics(self, kind: str, **values: Any):
-        """Add a row to metrics.jsonl."""
-        self.write("metrics.jsonl", json.dumps({"kind": kind, **values}))
+        """Add a row to metrics.jsonl, with the Unix time."""
+        self.write("metrics.jsonl", json.dumps({"kind": kind, "time": time.time(), **values}))
 
     @contextlib.contextmanager
     def phase(self, name: str, clock: str = "") -> Iterator[Phase]:
-        """A phase of the run. On a clock it starts when all ranks are here, and the slowest rank ends it."""
+        """A phase of the run. The slowest rank ends it; on a clock it starts when all ranks are here."""
         if clock:
             self.ranks.barrier()
         phase = Phase(name, clock)
@@ -549,7 +617,7 @@ class RunLog:
         self.phases.append(phase)
         yield phase
         self.ranks.synchronize()
-        phase.seconds = self.ranks.all_reduce_max(phase.elapsed()) if clock else phase.elapsed()
+        phase.seconds = self.ranks.all_reduce_max(phase.elapsed())
         phase.graphs = compiled_graphs() - graphs_before
 
     def spent(self, clock: str) -> float:
@@ -579,6 +647,10 @@ class DataFiles(NamedTuple):
     train: list[Path]
     val: list[Path]
 
+    @property
+    def manifest(self) -> Path:
+        return self.val[0].with_name("manifest.json")
+
 def find_data(cfg: Config, need_train: bool) -> DataFiles:
     """Locate tokenizer and shards by name, without opening any. UserError says what is missing, and where."""
     # Look in the working directory, then beside the script; dict.fromkeys drops a repetition of the first.
@@ -605,6 +677,46 @@ def find_data(cfg: Config, need_train: bool) -> DataFiles:
     if [path.name for path in files.val] != [f"fineweb_val_{i:06}.bin" for i in range(len(files.val))]:
         raise UserError(f"{folder}/fineweb_val_*.bin are not numbered from 000000 without a gap")
     return files
+
+class Manifest(NamedTuple):
+    """What data/prepare.py says of the files that it made; empty if there is no such file beside them."""
+    hashes: dict[str, str]  # SHA-256 of shards and tokenizer, by name
+    train_tokens: int
+
+    @classmethod
+    def read(cls, path: Path, log: RunLog) -> "Manifest":
+        """Read it; one of another tool is named in the log and then ignored."""
+        if path.is_file():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                content = json.loads(read_file(path))
+                tokenizer, train, val = content["tokenizer"], content["train"], content["val"]
+                hashes = {tokenizer["file"]: tokenizer["sha256"], **train["shards"], **val["shards"]}
+                log(f"{path}: {len(hashes)} files are compared with it")
+                return cls(hashes, int(train["tokens"]))
+            log(f"{path} is not one of data/prepare.py: nothing is compared with it")
+        return cls({}, 0)
+
+    def fault(self, path: Path, digest: str) -> str:
+        """What is wrong with a file of this SHA-256; nothing if it is as it was made."""
+        if self.hashes and self.hashes.get(path.name) != digest:
+            return f"{path} does not have the sha256 that manifest.json gives it"
+        return ""
+
+    def check_train(self, paths: list[Path], tokens: int):
+        """UserError if the training shards are all there but hold another number of tokens together."""
+        made = [name for name in self.hashes if "_train_" in name]
+        if made and len(paths) == len(made) and tokens != self.train_tokens:
+            raise UserError(f"{paths[0].parent}: training shards hold {tokens} tokens, and by manifest.json "
+                            f"{self.train_tokens}: make the data again")
+
+    def check_val(self, paths: list[Path]):
+        """UserError if the validation shards are not all that were made, to the byte."""
+        made = {name: digest for name, digest in self.hashes.items() if "_val_" in name}
+        there = {path.name: sha256_of_file(path) for path in paths if made}
+        for name in sorted(made | there):
+            if made.get(name) != there.get(name):
+                raise UserError(f"{paths[0].parent}: {name} is not as manifest.json says: make the data "
+                                "again; EVAL_ONLY_PATH scores what has been trained")
 
 def open_shard(path: Path):
     """Memory-map the tokens of a shard, (count,) uint16. UserError if it is not what its header says."""
@@ -635,6 +747,8 @@ class Tokenizer(NamedTuple):
     piece_bytes: np.ndarray  # of the piece, without a space that it begins with
     leading_space: np.ndarray  # whether it begins with a space
     is_special: np.ndarray  # control, unknown or unused: it stands for no text
+    sha256: str = ""  # of its file
+    processor: Any = None  # sentencepiece's
 
     def target_bytes(self, tokens):
         """UTF-8 bytes that every token but the first adds to the text, (len(tokens) - 1,).
@@ -645,6 +759,37 @@ class Tokenizer(NamedTuple):
         before, target = tokens[:-1], tokens[1:]
         counts_space = self.leading_space[target] & ~self.is_special[before]
         return self.piece_bytes[target] + counts_space
+
+    def normalises(self) -> list[str]:
+        """What of a text it changes, by example; its bytes are those of the changed text."""
+        examples = {"compatibility characters": "\ufb01 \u00bd", "repeated spaces": "a  b",
+                    "line breaks": "a\nb", "spaces at the end": "a "}
+        return [name for name, text in examples.items()
+                if self.processor.decode(self.processor.encode(text)) != text]
+
+    def check_source(self, documents: list, path: Path):
+        """UserError unless 9 of 10 documents (BOS first) come back if they are decoded and encoded again."""
+        ids = [document[1:].tolist() for document in documents]
+        again = self.processor.encode(self.processor.decode(ids))
+        same = sum(before == after for before, after in zip(ids, again))
+        if 10 * same < 9 * len(ids):
+            raise UserError(f"{path}: {same} of {len(ids)} documents come back when they are decoded and "
+                            "encoded again: it is from another tokenizer")
+
+    def check_bytes(self, tokens, starts, lengths, path: Path):
+        """UserError if the text of a document, decoded, has other bytes than target_bytes says.
+
+        Documents are given by their BOS and their number of targets, as in Validation. One may begin with a
+        space, which is not counted; and broken UTF-8, which decodes to U+FFFD, has bytes that no text has.
+        """
+        for start, length in zip(starts.tolist(), lengths.tolist()):
+            document = tokens[start : start + length + 1]
+            counted = int(self.target_bytes(document).sum())
+            text = self.processor.decode(document[1:].tolist())
+            size = len(text.encode()) - text.startswith(" ")
+            if size != counted and "\ufffd" not in text:
+                raise UserError(f"{path}: a document of {size} bytes has {counted} by the table of pieces: "
+                                "its tokenizer breaks the challenge's rule of bytes")
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """Read a SentencePiece model. UserError if it is damaged, of another size or breaks the byte rule."""
@@ -675,7 +820,9 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         else:
             piece_bytes[i] = len(text.encode())
             leading_space[i] = text != piece
-    return Tokenizer(sp.bos_id(), piece_bytes, leading_space, is_special)
+    if not leading_space.any():
+        raise UserError(f"{path}: no piece begins with U+2581, which stands for a space in the rule of bytes")
+    return Tokenizer(sp.bos_id(), piece_bytes, leading_space, is_special, sha256(data), sp)
 
 class Spans(NamedTuple):
     """The spans of a packed buffer, in the form of FlashAttention's varlen functions."""
@@ -774,7 +921,8 @@ class PackedLoader:
     ranks. Shards come in another order in every epoch.
     """
 
-    def __init__(self, paths: list[Path], bos: int, cfg: Config, buffer_tokens: int):
+    def __init__(self, paths: list[Path], bos: int, cfg: Config, buffer_tokens: int,
+                 hash_shards: bool = False):
         self.paths = paths
         self.bos = bos
         self.cfg = cfg
@@ -783,13 +931,14 @@ class PackedLoader:
         self.shards = [open_shard(path) for path in paths]
         self.epoch_tokens = sum(map(len, self.shards))
         self.latest: tuple[int, PackedStep] | None = None
-        for path, shard in zip(paths, self.shards):
-            if not (shard[:1_000_000] == bos).any():
-                raise UserError(f"{path} has no BOS (id {bos}) in its first million tokens: wrong tokenizer")
+        self.shards_read: set[int] = set()
         # Every buffer is filled up with empty spans to max_spans, and each of these costs 13 us of attention,
         # forward and backward, on an H200. So max_spans is only 4 above the most that was sampled; a buffer
         # with more spans loses the targets of the last ones.
         self.max_spans = self.sample_spans() + 4
+        self.shards_read.clear()
+        self.hasher = ThreadPoolExecutor(1) if hash_shards else None
+        self.hashes: dict[int, Any] = {}  # of the shards that steps are read from: futures, by index
 
     def sample_spans(self) -> int:
         """The number of spans in the fullest buffer of some 16 steps."""
@@ -801,6 +950,19 @@ class PackedLoader:
                 bounds = np.unique(step.bounds_in(start, self.buffer_tokens))
                 most = max(most, len(bounds) - 1)
         return most
+
+    def sample_documents(self) -> list:
+        """Four documents from the beginning of each of some 16 shards; UserError if there are none."""
+        documents = []
+        for shard in self.shards[:: ceil_div(len(self.shards), 16)]:
+            beginning = shard[:1_000_000]
+            starts = np.flatnonzero(beginning == self.bos)
+            bounds = np.append(starts, len(beginning))
+            documents += [shard[lo:hi] for lo, hi in zip(bounds[:4], bounds[1:])]
+        if not documents:
+            raise UserError(f"{self.paths[0]} and others have no BOS (id {self.bos}) in their first million "
+                            "tokens: they are from another tokenizer")
+        return documents
 
     def read_stream(self, start: int, count: int) -> tuple[np.ndarray, list[int]]:
         """`count` tokens of the endless stream from `start` on, and where among them shards begin."""
@@ -816,6 +978,7 @@ class PackedLoader:
                     if skip == 0:
                         shard_starts.append(have)
                     pieces.append(piece)
+                    self.shards_read.add(int(index))
                     have += len(piece)
                 skip = max(0, skip - len(self.shards[index]))
         return np.concatenate(pieces), shard_starts
@@ -848,10 +1011,15 @@ class PackedLoader:
         return PackedStep(tokens, targets, np.append(0, ends), bounds[order] - packed_starts)
 
     def step(self, step_index: int) -> PackedStep:
-        """A packed step; the latest is kept, as all of its buffers are cut from it."""
+        """A packed step; the latest is kept, as all of its buffers are cut from it.
+
+        A thread begins to hash the shards that it is the first to use; nothing here waits for that.
+        """
         latest = self.latest
         if latest is None or latest[0] != step_index:
             latest = self.latest = step_index, self.pack_step(step_index)
+            for index in self.shards_read - self.hashes.keys() if self.hasher else ():
+                self.hashes[index] = self.hasher.submit(sha256_of_file, self.paths[index])
         return latest[1]
 
     def buffer(self, buffer_index: int) -> Batch:
@@ -879,6 +1047,10 @@ class PackedLoader:
         parts = [(path.name, len(shard), shard[:4096].tobytes(), shard[-4096:].tobytes())
                  for path, shard in zip(self.paths, self.shards)]
         return sha256(repr(parts).encode())
+
+    def hashes_by_path(self) -> dict[Path, str]:
+        """SHA-256 of the whole of every shard that was read, in the order of their names; waits for them."""
+        return {self.paths[index]: self.hashes[index].result() for index in sorted(self.hashes)}
 
 class Validation(NamedTuple):
     """The validation stream in its own order. Target j is token j + 1.
@@ -912,6 +1084,7 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
     if not token_bytes.sum():
         raise UserError(f"{paths[0]}: the validation documents hold no text")
     lengths = np.diff(starts, append=len(token_bytes))
+    tokenizer.check_source(np.split(tokens, starts[1:65])[:64], paths[0])
     first = tokens[np.minimum(starts + 1, len(tokens) - 1)]
     begin_with_space = int(tokenizer.leading_space[first].sum())
     return Validation(tokens, token_bytes, starts, lengths, begin_with_space, sha256(stream.tobytes()))
@@ -1783,6 +1956,7 @@ class Trainer:
         self.backend = backend.compiled()
         self.plans = [depth_plan(self.cfg, looped) for looped in (False, True)]
         self.steps = 0
+        self.targets = torch.zeros((), dtype=torch.int64, device=self.ranks.device)  # that this rank learned
 
     def step(self, batches: Iterable[Batch], plan: Plan, lr_scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns this rank's part of its mean loss, (), still on the device."""
@@ -1791,8 +1965,10 @@ class Trainer:
         for n, batch in enumerate(batches):
             is_last = n == self.local_buffers - 1
             nll = self.model(batch, plan, self.backend)
-            counted = (batch.targets != IGNORE).sum().clamp(min=1)
-            part = nll.sum() / counted / buffers  # parts add up to the mean over the buffers of all ranks
+            counted = (batch.targets != IGNORE).sum()
+            self.targets += counted
+            # Parts add up to the mean over the buffers of all ranks.
+            part = nll.sum() / counted.clamp(min=1) / buffers
             with self.banks_sent_early() if is_last else contextlib.nullcontext():
                 part.backward()
             loss += part.detach()
@@ -1843,6 +2019,7 @@ class Trainer:
         rows = []
         in_flight = deque()
         looped = False
+        self.targets.zero_()  # those of the warm-up
         with log.phase("train", "training") as phase:
             while True:
                 # 1) How far along is the run? Stop before a step that would not fit any more.
@@ -1858,7 +2035,7 @@ class Trainer:
                     rows = []
                 if self.steps and cfg.val_loss_every and (done or self.steps % cfg.val_loss_every == 0):
                     ranks.synchronize()  # what was sent before belongs to training
-                    with phase.paused():
+                    with phase.paused(), log.phase("validate"):
                         self.report_validation(validate(self.model, self.plans[looped]))
                 if done:
                     break
@@ -2407,13 +2584,20 @@ def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def parse_artifact(body: bytes) -> tuple[dict, dict[str, Tensor]]:
     """Header and tensors of what follows an artifact's checksum; any exception if that is foreign."""
-    # 1) Decompress the streams.
-    brotli = lazy_import("brotli")
+    # 1) Decompress the streams, piece by piece, as a few bytes might stand for gigabytes.
+    decompressor = lazy_import("brotli").Decompressor
     data = bytearray()
     offset = 4
     while size := int.from_bytes(body[offset - 4 : offset], "little"):  # the length before the stream
-        data += brotli.decompress(body[offset : offset + size])
-        offset += size + 4
+        stream = decompressor()
+        end = min(offset + size, len(body))
+        for start in range(offset, end, 64):
+            data += stream.process(body[start : min(start + 64, end)])
+            if len(data) > MOST_PARAMETERS:
+                raise ValueError("its streams are too long")
+        if not stream.is_finished():
+            raise ValueError("a stream is cut off")
+        offset = end + 4
     words = np.frombuffer(body, dtype="<u4", offset=offset).astype(np.uint32)
     # 2) Read header and tensors.
     start = 4 + int.from_bytes(data[:4], "little")
@@ -2426,6 +2610,10 @@ def parse_artifact(body: bytes) -> tuple[dict, dict[str, Tensor]]:
         tensors[name] = raw[start:end].clone().view(dtype).view(shape)
         start = end
     # 3) Decode the codes.
+    weights = sum(len(tensors[f"{name}.rows"]) * len(tensors[f"{name}.columns"])
+                  for name in matrix_names(tensors))
+    if weights > MOST_PARAMETERS:
+        raise ValueError("its matrices are too large")
     tensors |= decode_codes(words, tensors, header["settings"]["quant_states"])
     return header, tensors
 
@@ -2456,11 +2644,13 @@ def fingerprint(model: GPT, cfg: Config) -> str:
         digest.update(parameter.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
-def export(run: Run, model: GPT, sums: Calibration, code_bytes: int, path: Path) -> bytes:
+def export(run: Run, model: GPT, sums: Calibration, code_bytes: int, path: Path,
+           tokenizer_sha256: str = "") -> bytes:
     """Quantize with the least coarseness that fits, to .05 %; write the artifact, return it as read back."""
     cfg = run.cfg
     ranks = run.ranks
-    header = {"settings": cfg.to_save(), "made_from": fingerprint(model, cfg)}
+    header = {"settings": cfg.to_save(), "made_from": fingerprint(model, cfg),
+              "tokenizer_sha256": tokenizer_sha256}
     quantizers = make_quantizers(run, model, sums)
     # 1) Begin with the coarseness that would fill the cap if values were Gaussian: the entropy of one, in
     #    bits, is log2 of its spread in bins + log2(2 pi e) / 2, which is 2.05.
@@ -2501,10 +2691,11 @@ def export(run: Run, model: GPT, sums: Calibration, code_bytes: int, path: Path)
         write_file(path, best)
     return ranks.broadcast_object(read_file(path) if ranks.is_main else b"")
 
-def save_checkpoint(model: GPT, cfg: Config, steps: int, path: Path):
+def save_checkpoint(model: GPT, cfg: Config, steps: int, tokenizer_sha256: str, path: Path):
     """Write the weights before quantization, and what calibrating again needs to know."""
     weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    checkpoint = {"settings": cfg.to_save(), "steps": steps, "weights": weights}
+    checkpoint = {"settings": cfg.to_save(), "steps": steps, "tokenizer_sha256": tokenizer_sha256,
+                  "weights": weights}
     file = io.BytesIO()
     torch.save(checkpoint, file)
     write_file(path, file.getvalue())
@@ -2512,6 +2703,7 @@ def save_checkpoint(model: GPT, cfg: Config, steps: int, path: Path):
 class Saved(NamedTuple):
     """What EVAL_ONLY_PATH holds: an artifact, or the weights of a checkpoint."""
     settings: dict[str, Any]
+    tokenizer_sha256: str = ""  # of the tokenizer that it was trained with; older ones do not say
     artifact: bytes = b""
     weights: dict[str, Tensor] | None = None
     steps: int = 0
@@ -2522,15 +2714,18 @@ def read_saved(path: Path) -> Saved:
     with parsing(f"EVAL_ONLY_PATH={path}"):
         if data.startswith(ARTIFACT_MAGIC):
             header, _ = unpack_artifact(data, path)
-            return Saved(header["settings"], artifact=data)
-        damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()
+            return Saved(header["settings"], header.get("tokenizer_sha256", ""), artifact=data)
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        if sum(member.file_size for member in archive.infolist()) > len(data):
+            raise ValueError("compressed, which torch.save does not do")
+        damaged = archive.testzip()
         if damaged:
             raise UserError(f"EVAL_ONLY_PATH={path} is damaged: the checksum of its {damaged} is wrong")
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if checkpoint["steps"] < 1:
             raise UserError(f"EVAL_ONLY_PATH={path} was saved before the first step: it is not trained")
-        return Saved(dict(checkpoint["settings"]), weights=checkpoint["weights"],
-                     steps=int(checkpoint["steps"]))
+        return Saved(dict(checkpoint["settings"]), checkpoint.get("tokenizer_sha256", ""),
+                     weights=checkpoint["weights"], steps=int(checkpoint["steps"]))
 
 def check_saved_settings(run: Run, saved: Saved):
     """UserError if the model was made with other settings of the model; others that differ are logged."""
@@ -2569,20 +2764,11 @@ def open_saved(run: Run, model: GPT, saved: Saved) -> tuple[bytes, int]:
             "are needed")
     return b"", saved.steps
 
-PACKED = '''"""train_gpt.py, packed: unpacks itself to a file, whose lines Triton can read, and runs that."""
-import base64, hashlib, lzma, os, tempfile
-SOURCE = lzma.decompress(base64.b85decode("%s"))
-UNPACKED = os.path.join(tempfile.gettempdir(), "train_gpt_" + hashlib.sha256(SOURCE).hexdigest()[:32] + ".py")
-try:
-    with open(UNPACKED, "rb") as file:
-        intact = file.read() == SOURCE
-except OSError:
-    intact = False
-if not intact:
-    with open(UNPACKED + str(os.getpid()), "wb") as file:
-        file.write(SOURCE)
-    os.replace(file.name, UNPACKED)
-exec(compile(SOURCE, UNPACKED, "exec"))
+PACKED = '''"""train_gpt.py, packed: unpacks itself, gives its lines to linecache, for Triton, and runs."""
+import base64, linecache, lzma
+SOURCE = lzma.decompress(base64.b85decode("%s")).decode()
+linecache.cache["train_gpt_unpacked.py"] = len(SOURCE), None, SOURCE.splitlines(True), "train_gpt_unpacked.py"
+exec(compile(SOURCE, "train_gpt_unpacked.py", "exec"))
 '''
 
 @functools.cache
@@ -2592,7 +2778,7 @@ def pack_script() -> bytes:
     Annotations of functions stay: Triton and custom_op read them. A packed script is returned as it is.
     """
     source = Path(__file__).read_bytes()
-    if "UNPACKED" in globals():
+    if "SOURCE" in globals():
         return source
     minifier = lazy_import("python_minifier")
     annotations = minifier.RemoveAnnotationsOptions(remove_return_annotations=False,
@@ -2919,6 +3105,10 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
 
 # ---- 12 The run --------------------------------------------------------------------------------------------
 
+# FineWeb's validation as the challenge scores it: so many first targets, by the published tokenizers without
+# and with case operations, have so many bytes of text.
+FINEWEB_BYTES = {40_540_160: 151_078_222, 47_851_520: 151_074_499}
+
 @dataclasses.dataclass
 class Result:
     """What RESULT and result.json hold, in this order. A field that does not apply is None and left out."""
@@ -2937,6 +3127,7 @@ class Result:
     documents: int = None
     tokens: int = None
     bytes: int = None
+    bytes_at_cut: int = None  # see FINEWEB_BYTES
     # limits
     total_bytes: int = None
     code_bytes: int = None
@@ -2947,6 +3138,7 @@ class Result:
     mode: str = None
     seed: int = None
     steps: int = None
+    targets_left_out: int = None  # of training, where shards begin or a buffer has too many documents
     run_id: str = None
     settings: dict[str, Any] = None
     hardware: str = None
@@ -2959,7 +3151,8 @@ class Result:
     packed_sha256: str = None
     model_sha256: str = None
     tokenizer_sha256: str = None
-    train_sha256: str = None
+    train_sha256: str = None  # of samples of all training shards
+    train_data_sha256: str = None  # of those that were read: what `sha256sum SHARDS | sha256sum` prints
     val_sha256: str = None
 
     def add_scores(self, scored: "Scored", val: Validation):
@@ -2970,6 +3163,9 @@ class Result:
         self.documents = len(val.starts)
         self.tokens = scored.final.targets
         self.bytes = scored.final.text_bytes
+        cut = max((cut for cut in FINEWEB_BYTES if cut <= self.tokens), default=0)
+        if cut:
+            self.bytes_at_cut = int(val.token_bytes[:cut].sum())
         self.val_sha256 = val.sha256
 
     def as_dict(self) -> dict[str, Any]:
@@ -2990,7 +3186,7 @@ def versions() -> dict[str, str]:
 def open_run(run: Run) -> Result:
     """Write the head of the log and the packed script; returns the result as far as it is known."""
     cfg, ranks, log, backend = run
-    source = script_path().read_text()
+    source = script_source()
     settings = dataclasses.asdict(cfg)
     changed = {name: value for name, value in settings.items() if value != getattr(Config, name)}
     result = Result(run_id=log.run_id, seed=cfg.seed, settings=changed, versions=versions(),
@@ -3021,6 +3217,22 @@ def open_run(run: Run) -> Result:
     result.packed_sha256 = sha256(packed)
     return result
 
+def open_tokenizer(run: Run, path: Path, manifest: Manifest, saved: Saved | None) -> Tokenizer:
+    """UserError if shards or the saved model were made with another tokenizer than this one."""
+    tokenizer = load_tokenizer(path, run.cfg.vocab_size)
+    changes = ", ".join(tokenizer.normalises()) or "nothing"
+    run.log(f"tokenizer: sha256:{tokenizer.sha256} changes in text: {changes}")
+    fault = manifest.fault(path, tokenizer.sha256)
+    if fault:
+        raise UserError(f"{fault}: the shards were made with another one")
+    if saved and not saved.tokenizer_sha256:
+        run.log.caveat(f"EVAL_ONLY_PATH={run.cfg.eval_only_path} does not say which tokenizer it is for")
+    elif saved and saved.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(f"EVAL_ONLY_PATH={run.cfg.eval_only_path} is for the tokenizer of sha256 "
+                        f"{saved.tokenizer_sha256:.12}..., but {path} has {tokenizer.sha256:.12}...: put "
+                        "that one there")
+    return tokenizer
+
 def check_disk(run: Run, parameters: int):
     """UserError if the run's folder has no room for its files."""
     if run.ranks.is_main:
@@ -3030,42 +3242,69 @@ def check_disk(run: Run, parameters: int):
             raise UserError(f"ARTIFACT_DIR={run.log.folder}: {free >> 20} MiB are free, a run needs "
                             f"{need >> 20}")
 
-class Produced(NamedTuple):
-    """What training and export leave."""
-    averaged: GPT
-    artifact: bytes
-    steps: int
-    train_sha256: str
+def produce(run: Run, model: GPT, steps: int, files: DataFiles, tokenizer: Tokenizer, manifest: Manifest,
+            result: Result, validate: Callable) -> tuple[GPT, bytes]:
+    """Train, unless the model is a checkpoint after `steps` steps (else 0); calibrate; export.
 
-def produce(run: Run, model: GPT, steps: int, files: DataFiles, bos: int, code_bytes: int,
-            validate: Callable) -> Produced:
-    """Train, unless the model is a checkpoint after `steps` steps (else 0); calibrate; export."""
+    Returns a model with the average of the weights, and the artifact.
+    """
     cfg, ranks, log, _ = run
-    local_buffers, buffer_tokens = split_step(cfg, ranks.world_size)
-    loader = PackedLoader(files.train, bos, cfg, buffer_tokens)
-    train_sha256 = loader.digest()
+    with log.phase("open training data"):
+        local_buffers, buffer_tokens = split_step(cfg, ranks.world_size)
+        loader = PackedLoader(files.train, tokenizer.bos, cfg, buffer_tokens, hash_shards=ranks.is_main)
+        manifest.check_train(files.train, loader.epoch_tokens)
+        check_training_documents(loader, tokenizer)
+        result.train_sha256 = loader.digest()
     averaged = model
     needs_training = steps == 0
     if needs_training:
-        averaged, steps = warm_up_and_train(run, model, loader, validate)
+        averaged, steps = warm_up_and_train(run, model, loader, result, validate)
+    result.steps = steps
     with log.phase("calibrate", "training"):
         sums = calibrate(run, averaged, loader, steps * local_buffers * ranks.world_size)
     with log.phase("export"):
         if ranks.is_main and needs_training:
-            save_checkpoint(averaged, cfg, steps, log.folder / "final_model.pt")
-        artifact = export(run, averaged, sums, code_bytes, log.folder / "final_model.int6.ptz")
-    return Produced(averaged, artifact, steps, train_sha256)
+            save_checkpoint(averaged, cfg, steps, tokenizer.sha256, log.folder / "final_model.pt")
+        artifact = export(run, averaged, sums, result.code_bytes, log.folder / "final_model.int6.ptz",
+                          tokenizer.sha256)
+    with log.phase("hash training data"):
+        if ranks.is_main:
+            result.train_data_sha256 = hash_training_data(run, loader, manifest)
+    return averaged, artifact
 
-def warm_up_and_train(run: Run, model: GPT, loader: PackedLoader, validate: Callable) -> tuple[GPT, int]:
+def check_training_documents(loader: PackedLoader, tokenizer: Tokenizer):
+    """UserError if some first documents were not made with this tokenizer, or it miscounts their bytes."""
+    documents = loader.sample_documents()
+    path = loader.paths[0]
+    tokenizer.check_source(documents, path)
+    starts = np.zeros(1, dtype=np.int64)
+    for document in documents:
+        tokenizer.check_bytes(document.astype(np.int64), starts, np.array([len(document) - 1]), path)
+
+def hash_training_data(run: Run, loader: PackedLoader, manifest: Manifest) -> str:
+    """The hash over all shards that were read. One that the manifest knows otherwise is a caveat."""
+    lines = []
+    for path, digest in loader.hashes_by_path().items():
+        lines.append(f"{digest}  {path.name}\n")
+        fault = manifest.fault(path, digest)
+        if fault:
+            run.log.caveat(fault)
+    run.log(f"training shards read: {len(lines)} of {len(loader.paths)}")
+    return sha256("".join(lines).encode())
+
+def warm_up_and_train(run: Run, model: GPT, loader: PackedLoader, result: Result,
+                      validate: Callable) -> tuple[GPT, int]:
     """Returns a model with the average of the weights, and the number of steps."""
-    trainer = Trainer(run, model, loader)
     with run.log.phase("warm-up"):
+        trainer = Trainer(run, model, loader)
         trainer.warm_up()
     run.log(f"buffers: {trainer.local_buffers} a step on a rank, {loader.buffer_tokens} tokens and at most "
             f"{loader.max_spans} spans each; first step after {time.perf_counter() - PROCESS_START:.1f} s")
     averaged = trainer.train(validate)
     tokens = trainer.steps * run.cfg.train_batch_tokens
-    run.log(f"train: steps:{trainer.steps} tokens:{tokens} epochs:{tokens / loader.epoch_tokens:.2f}")
+    result.targets_left_out = tokens - run.ranks.all_reduce_(trainer.targets).item()
+    run.log(f"train: steps:{trainer.steps} tokens:{tokens} epochs:{tokens / loader.epoch_tokens:.2f} "
+            f"targets_left_out:{result.targets_left_out}")
     return averaged, trainer.steps
 
 class Scored(NamedTuple):
@@ -3079,11 +3318,13 @@ def score(run: Run, model: GPT, val: Validation) -> Scored:
     """Plain score of the artifact's model, then the adapted one, which is the headline."""
     cfg, ranks, log, backend = run
     plan = depth_plan(cfg, cfg.loops_at_end)
+    # 1) The plain score.
     with log.phase("score quantized", "scoring"):
         nll = evaluate(run, model, val, plan)
         quantized = Score.of(nll, val)
         log(f"quantized {quantized}")
-    unadapted = nll.numel()
+    # 2) The adapted score.
+    adapted = torch.full_like(nll, UNSCORED)
     if cfg.ttt_enabled:
         with log.phase("prepare adaptation"):
             adapters = Adapters(cfg, len(plan.visits), ranks.device)
@@ -3094,20 +3335,22 @@ def score(run: Run, model: GPT, val: Validation) -> Scored:
             budget = 0.99 * (cfg.eval_max_seconds or math.inf)
             deadline = time.perf_counter() + budget - log.spent("scoring")
             adapted = score_documents(run, model, val, adapters, backend, deadline)
+    # 3) The plain one stands in for what is missing.
+    with log.phase("report"):
         unadapted = int((adapted == UNSCORED).sum())
         nll = torch.where(adapted == UNSCORED, nll, adapted)
-        if unadapted:
+        if unadapted and cfg.ttt_enabled:
             log(f"EVAL_MAX_SECONDS={cfg.eval_max_seconds:g} passed: {unadapted} targets keep their plain "
                 "score, and the score depended on time")
-    final = Score.of(nll, val)
-    log(f"final {final}")
+        final = Score.of(nll, val)
+        log(f"final {final}")
     return Scored(final, quantized, nll, unadapted)
 
 def caveats(run: Run, result: Result) -> list[str]:
     """Why this result would not count as a record, by the challenge's limits."""
     cfg, ranks, log, _ = run
     training, scoring = log.spent("training"), log.spent("scoring")
-    return [why for why, holds in (
+    return log.caveats + [why for why, holds in (
         (f"preset {cfg.preset}", cfg.preset),
         (f"not trained by this run, which read {cfg.eval_only_path}", cfg.eval_only_path),
         (f"training took {training:.1f} s of {CLOCK_SECONDS}", training > CLOCK_SECONDS),
@@ -3116,6 +3359,7 @@ def caveats(run: Run, result: Result) -> list[str]:
         (f"{result.unadapted_tokens} targets have their plain score", result.unadapted_tokens),
         (f"recompilations on the clocks: {result.recompilations}", result.recompilations),
         (f"VAL_DOC_FRACTION={cfg.val_doc_fraction}: not all documents", cfg.val_doc_fraction < 1),
+        ("unknown validation set", result.bytes_at_cut not in FINEWEB_BYTES.values()),
         (f"VAL_LOSS_EVERY={cfg.val_loss_every}: validation was read during training", cfg.val_loss_every),
         ("not on 8 GPUs", not (ranks.on_gpu and ranks.world_size == 8))) if holds]
 
@@ -3127,7 +3371,8 @@ def close_run(run: Run, result: Result):
     result.clocks = {}
     for phase in log.phases:
         log(f"phase {phase.name:20}{phase.seconds:9.1f} s  {phase.clock}".rstrip())
-        result.phases[phase.name] = round(phase.seconds, 3)
+        seconds = result.phases.get(phase.name, 0.0) + phase.seconds  # of each validation in training, too
+        result.phases[phase.name] = round(seconds, 3)
     budgets = {"training": cfg.max_wallclock_seconds, "scoring": cfg.eval_max_seconds}
     for clock, budget in budgets.items():
         seconds = log.spent(clock)
@@ -3166,12 +3411,14 @@ def run_phases(run: Run, saved: Saved | None):
             # Rank 0 alone has read a checkpoint; and orthogonal initial values may differ between machines.
             ranks.broadcast_(p.data)
         files = find_data(cfg, need_train=not artifact)
-        tokenizer = load_tokenizer(files.tokenizer, cfg.vocab_size)
-        result.tokenizer_sha256 = sha256(read_file(files.tokenizer))
+        manifest = Manifest.read(files.manifest, log)
+        tokenizer = open_tokenizer(run, files.tokenizer, manifest, saved)
+        result.tokenizer_sha256 = tokenizer.sha256
         check_disk(run, parameters)
 
     @functools.cache
     def validation() -> Validation:
+        manifest.check_val(files.val)
         return load_validation(files.val, tokenizer, cfg)
 
     def validate(candidate: GPT, plan: Plan) -> Score:
@@ -3180,11 +3427,7 @@ def run_phases(run: Run, saved: Saved | None):
     # 2) Train, calibrate, export, unless there is an artifact.
     averaged = model if steps else None
     if not artifact:
-        produced = produce(run, model, steps, files, tokenizer.bos, result.code_bytes, validate)
-        averaged = produced.averaged
-        artifact = produced.artifact
-        result.steps = produced.steps
-        result.train_sha256 = produced.train_sha256
+        averaged, artifact = produce(run, model, steps, files, tokenizer, manifest, result, validate)
     result.model_sha256 = sha256(artifact)
     result.model_bytes = len(artifact)
     result.total_bytes = result.code_bytes + result.model_bytes
@@ -3196,6 +3439,9 @@ def run_phases(run: Run, saved: Saved | None):
         val = validation()
         log(f"validation: documents:{len(val.starts)} tokens:{len(val.token_bytes)} "
             f"bytes:{val.token_bytes.sum()} documents_a_byte_short:{val.begin_with_space} (a space first)")
+    with log.phase("count bytes"):
+        own = slice(ranks.rank, None, ranks.world_size)
+        tokenizer.check_bytes(val.tokens, val.starts[own], val.lengths[own], files.val[0])
     if averaged is not None:
         with log.phase("score unquantized"):
             unquantized = validate(averaged, plan)
@@ -3217,33 +3463,61 @@ def save_scores(path: Path, nll: Tensor, val: Validation):
     np.savez(file, nll=nll.numpy(), token_bytes=val.token_bytes.astype(np.uint16), document_starts=val.starts)
     write_file(path, file.getvalue())
 
+def read_settings(env: Mapping[str, str], ranks: Ranks) -> tuple[Config, Saved | None]:
+    """The settings of rank 0, for all ranks, and on rank 0 what EVAL_ONLY_PATH holds.
+
+    On a CPU there is no scoring deadline and one thread, unless the user wants others: more threads wait for
+    each other in models as small as those that a CPU can train.
+    """
+    saved = None
+    cfg = None
+    if not ranks.on_gpu and not env.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1)
+    if ranks.is_main:
+        path = env.get("EVAL_ONLY_PATH")
+        saved = read_saved(Path(path)) if path else None
+        if not ranks.on_gpu and not env.get("EVAL_MAX_SECONDS"):
+            env = {**env, "EVAL_MAX_SECONDS": "0"}
+        cfg = Config.from_env(env, saved.settings if saved else {})
+    return ranks.broadcast_object(cfg), saved
+
 def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> int:
     """Run; returns the exit status: 2 after a user's mistake, with one line that says what to change."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(settings_help())
         return 0
+    began = time.perf_counter()
     log = None
     try:
         if arguments:
             raise UserError(f"{arguments[0]!r}: settings are environment variables; --help lists them")
         ranks = Ranks.join()
-        path = env.get("EVAL_ONLY_PATH")
-        saved = read_saved(Path(path)) if path and ranks.is_main else None
-        cfg = Config.from_env(env, saved.settings if saved else {}) if ranks.is_main else None
-        cfg = ranks.broadcast_object(cfg)  # rank 0's, so that all ranks run with the same settings
-        log = RunLog(cfg, ranks)
-        run_phases(Run(cfg, ranks, log, Backend.for_machine(cfg, ranks.device)), saved)
+        cfg, saved = read_settings(env, ranks)
+        backend = Backend.for_machine(cfg, ranks.device)
+        log = RunLog(cfg, ranks, began)
+        run_phases(Run(cfg, ranks, log, backend), saved)
         return 0
     except UserError as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        phase = log.phases[-1].name if log else "setup"
-        message = (f"out of GPU memory in phase {phase}: lower TRAIN_BATCH_TOKENS (training), "
-                   "VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(3)  # let rank 0 report an error that all ranks have; torchrun then ends the others
-    print(f"error: {message}", file=sys.stderr, flush=True)
+        if log:
+            log.withdraw()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (f"out of memory in phase {log.phases[-1].name if log else None}: lower TRAIN_BATCH_TOKENS "
+                   "(training), VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
+    report_mistake(message)
     return 2
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or a CPU, where PyTorch has no error of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+def report_mistake(message: str):
+    """Print it as one line, whatever a file or a variable has put into it."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # let rank 0 report an error that all ranks have; torchrun then ends the others
+    say("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in message), sys.stderr)
 
 # ---- A Appendix: attention backends and Triton kernels -----------------------------------------------------
 # Attention is causal within each span and never crosses one; scale 1/sqrt(E); (T, H, E) in and out.

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -26,6 +27,12 @@ TINY = dict(  # settings of a model small enough to be trained, quantized and sc
     VAL_BATCH_TOKENS=512, ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, QUANT_STATES=8,
     GPTQ_CALIBRATION_BATCHES=3, TTT_SITES="qkv,attn,mlp,head", TTT_LORA_RANK=4, TTT_LORA_LR=0.01,
     TTT_CHUNK_SIZE=16, TTT_CHUNK_GROWTH=0.3, TTT_EVAL_SEQ_LEN=48, TTT_BATCH_SIZE=3)
+SCRIPT = Path(tg.__file__)
+ARTIFACT = "final_model.int6.ptz"
+CHECKPOINT = "final_model.pt"
+FILES = {"log.txt", "metrics.jsonl", "result.json", CHECKPOINT, ARTIFACT, "train_gpt_packed.py"}
+# Settings on top of TINY, where the size of the model does not matter: three visits of two layers.
+QUICK = dict(NUM_LAYERS=2, PARALLEL_START_LAYER=1, NUM_LOOPS=1, LOOP_START=0, LOOP_END=0, QUANT_STATES=1)
 SHALLOW = dict(NUM_LAYERS=2, PARALLEL_START_LAYER=1, NUM_LOOPS=0)  # on top of TINY, where few visits will do
 
 
@@ -173,3 +180,55 @@ def launch(world_size: int, target: Callable, *args, folder: Path) -> list:
     folder.mkdir(parents=True, exist_ok=True)
     mp.spawn(run_rank, (world_size, free_port(), target, args, str(folder)), nprocs=world_size)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+# ---- Finished runs, and runs in processes of their own -----------------------------------------------------
+
+
+class Finished(NamedTuple):
+    """What a run has left."""
+    folder: Path
+    scores: Path
+    result: dict
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / ARTIFACT
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / CHECKPOINT
+
+
+def finish_run(folder, data, **settings) -> Finished:
+    places = dict(DATA_DIR=data, ARTIFACT_DIR=folder / "run", SAVE_SCORES=folder / "scores.npz")
+    assert tg.main(as_environment({**TINY, **settings, **places})) == 0
+    return Finished(folder / "run", folder / "scores.npz", read_result(folder / "run"))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_data, tmp_path_factory) -> Finished:
+    """One run of the tiny model, with its scores saved."""
+    return finish_run(tmp_path_factory.mktemp("finished"), tiny_data)
+
+
+def read_result(folder) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def start_script(path, cwd, launcher=(), **settings) -> subprocess.Popen:
+    """Start the script, or a packed one, in a process of its own."""
+    inherited = {name: value for name, value in os.environ.items() if name not in TINY}
+    environment = {**inherited, **as_environment({**TINY, "OMP_NUM_THREADS": 1, **settings})}
+    return subprocess.Popen([sys.executable, *launcher, str(path)], cwd=cwd, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def call_script(*args, **settings) -> subprocess.CompletedProcess:
+    process = start_script(*args, **settings)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def torchrun(*options) -> tuple[str, ...]:
+    return "-m", "torch.distributed.run", f"--master_port={free_port()}", *options

@@ -1,4 +1,4 @@
-"""The whole script: what it leaves behind, re-scoring, determinism, order of events, mistakes of users."""
+"""The whole script: what it leaves behind, re-scoring, determinism, clocks, order of events, torchrun."""
 import dataclasses
 import hashlib
 import importlib.util
@@ -8,56 +8,32 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 import train_gpt as tg
-from conftest import ROOT, TINY, as_environment, free_port, make_data, shards_of, smoke_tokens
-
-SCRIPT = Path(tg.__file__)
-ARTIFACT = "final_model.int6.ptz"
-CHECKPOINT = "final_model.pt"
-FILES = {"log.txt", "metrics.jsonl", "result.json", CHECKPOINT, ARTIFACT, "train_gpt_packed.py"}
-# Settings on top of TINY, where the size of the model does not matter: three visits of two layers.
-QUICK = dict(NUM_LAYERS=2, PARALLEL_START_LAYER=1, NUM_LOOPS=1, LOOP_START=0, LOOP_END=0, QUANT_STATES=1)
-
-
-class Finished(NamedTuple):
-    """What a run has left."""
-    folder: Path
-    scores: Path
-    result: dict
-
-    @property
-    def artifact(self) -> Path:
-        return self.folder / ARTIFACT
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / CHECKPOINT
-
-
-def finish_run(folder, data, **settings) -> Finished:
-    places = dict(DATA_DIR=data, ARTIFACT_DIR=folder / "run", SAVE_SCORES=folder / "scores.npz")
-    assert tg.main(as_environment({**TINY, **settings, **places})) == 0
-    return Finished(folder / "run", folder / "scores.npz", read_result(folder / "run"))
-
-
-@pytest.fixture(scope="session")
-def finished(tiny_data, tmp_path_factory) -> Finished:
-    """One run of the tiny model, with its scores saved."""
-    return finish_run(tmp_path_factory.mktemp("finished"), tiny_data)
-
-
-def read_result(folder) -> dict:
-    return json.loads((folder / "result.json").read_text())
+from conftest import (
+    ARTIFACT,
+    CHECKPOINT,
+    FILES,
+    QUICK,
+    SCRIPT,
+    Finished,
+    as_environment,
+    call_script,
+    finish_run,
+    make_data,
+    read_result,
+    shards_of,
+    smoke_tokens,
+    start_script,
+    torchrun,
+)
 
 
 def read_metrics(folder, kind) -> list[dict]:
@@ -103,10 +79,32 @@ def test_result_has_every_field(finished):
         "seed", "code_sha256", "steps", "phases", "clocks", "hardware", "versions", "unadapted_tokens"}
     assert result["documents"] == 5 and result["steps"] == 6 and result["seed"] == 1337
     assert result["unadapted_tokens"] == 0
-    assert set(result["phases"]) >= {
-        "setup", "warm-up", "train", "calibrate", "export", "score quantized", "adapt"}
-    assert result["clocks"]["scoring"]["budget"] == 600
-    assert result["seconds"] >= sum(result["phases"].values()) * 0.9
+    assert list(result["phases"]) == [
+        "imports", "join", "setup", "open training data", "warm-up", "train", "calibrate", "export",
+        "hash training data", "open validation", "count bytes", "score unquantized", "open artifact",
+        "score quantized", "prepare adaptation", "adapt", "report"]
+    assert result["clocks"]["scoring"]["budget"] == 0, "a CPU has no deadline"
+
+
+def test_every_second_belongs_to_a_phase(tiny_data, tmp_path):
+    """But for what Python takes to end, and for writing the result."""
+    settings = dict(DATA_DIR=tiny_data, ARTIFACT_DIR=tmp_path / "run", VAL_LOSS_EVERY=3)
+    began = time.perf_counter()
+    assert call_script(SCRIPT, tmp_path, **QUICK, **settings).returncode == 0
+    seconds = time.perf_counter() - began
+    result = read_result(tmp_path / "run")
+    assert "validate" in result["phases"]
+    assert 0 <= result["seconds"] - sum(result["phases"].values()) < 0.5
+    assert 0 <= seconds - result["seconds"] < 3
+
+
+def test_rows_tell_the_time(finished):
+    rows = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    times = [row["time"] for row in rows]
+    assert times == sorted(times)
+    last, first = rows[-1], rows[0]
+    before_first = last["phases"]["imports"] + last["phases"]["join"]
+    assert last["time"] - first["time"] == pytest.approx(last["seconds"] - before_first, abs=1)
 
 
 def test_a_result_names_its_data(finished, tiny_data):
@@ -126,7 +124,8 @@ def test_metrics_are_complete(finished):
     looped = [row["looped"] for row in steps]
     assert looped == [False, False, False, True, True, True], "from step 3 of 6 on, .35 passed"
     last_line = (folder / "metrics.jsonl").read_text().splitlines()[-1]
-    assert json.loads(last_line) == {"kind": "result", **result}
+    last_row = json.loads(last_line)
+    assert last_row == {"kind": "result", "time": last_row["time"], **result}
 
 
 def test_anyone_can_recompute_the_score(finished):
@@ -154,7 +153,7 @@ def test_a_result_is_never_written_over(run, finished):
     before = {path: path.read_bytes() for path in finished.folder.iterdir()}
     for settings in ({}, dict(EVAL_ONLY_PATH=finished.artifact)):
         error = run(ARTIFACT_DIR=finished.folder, **settings).error
-        assert "holds the result of another run" in error
+        assert "holds log.txt of another run" in error
     assert {path: path.read_bytes() for path in finished.folder.iterdir()} == before
 
 
@@ -317,7 +316,8 @@ def test_a_checkpoint_without_a_step_is_refused(run, finished, tmp_path):
 
 
 def test_a_result_says_what_speaks_against_it(run, finished, tmp_path):
-    assert finished.result["mode"] == "train" and finished.result["caveats"] == ["not on 8 GPUs"]
+    assert finished.result["mode"] == "train" and finished.result["caveats"] == [
+        "unknown validation set", "not on 8 GPUs"]
     saved = dict(EVAL_ONLY_PATH=finished.artifact)
     for i, (settings, why) in enumerate((
             (saved, "not trained by this run"),
@@ -337,17 +337,44 @@ def test_clocks_are_judged_by_the_challenge_and_not_by_the_settings(run, monkeyp
     assert "training took" in caveats and "scoring took" in caveats and "EXCEEDED" in outcome.out
 
 
-def test_too_many_bytes_and_compilations_are_caveats(monkeypatch):
-    class NoTime:
-        """A log of a run that took none."""
-        def spent(self, clock):
-            return 0.0
+class NoTime:
+    """A log of a run that took none, and of which nothing is to be said."""
+    caveats = []
 
+    def spent(self, clock):
+        return 0.0
+
+
+def test_too_many_bytes_and_compilations_are_caveats(monkeypatch):
     monkeypatch.setattr(tg, "CAP_BYTES", 100_000)
     run = tg.Run(tg.Config(), tg.Ranks(), NoTime(), tg.Backend())
     result = tg.Result(total_bytes=100_001, unadapted_tokens=0, mode="train", recompilations=3)
     caveats = "; ".join(tg.caveats(run, result))
     assert "100001 bytes of 100000" in caveats and "recompilations on the clocks: 3" in caveats
+
+
+def test_a_clean_record_run_has_no_caveat():
+    """And it takes little to spoil it."""
+    ranks = tg.Ranks(world_size=8, device="cuda:0")
+    run = tg.Run(tg.Config(seed=7, run_id="x", save_scores="y"), ranks, NoTime(), tg.Backend())
+    clean = tg.Result(total_bytes=16_000_000, unadapted_tokens=0, recompilations=0, bytes_at_cut=151_078_222)
+    assert tg.caveats(run, clean) == []
+    assert tg.caveats(run, dataclasses.replace(clean, bytes_at_cut=151_074_499)) == []
+    for change in (dict(bytes_at_cut=151_078_223), dict(bytes_at_cut=None), dict(unadapted_tokens=1),
+                   dict(total_bytes=16_000_001), dict(recompilations=1)):
+        assert len(tg.caveats(run, dataclasses.replace(clean, **change))) == 1
+
+
+def test_the_bytes_at_the_challenge_s_cut(monkeypatch):
+    """Of the longest cut that validation reaches; without one there is no such number."""
+    val = tg.Validation(np.zeros(11), np.arange(10), np.array([0]), np.array([10]), 0)
+    score = tg.Score(1.0, 10, 45)
+    scored = tg.Scored(score, score, torch.zeros(10), 0)
+    for cuts, expected in (({4: 0, 8: 0}, 28), ({4: 0, 11: 0}, 6), ({11: 0}, None)):
+        monkeypatch.setattr(tg, "FINEWEB_BYTES", cuts)
+        result = tg.Result()
+        result.add_scores(scored, val)
+        assert result.bytes_at_cut == expected
 
 
 def test_what_is_compiled_on_a_clock_is_counted(run, finished, monkeypatch):
@@ -402,7 +429,7 @@ def test_ranks_begin_a_clock_together_and_the_slowest_is_counted():
     assert events == ["barrier", "work"] and log.spent("scoring") == 7.0
     with log.phase("export"):
         events.append("work")
-    assert events[2:] == ["work"] and log.phases[-1].seconds < 7.0
+    assert events[2:] == ["work"] and log.phases[-1].seconds == 7.0 and log.spent("scoring") == 7.0
 
 
 def test_nothing_is_trained_between_the_clock_and_the_checkpoint(run, monkeypatch, tmp_path):
@@ -620,24 +647,6 @@ def test_validation_during_training_changes_nothing(run, finished, tmp_path):
 # ---- The packed script and torchrun ------------------------------------------------------------------------
 
 
-def start_script(path, cwd, launcher=(), **settings) -> subprocess.Popen:
-    """Start the script, or a packed one, in a process of its own."""
-    inherited = {name: value for name, value in os.environ.items() if name not in TINY}
-    environment = {**inherited, **as_environment({**TINY, "OMP_NUM_THREADS": 1, **settings})}
-    return subprocess.Popen([sys.executable, *launcher, str(path)], cwd=cwd, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def call_script(*args, **settings) -> subprocess.CompletedProcess:
-    process = start_script(*args, **settings)
-    out, err = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def torchrun(*options) -> tuple[str, ...]:
-    return "-m", "torch.distributed.run", f"--master_port={free_port()}", *options
-
-
 def test_packed_script_is_the_script(finished, tiny_data, tmp_path):
     """Run from a read-only folder elsewhere: same model bytes, same scores, and it counts itself."""
     home = tmp_path / "home"
@@ -738,262 +747,3 @@ def test_a_mistake_under_torchrun_is_said_once(tiny_data, tmp_path):
     assert done.returncode != 0 and "RESULT" not in done.stdout
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "TRAIN_BATCH_TOKENS=1024 cannot be shared by 3 ranks" in errors[0]
-
-
-# ---- Mistakes: one line that names the variable or file, status 2, no RESULT -------------------------------
-
-
-@pytest.mark.parametrize("argument", ["-h", "--help"])
-def test_help_lists_every_setting_with_its_default_and_meaning(capfd, argument):
-    assert tg.main({"MATRIX_LRR": "1"}, [argument]) == 0, "whatever else is wrong"
-    lines = capfd.readouterr().out.splitlines()
-    for field in dataclasses.fields(tg.Config):
-        (line,) = (line for line in lines if line.split()[:1] == [field.name.upper()])
-        shown = [field.name.upper(), *([str(field.default)] if field.default != "" else [])]
-        assert line.split()[: len(shown)] == shown and len(line.split()) > len(shown), line
-
-
-def test_any_other_argument_is_a_mistake(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--seed=3"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: '--seed=3': settings are environment variables; --help lists them\n"
-
-
-def test_missing_data(run, tmp_path):
-    assert "DATA_DIR=/nowhere" in run(DATA_DIR="/nowhere").error
-    assert "datasets/fineweb10B_sp512" in run(VOCAB_SIZE=512).error
-    train, val = [smoke_tokens("train")[:3000]], [smoke_tokens("val")[:500]]
-    without_train = make_data(tmp_path / "val", [], val)
-    assert "fineweb_train_*.bin" in run(DATA_DIR=without_train).error
-    without_val = make_data(tmp_path / "train", train, [])
-    assert "fineweb_val_*.bin" in run(DATA_DIR=without_val).error
-
-
-def short_data(folder) -> Path:
-    """A DATA_DIR of a little text."""
-    return make_data(folder, [smoke_tokens("train")[:4000]], [smoke_tokens("val")[:1500]])
-
-
-def with_header(shard, index, value):
-    """The shard with another number in its header."""
-    header = np.frombuffer(shard[: tg.HEADER_BYTES], dtype="<i4").copy()
-    header[index] = value
-    return header.tobytes() + shard[tg.HEADER_BYTES :]
-
-
-MAGIC, VERSION, COUNT = range(3)  # what a header begins with
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("what,damage,says", [
-    ("empty file", lambda b: b"", "not a token shard"),
-    ("header only", lambda b: with_header(b[:1024], COUNT, 0), "empty"),
-    ("short header", lambda b: b[:1000], "not a token shard"),
-    ("truncated", lambda b: b[:-100], "truncated"),
-    ("odd byte", lambda b: b[:-1], "truncated"),
-    ("over-long", lambda b: b + b"\0\0", "over-long"),
-    ("wrong magic", lambda b: with_header(b, MAGIC, 1), "not a token shard"),
-    ("wrong version", lambda b: with_header(b, VERSION, 2), "not a token shard"),
-    ("negative count", lambda b: with_header(b, COUNT, -5), "empty"),
-    ("token id too large", lambda b: b[:3000] + b"\xff\xff" + b[3002:], "token 65535, but VOCAB_SIZE=1024"),
-    ("no BOS", lambda b: b[:1024] + b"\x05\x00" * ((len(b) - 1024) // 2), "BOS (id 1)"),
-    ("text file", lambda b: b"once upon a time " * 400, "not a token shard"),
-])
-def test_damaged_shards(run, tmp_path, split, what, damage, says):
-    data = short_data(tmp_path / "data")
-    (shard,) = shards_of(data, split)
-    shard.write_bytes(damage(shard.read_bytes()))
-    error = run(**{**QUICK, "ITERATIONS": 3}, DATA_DIR=data).error
-    assert str(shard) in error and says in error
-
-
-def test_unreadable_shard(run, tmp_path):
-    data = short_data(tmp_path / "data")
-    (shard,) = shards_of(data, "train")
-    shard.unlink()
-    shard.mkdir()
-    assert str(shard) in run(DATA_DIR=data).error
-
-
-def test_validation_that_begins_inside_a_document(run, tmp_path):
-    data = make_data(tmp_path / "data", [smoke_tokens("train")[:4000]], [smoke_tokens("val")[5:1500]])
-    assert "does not begin with BOS (id 1)" in run(DATA_DIR=data, ITERATIONS=2).error
-
-
-def test_validation_shards_have_no_gaps_and_no_strangers(run, tmp_path):
-    tokens = smoke_tokens("val")[:500]
-    data = make_data(tmp_path / "data", [smoke_tokens("train")[:4000]], [tokens, tokens, tokens])
-    folder = data / "datasets/fineweb10B_sp1024"
-    stranger = folder / "fineweb_val_000001_copy.bin"
-    (folder / "fineweb_val_000001.bin").rename(stranger)
-    assert "not numbered from 000000 without a gap" in run(DATA_DIR=data).error
-    stranger.unlink()
-    assert "not numbered" in run(DATA_DIR=data).error
-
-
-@pytest.mark.parametrize("damage,says", [
-    (lambda b: b"", "not a SentencePiece model"),
-    (lambda b: b[:5000], "not a SentencePiece model"),
-    (lambda b: b"garbage" * 1000, "not a SentencePiece model"),
-    (lambda b: (ROOT / "tests/golden/tokenizer_8192.model").read_bytes(), "has 8192 pieces"),
-])
-def test_wrong_or_damaged_tokenizer(run, tmp_path, damage, says):
-    data = short_data(tmp_path / "data")
-    path = data / "tokenizers/fineweb_1024_bpe.model"
-    path.write_bytes(damage(path.read_bytes()))
-    error = run(DATA_DIR=data).error
-    assert str(path) in error and says in error
-    path.unlink()
-    assert str(path) in run(DATA_DIR=data).error
-
-
-def with_flipped_bit(data, position):
-    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
-
-
-@pytest.mark.parametrize("name,damage", [
-    (ARTIFACT, lambda b: b[:-7]), (ARTIFACT, lambda b: b[:99] + b"x" + b[100:]),
-    (CHECKPOINT, lambda b: b[:-999]), (CHECKPOINT, lambda b: b"hello"),
-    (CHECKPOINT, lambda b: with_flipped_bit(b, len(b) // 2))])
-def test_damaged_artifact_and_checkpoint(run, finished, tmp_path, name, damage):
-    path = tmp_path / name
-    path.write_bytes(damage((finished.folder / name).read_bytes()))
-    assert str(path) in run(EVAL_ONLY_PATH=path).error
-
-
-def test_missing_and_foreign_models(run, finished, tmp_path):
-    assert "/nowhere.pt" in run(EVAL_ONLY_PATH="/nowhere.pt").error
-    error = run(EVAL_ONLY_PATH=finished.artifact, NUM_LOOPS=1, LOGIT_SOFTCAP=20).error
-    assert "NUM_LOOPS=2" in error and "LOGIT_SOFTCAP=30.0" in error and "NUM_LAYERS" not in error
-    foreign = tmp_path / "foreign.pt"
-    torch.save({"model": {}, "steps": 1, "weights": {"embed": torch.zeros(2)}}, foreign)
-    assert "foreign.pt" in run(EVAL_ONLY_PATH=foreign).error
-
-
-def test_unwritable_places(run, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    assert f"ARTIFACT_DIR={file / 'x'}" in run(ARTIFACT_DIR=file / "x").error
-    assert "SAVE_SCORES=" in run(SAVE_SCORES=tmp_path / "missing" / "scores.npz").error
-
-
-def test_too_little_room_is_noticed_before_training(run, monkeypatch):
-    class Usage:
-        free = 10  # bytes
-
-    monkeypatch.setattr(tg.shutil, "disk_usage", lambda path: Usage)
-    outcome = run()
-    assert "ARTIFACT_DIR" in outcome.error and "MiB" in outcome.error and "train_loss" not in outcome.out
-
-
-def test_missing_tool_is_said_before_training(run, monkeypatch):
-    for name in ("brotli", "sentencepiece", "python_minifier"):
-        tg.pack_script.cache_clear()
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, name, None)
-            outcome = run()
-        assert name in outcome.error and "requirements.txt" in outcome.error
-        assert "train_loss" not in outcome.out
-
-
-def test_divergence_is_said(run):
-    assert "training diverged" in run(SCALAR_LR=1e30, TIED_EMBED_LR=1e30, TRAIN_LOG_EVERY=1).error
-    assert "TTT_LORA_LR" in run(**QUICK, TTT_LORA_LR=1e30).error
-
-
-def test_odd_data_trains(run, tmp_path):
-    """Documents of one token, one longer than everything, and a training set smaller than one step."""
-    text = smoke_tokens("train")
-    train = np.concatenate([text[:700], [1, 1, 1], text[1:300]])
-    long_document = np.concatenate([[1], np.tile(smoke_tokens("val")[1:200], 4), [1]])
-    outcome = run(DATA_DIR=make_data(tmp_path / "data", [train], [long_document]), ITERATIONS=3)
-    assert outcome.status == 0 and outcome.result["documents"] == 2
-    assert outcome.result["tokens"] == len(long_document) - 1
-
-
-# ---- Writing files: all or nothing -------------------------------------------------------------------------
-
-
-def test_write_file_is_all_or_nothing(tmp_path, monkeypatch):
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "x"
-    tg.write_file(path, b"one")
-    tg.write_file(path, b"two")
-    assert path.read_bytes() == b"two" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(tg.UserError, match=f"cannot write {path}: No space left"):
-        tg.write_file(path, b"three")
-    assert path.read_bytes() == b"two" and list(tmp_path.iterdir()) == [path]
-
-
-def test_only_files_are_replaced(tmp_path):
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    for name in ("folder", "pipe"):
-        with pytest.raises(tg.UserError, match="it is not a file"):
-            tg.write_file(tmp_path / name, b"x")
-    link, target = tmp_path / "link", tmp_path / "target"
-    link.symlink_to(target)
-    tg.write_file(link, b"x")
-    assert link.is_symlink() and target.read_bytes() == b"x"
-
-
-def run_code(code, data, folder, **settings) -> subprocess.CompletedProcess:
-    """Run Python code that runs the script, in a process of its own."""
-    places = dict(DATA_DIR=data, ARTIFACT_DIR=folder)
-    environment = {**os.environ, **as_environment({**TINY, "OMP_NUM_THREADS": 1, **settings, **places})}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-
-
-FULL_DISK = """
-import resource, signal, sys
-import train_gpt
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.exit(train_gpt.main())
-"""
-
-
-@pytest.mark.parametrize("limit,victim", [(60_000, "log.txt"), (100_000, "log.txt"), (300_000, CHECKPOINT)])
-def test_full_disk(tiny_data, tmp_path, limit, victim):
-    """A limit on the size of files makes a write fail, as a full disk does. Nothing is left half-written."""
-    folder = tmp_path / "run"
-    done = run_code(FULL_DISK.format(limit=limit), tiny_data, folder)
-    assert done.returncode == 2 and "RESULT" not in done.stdout
-    assert done.stderr.startswith(f"error: cannot write {folder / victim}: "), done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    left = {path.name for path in folder.iterdir()}
-    assert left <= FILES - {"result.json"} and not any(name.endswith(".part") for name in left)
-    if CHECKPOINT in left:
-        torch.load(folder / CHECKPOINT, weights_only=True)
-
-
-KILLED = """
-import os, signal, sys
-import train_gpt
-replace = os.replace
-
-def dying_replace(source, destination):
-    if str(destination) == {victim!r}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, destination)
-
-os.replace = dying_replace
-sys.exit(train_gpt.main())
-"""
-
-
-@pytest.mark.parametrize("victim", [CHECKPOINT, ARTIFACT, "result.json"])
-def test_a_run_killed_while_writing(tiny_data, tmp_path, victim):
-    """SIGKILL between writing and renaming, over an earlier file: that stays, whole."""
-    path = tmp_path / victim
-    has_old = victim != "result.json"  # a folder with a result is refused
-    if has_old:
-        path.write_bytes(b"old")
-    done = run_code(KILLED.format(victim=str(path)), tiny_data, tmp_path, **QUICK)
-    assert done.returncode == -signal.SIGKILL
-    assert path.read_bytes() == b"old" if has_old else not path.exists()
