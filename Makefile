@@ -20,7 +20,7 @@ PIP := -m pip install -q --disable-pip-version-check
 .PHONY: run test check record bench docs clean
 
 run: $(VENV)/installed
-	OMP_NUM_THREADS=1 PRESET=smoke SEED=$(SEED) $(RUN) train_gpt.py  # more threads only wait for each other here
+	PRESET=smoke SEED=$(SEED) $(RUN) train_gpt.py
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -n 2
