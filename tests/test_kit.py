@@ -2,12 +2,17 @@
 
 Most runs here are fabricated; those in logs/ and one of the script as it is are read, too.
 """
+import base64
 import hashlib
 import json
+import lzma
 import math
+import os
 import re
 import statistics
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,69 +33,138 @@ def sha256(data: bytes) -> str:
 SOURCE = '"""A script."""\n\n\nprint("one", "=" * 100)\n'
 PACKED = b"print('one')\n"
 SHA256 = {"code": sha256(SOURCE.encode()), "packed": sha256(PACKED), "model": sha256(b"f" * 9)}
-TOKENS, BYTES = 47_800_000, 151_080_000  # FineWeb's, about
+TOKENS, BYTES = 40_540_803, 151_080_645  # FineWeb's, about; those after the cut are not known
 NATS_A_BIT = math.log(2) * BYTES / TOKENS  # of a token, of a byte
 BPB = {0: 1.0581, 1: 1.0575, 2: 1.0584}  # by seed
 SETTINGS = {"seed": 0, "run_id": "s0", "data_dir": "d", "matrix_lr": 0.03}
+DEFAULTS = {"preset": "", "seed": 1337, "run_id": "", "data_dir": "data", "val_doc_fraction": 1.0,
+            "train_log_every": 50, "val_loss_every": 0, "eval_max_seconds": 600.0, "matrix_lr": 0.026,
+            "beta2": 0.99}
 VERSIONS = {"python": "3.12.3", "cuda": "13.0", "torch": "2.11.0+cu130", "flash_attn_3": "3.0.0",
             "numpy": "2.3.5"}
+PHASES = {"imports": 9.0, "join": 3.0, "setup": 5.0, "open training data": 1.0, "warm-up": 60.0,
+          "train": 596.0, "calibrate": 3.1, "export": 9.0, "hash training data": 30.0,
+          "open validation": 0.5, "count bytes": 4.0, "score unquantized": 2.0, "open artifact": 3.5,
+          "score quantized": 2.5, "prepare adaptation": 40.0, "adapt": 406.0, "report": 0.4}
+SECONDS = 1175.5  # half a second more
 CLOCKS = {"training": {"seconds": 599.1, "budget": 600.0}, "scoring": {"seconds": 412.0, "budget": 600.0}}
+ON_CLOCK = {"train": "training", "calibrate": "training", "open artifact": "scoring",
+            "score quantized": "scoring", "adapt": "scoring"}
+NEWER = """recompilations bytes_at_cut cap_bytes phases targets_left_out model_sha256 train_sha256
+    train_data_sha256""".split()  # what results of older scripts may lack
+UNKNOWN, FEW = "unknown validation set", "not on 8 GPUs"  # caveats
+PROXY = dict(documents=1800, tokens=1_738_469, bytes=6_473_176, bytes_at_cut=None)
+RULES = ("score before update", "documents independent", "every target once", "full distribution", "headline",
+         "causal", "size", "clocks", "all documents", "origin")  # of an audit
+IN_SCORING = {"score_before_update", "documents_independent", "every_target_once", "full_distribution"}
+UNSEEN = IN_SCORING | {"validation_read_only_after_export"}  # what no log can show
 
 
-def result_of_seed(seed: int) -> dict:
-    """What a flawless record run would leave."""
+def with_scores(r: dict) -> dict:
+    """A result with losses, if it has none, that fit its bits per byte, and without what is None."""
+    nats_a_bit = math.log(2) * r["bytes"] / r["tokens"]
+    losses = {name.replace("bpb", "loss"): r[name] * nats_a_bit for name in r if name.startswith("val_bpb")}
+    return {name: value for name, value in {**losses, **r}.items() if value is not None}
+
+
+def result_of_seed(seed: int, /, **changes) -> dict:
+    """What a flawless record run would leave, but for the changes."""
     bpb = BPB.get(seed, 1.06)
-    scores = {"val_bpb": bpb, "val_bpb_quantized": bpb + 0.011, "val_bpb_unquantized": bpb + 0.002}
-    losses = {name.replace("bpb", "loss"): value * NATS_A_BIT for name, value in scores.items()}
     model_bytes = 15_999_000 + seed
-    return scores | losses | dict(
-        caveats=[], unadapted_tokens=0,
-        documents=50_000, tokens=TOKENS, bytes=BYTES,
+    return with_scores(dict(
+        val_bpb=bpb, val_bpb_quantized=bpb + 0.011, val_bpb_unquantized=bpb + 0.002,
+        caveats=[], unadapted_tokens=0, recompilations=0,
+        documents=50_000, tokens=TOKENS, bytes=BYTES, bytes_at_cut=151_078_222,
         total_bytes=model_bytes + len(PACKED), code_bytes=len(PACKED), model_bytes=model_bytes,
         cap_bytes=16_000_000, clocks=CLOCKS,
-        mode="train", seed=seed, steps=5000 + seed, run_id=f"s{seed}",
+        mode="train", seed=seed, steps=400 + seed, targets_left_out=7, run_id=f"s{seed}",
         settings={**SETTINGS, "seed": seed, "run_id": f"s{seed}"},
-        hardware="8 x NVIDIA H100 80GB HBM3", versions=VERSIONS, seconds=1300.5,
+        hardware="8 x NVIDIA H100 80GB HBM3", versions=VERSIONS, phases=PHASES, seconds=SECONDS,
         code_sha256=SHA256["code"], packed_sha256=SHA256["packed"], model_sha256=SHA256["model"],
-        tokenizer_sha256="a" * 64, train_sha256="e" * 64, val_sha256="b" * 64)
+        tokenizer_sha256="a" * 64, train_sha256="e" * 64, train_data_sha256="d" * 64, val_sha256="b" * 64)
+        | changes)
 
 
-def write_run(folder, r: dict, source: str = SOURCE):
-    """Write the files of a run with this result, in train_gpt.py's form; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # 1) The log.
-    versions = " ".join(f"{name}:{value}" for name, value in r["versions"].items())
-    settings = " ".join(f"{name}:{value}" for name, value in r["settings"].items())
+def older(r: dict) -> dict:
+    """The result as older scripts wrote it."""
+    return {name: value for name, value in r.items() if name not in NEWER}
+
+
+def log_lines(r: dict, source: str) -> list[str]:
+    """The log of a run with this result, in train_gpt.py's form."""
     gpus, device = r["hardware"].split(" x ")
-    lines = [f"run_id:{r['run_id']} code_sha256:{r['code_sha256']}",
-             f"versions: {versions}",
-             f"settings other than the record's: {settings}",
-             f"all settings: preset: seed:{r['seed']} run_id:x",
+    left_out = f" targets_left_out:{r['targets_left_out']}" if "targets_left_out" in r else ""
+    lines = [f"run_id:{r['run_id']} artifact_dir:x code_sha256:{r['code_sha256']}",
+             f"versions: {finished_runs.key_values(r['versions'])}",
+             f"settings other than the record's: {finished_runs.key_values(r['settings'])}",
+             f"all settings: {finished_runs.key_values({**DEFAULTS, 'seed': r['seed'], **r['settings']})}",
              f"device:{device} world_size:{gpus} attention:flash3_attention kernels:Triton",
              "=" * 100, source, "=" * 100,
+             f"tokenizer: sha256:{r['tokenizer_sha256']} changes in text: nothing",
              "step:1/2 train_loss:9.0",
-             f"train: steps:{r['steps']} tokens:9 epochs:1.0",
+             f"train: steps:{r['steps']} tokens:9 epochs:1.0{left_out}",
+             "training shards read: 1 of 2",
              f"bytes: code:{r['code_bytes']} model:{r['model_bytes']} total:{r['total_bytes']} cap:16000000",
              f"validation: documents:{r['documents']} tokens:{r['tokens']} bytes:{r['bytes']} "
              "documents_a_byte_short:0 (a space first)"]
     for name, stage in (("unquantized", "_unquantized"), ("quantized", "_quantized"), ("final", "")):
         lines.append(f"{name} val_loss:{r[f'val_loss{stage}']:.8f} val_bpb:{r[f'val_bpb{stage}']:.8f}")
+    for name, seconds in r.get("phases", {}).items():
+        lines.append(f"phase {name:20}{seconds:9.1f} s  {ON_CLOCK.get(name, '')}".rstrip())
     lines += [f"clock {name:20}{clock['seconds']:9.1f} s" for name, clock in r["clocks"].items()]
-    lines += [f"caveats: {'; '.join(r['caveats']) or 'none'}", "RESULT " + json.dumps(r), ""]
-    (folder / "log.txt").write_text("\n".join(lines))
+    if "recompilations" in r:
+        lines.append(f"recompilations on the clocks:{r['recompilations']}")
+    return lines + [f"caveats: {'; '.join(r['caveats']) or 'none'}", "RESULT " + json.dumps(r), ""]
 
-    # 2) What lies beside it.
-    (folder / "result.json").write_text(json.dumps(r, indent=1) + "\n")
-    rows = {"kind": "settings"}, {"kind": "step", "step": 1}, {"kind": "result", **r}
+
+def metrics_rows(r: dict) -> list[dict]:
+    """The rows of metrics.jsonl of a run with this result."""
+    settings = {**DEFAULTS, "seed": r["seed"], **r["settings"]}
+    gpus = int(r["hardware"].split()[0])
+    began = 1.8e9
+    ran = [began]  # when each phase ended
+    for seconds in r.get("phases", PHASES).values():
+        ran.append(ran[-1] + seconds)
+    a_step = r.get("phases", PHASES)["train"] / r["steps"]
+    every = settings["train_log_every"]
+    rows = [{"kind": "settings", "time": ran[2] + 1, **settings, "world_size": gpus}]
+    for step in range(1, r["steps"] + 1):
+        reported = step if step <= 3 else min(r["steps"], -(-step // every) * every)
+        rows.append({"kind": "step", "time": ran[5] + reported * a_step, "step": step, "loss": 3.0,
+                     "seconds": (step - 1) * a_step})
+    rows += [{"kind": "of another script", "time": ran[-1]}, {"kind": "result", "time": ran[-1], **r}]
+    if "phases" not in r:
+        rows = [{name: value for name, value in row.items() if name != "time"} for row in rows]
+    return rows
+
+
+def write_rows(folder, rows: list[dict]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_run(folder, r: dict, source: str = SOURCE):
+    """Write the files of a run with this result, in train_gpt.py's form; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.txt").write_text("\n".join(log_lines(r, source)), encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(r, indent=1) + "\n")
     (folder / "train_gpt_packed.py").write_bytes(PACKED)
+    write_rows(folder, metrics_rows(r))
+    return folder
+
+
+def write_audit(folder, model=SHA256["model"], script=SHA256["code"], **verdicts):
+    """Write an audit.json of a run in which all passes but these verdicts; returns the folder."""
+    rules = dict.fromkeys(RULES, "pass") | {name.replace("_", " "): word for name, word in verdicts.items()}
+    audit = {"model_sha256": model, "script_sha256": script, "rules": rules}
+    (folder / "audit.json").write_text(json.dumps(audit))
     return folder
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """Folders of three flawless runs that belong together, in no order."""
-    return [str(write_run(tmp_path / f"seed{seed}", result_of_seed(seed))) for seed in (2, 0, 1)]
+    """Folders of three flawless runs that belong together and passed an audit, in no order."""
+    folders = [write_run(tmp_path / f"seed{seed}", result_of_seed(seed)) for seed in (2, 0, 1)]
+    return [str(write_audit(folder)) for folder in folders]
 
 
 @pytest.fixture
@@ -121,7 +195,7 @@ def test_three_runs_make_a_submission(runs, tmp_path, capsys):
         assert made[f"{name}_std"] == pytest.approx(np.std(values, ddof=1))
     row = made["seed_results"]["2"]
     assert row["artifact_bytes"] == made["artifact_bytes"] == 15_999_002 + len(PACKED)
-    assert row["steps"] == 5002 and row["training_seconds"] == 599.1
+    assert row["steps"] == 402 and row["training_seconds"] == 599.1
     assert (tmp_path / row["log"]).samefile(tmp_path / "seed2/log.txt")
     assert made["model_bytes"] + made["code_bytes"] == made["artifact_bytes"]
     assert all(made["compliance"].values()) and made["caveats"] == [] and made["corpus"] == "FineWeb"
@@ -175,7 +249,7 @@ def test_a_record_has_to_be_better_by_the_margin(runs, tmp_path):
 
 
 def test_one_run_is_a_submission_without_spread(tmp_path, capsys):
-    r = result_of_seed(5) | dict(hardware="4 x NVIDIA H200", documents=1800, caveats=["not on 8 GPUs"])
+    r = result_of_seed(5, hardware="4 x NVIDIA H200", caveats=[UNKNOWN, FEW], **PROXY)
     log = write_run(tmp_path / "run", r) / "log.txt"  # a log alone is read, too
     file = tmp_path / "submission.json"
     older = dict(author="Kept", corpus="prose", val_sha256=r["val_sha256"], date="1999-01-01")
@@ -183,11 +257,12 @@ def test_one_run_is_a_submission_without_spread(tmp_path, capsys):
     assert submission.main(["check", str(log), "--write", str(file)]) == 0
     made = json.loads(file.read_text())
     assert made["val_bpb_std"] is None and made["val_bpb"] == r["val_bpb"] and made["record"] is False
-    assert made["author"] == "Kept" and made["corpus"] == "prose; not FineWeb" and made["date"] > "2000"
-    no = {rule for rule, holds in made["compliance"].items() if not holds}
+    assert made["author"] == "Kept" and made["date"] > "2000"
+    assert made["corpus"] == "prose; unknown validation set"
+    no = {rule for rule, holds in made["compliance"].items() if holds is False}
     assert no == {"eight_gpus", "h100", "fineweb", "three_seeds"}
     assert made["track"] == "non-record-16mb"
-    assert made["caveats"] == made["seed_results"]["5"]["caveats"] == ["not on 8 GPUs"]
+    assert made["caveats"] == made["seed_results"]["5"]["caveats"] == [UNKNOWN, FEW]
     assert "caveat: not on 8 GPUs" in capsys.readouterr().out
 
 
@@ -202,18 +277,292 @@ def test_the_same_submission_made_again_keeps_its_date(runs, tmp_path):
     assert json.loads(file.read_text())["date"] > made["date"], "of other runs it is another"
 
 
+EARLY = "VAL_LOSS_EVERY=100: validation was read during training"
+
+
 @pytest.mark.parametrize("changes, rules", [
     (dict(caveats=["late"]), set()),
-    (dict(settings={"val_loss_every": 100}), {"validation_read_only_after_export"}),
+    (dict(settings={"val_loss_every": 100}, caveats=[EARLY]), {"validation_read_only_after_export"}),
     (dict(documents=49_999), {"fineweb"}),
+    (dict(caveats=[UNKNOWN], **PROXY), {"fineweb"}),
     (dict(hardware="8 x NVIDIA H200"), {"h100"}),
 ])
 def test_what_speaks_against_runs_keeps_them_from_being_a_record(changes, rules, tmp_path):
-    folders = [write_run(tmp_path / f"{seed}", result_of_seed(seed) | changes) for seed in range(3)]
-    loaded = finished_runs.load(folders)
-    made = submission.make_submission(loaded, ["a", "b", "c"], {"date": ""}, {submission.BY_MARGIN: 0.0})
+    folders = [write_run(tmp_path / f"{seed}", result_of_seed(seed, **changes)) for seed in range(3)]
+    made = made_of(*map(write_audit, folders))
     assert {rule for rule, holds in made["compliance"].items() if not holds} == rules
     assert made["track"] == "non-record-16mb" and made["record"] is False
+
+
+def made_of(*folders) -> dict:
+    """The submission of these runs, which is a record if nothing speaks against it."""
+    loaded = finished_runs.load(list(folders))
+    logs = [str(run.log) for run in loaded]
+    return submission.make_submission(loaded, logs, {"date": ""}, {submission.BY_MARGIN: 0.0})
+
+
+@pytest.mark.parametrize("changes, fineweb", [
+    (dict(), True),
+    (dict(tokens=40_540_160, bytes=151_078_222), True),
+    (dict(tokens=47_851_900, bytes=151_075_900, bytes_at_cut=151_074_499), True),
+    (dict(documents=49_999), False),
+    (dict(bytes_at_cut=151_078_221, caveats=[UNKNOWN]), False),
+    (dict(bytes_at_cut=151_074_499), False),  # what the other tokenizer gives at the other cut
+    (dict(tokens=47_851_900), False),
+    (dict(caveats=[UNKNOWN], **PROXY), False),
+])
+def test_fineweb_is_known_by_its_bytes(changes, fineweb, tmp_path):
+    made = made_of(write_run(tmp_path / "run", result_of_seed(0, **changes)))
+    assert made["compliance"]["fineweb"] is fineweb
+    assert made["corpus"].endswith("FineWeb" if fineweb else "documents; unknown validation set")
+
+
+def test_whether_an_older_run_scored_fineweb_is_not_known(tmp_path):
+    """It has its number of documents and about its bytes, and so would another text have.
+
+    So runs that claim to be older, whose seconds are judged less strictly, are no record.
+    """
+    r = result_of_seed(0)
+    without_report = r | {"phases": {name: r["phases"][name] for name in PHASES if name != "report"}}
+    for name, result in (("older", older(r)), ("without report", without_report)):
+        made = made_of(write_run(tmp_path / name, result))
+        assert made["compliance"]["fineweb"] is None and made["record"] is False
+        assert made["corpus"] == "50,000 validation documents; unknown validation set"
+
+
+# What no log can show
+
+def test_what_no_log_can_show_is_null(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", result_of_seed(0))
+    file = tmp_path / "submission.json"
+    assert submission.main(["check", str(folder), "--write", str(file)]) == 0
+    made = json.loads(file.read_text())
+    assert {rule for rule, holds in made["compliance"].items() if holds is None} == UNSEEN
+    assert "not established, see docs/submitting.md: score_before_update, " in capsys.readouterr().out
+
+
+def test_with_a_rule_not_established_three_runs_are_no_record(runs, tmp_path):
+    assert made_of(*map(Path, runs))["record"] is True
+    write_audit(tmp_path / "seed1", causal="NOT CHECKED")
+    made = made_of(*map(Path, runs))
+    assert made["compliance"]["score_before_update"] is None
+    assert made["record"] is False and made["track"] == "non-record-16mb" and made["caveats"] == []
+    (tmp_path / "seed1/audit.json").unlink()
+    made = made_of(*map(Path, runs))
+    assert {made["compliance"][rule] for rule in UNSEEN} == {None}, "each run has to be audited"
+
+
+@pytest.mark.parametrize("rule", ["confined", "no drift"])
+def test_what_an_audit_could_not_make_sure_of_is_not_established(rule, tmp_path):
+    """Else a script could look up, outside its folder, the losses that it has to have."""
+    folder = write_audit(write_run(tmp_path / "run", result_of_seed(0)), **{rule: "NOT CHECKED"})
+    made = made_of(folder)
+    assert {made["compliance"][name] for name in UNSEEN} == {None} and made["caveats"] == []
+
+
+@pytest.mark.parametrize("rule, broken", [
+    ("score before update", "score_before_update"), ("causal", "score_before_update"),
+    ("documents independent", "documents_independent"), ("every target once", "every_target_once"),
+    ("all documents", "every_target_once"), ("headline", "every_target_once"),
+    ("full distribution", "full_distribution"), ("size", "artifact_under_16000000_bytes"),
+    ("clocks", "training_under_600s"), ("clocks", "scoring_under_600s"),
+    ("origin", "validation_read_only_after_export"), ("a rule of another audit", None)])
+def test_what_an_audit_found_broken_is_broken(rule, broken, runs, tmp_path):
+    write_audit(tmp_path / "seed2", **{rule: "FAIL"})
+    made = made_of(*map(Path, runs))
+    assert broken is None or made["compliance"][broken] is False
+    assert made["caveats"] == [f"audit of seed 2: FAIL {rule}"] and made["record"] is False
+
+
+def own_result(**changes) -> dict:
+    """A flawless result of this repository's script."""
+    packed = tg.pack_script()
+    r = dict(code_sha256=sha256((ROOT / "train_gpt.py").read_bytes()), packed_sha256=sha256(packed),
+             code_bytes=len(packed), model_bytes=100, total_bytes=len(packed) + 100)
+    return result_of_seed(0, **r | changes)
+
+
+def write_own_run(folder, source: str, packed: bytes, **changes):
+    """Write the files of a run of this source, which left that packed script."""
+    r = own_result(code_sha256=sha256(source.encode()), packed_sha256=sha256(packed),
+                   code_bytes=len(packed), total_bytes=len(packed) + 100, **changes)
+    folder = write_run(folder, r, source)
+    (folder / "train_gpt_packed.py").write_bytes(packed)
+    return folder
+
+
+def packed_again(packed: bytes, change) -> bytes:
+    """A packed script with another source in it."""
+    head, text, tail = re.split(rb'(?<=b85decode\(")([^"]+)', packed)
+    source = change(lzma.decompress(base64.b85decode(text)).decode())
+    return head + base64.b85encode(lzma.compress(source.encode())) + tail
+
+
+def test_the_script_itself_vouches_for_its_rules(tmp_path):
+    """Whether it ran as it is or packed, and also if it was packed with another Python."""
+    source, packed = (ROOT / "train_gpt.py").read_text(encoding="utf-8"), tg.pack_script()
+    small = submission.unpack(packed)
+    compile(small, "packed", "exec")
+    written_otherwise = packed_again(packed, lambda text: text + "\n\n")
+    for name, ran, left in (("source", source, packed), ("packed", small, packed),
+                            ("another Python", source, written_otherwise),
+                            ("packed by another", small + "\n\n", written_otherwise)):
+        made = made_of(write_own_run(tmp_path / name, ran, left))
+        assert {made["compliance"][rule] for rule in UNSEEN} == {True}, name
+    write_audit(tmp_path / "packed", script=sha256(packed), causal="FAIL")
+    assert made_of(tmp_path / "packed")["compliance"]["score_before_update"] is False, "an audit saw more"
+
+
+def test_another_script_does_not_vouch_for_its_rules(tmp_path):
+    source, packed = (ROOT / "train_gpt.py").read_text(encoding="utf-8"), tg.pack_script()
+    small = submission.unpack(packed)
+    cheat = packed_again(packed, lambda text: text.replace(".99", ".98"))
+    written_otherwise = packed_again(packed, lambda text: text + "\n\n")
+    assert cheat != packed
+    for name, ran, left in (("one comment more", source + "#\n", packed), ("ships another", source, cheat),
+                            ("ships what is not packed", source, b"print()\n"),
+                            ("ran another, packed", small.replace(".99", ".98"), packed),
+                            ("ran another, shipped", small.replace(".99", ".98"), written_otherwise),
+                            ("ran and ships another", small.replace(".99", ".98"), cheat)):
+        made = made_of(write_own_run(tmp_path / name, ran, left))
+        assert {made["compliance"][rule] for rule in UNSEEN} == {None}, name
+
+
+def test_the_script_itself_that_looked_early_says_so(tmp_path):
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    changes = dict(settings={**SETTINGS, "val_loss_every": 100}, caveats=[EARLY])
+    made = made_of(write_own_run(tmp_path / "run", source, tg.pack_script(), **changes))
+    assert made["compliance"]["validation_read_only_after_export"] is False
+    assert {made["compliance"][rule] for rule in IN_SCORING} == {True}
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(model="c" * 64), "not an audit of this run's final_model.int6.ptz"),
+    (dict(script="c" * 64), "not an audit with this run's script"),
+    (dict(causal="passed"), "its rules have to be an object of pass, FAIL, NOT CHECKED"),
+    (dict(causal=["FAIL"]), "its rules have to be an object of pass, FAIL, NOT CHECKED"),
+])
+def test_an_audit_of_something_else_is_refused(changes, words, tmp_path, refused):
+    folder = write_audit(write_run(tmp_path / "run", result_of_seed(0)), **changes)
+    said = refused(submission.main, "check", folder)
+    assert words in said and str(folder / "audit.json") in said
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"rules": 3}', "[" * 99_999])
+def test_an_audit_that_is_damaged_is_refused(content, tmp_path, refused):
+    folder = write_run(tmp_path / "run", result_of_seed(0))
+    (folder / "audit.json").write_text(content)
+    assert str(folder / "audit.json") in refused(submission.main, "check", folder)
+
+
+def test_an_audit_of_the_packed_script_is_of_the_run(tmp_path):
+    folder = write_audit(write_run(tmp_path / "run", result_of_seed(0)), script=SHA256["packed"])
+    assert made_of(folder)["compliance"]["full_distribution"] is True
+
+
+# Seconds
+
+@pytest.mark.parametrize("shown, fits", [("9.0", True), ("9.1", True), ("9.2", False), ("8.9", False)])
+def test_seconds_are_rounded_twice(shown, fits, tmp_path, refused):
+    """To three decimals in a result and to one in a log: 9.0499 s are 9.05 there and 9.0 here."""
+    folder = write_run(tmp_path / "run", result_of_seed(0, phases={**PHASES, "export": 9.05}))
+    log = folder / "log.txt"
+    text = log.read_text(encoding="utf-8")
+    (line,) = re.findall(r"\nphase export +9\.\d s", text)
+    log.write_text(text.replace(line, f"{line[:-5]}{shown} s"), encoding="utf-8")
+    if fits:
+        assert finished_runs.load([folder])
+    else:
+        assert "no line `phase export 9.1 s`" in refused(submission.main, "check", folder)
+
+
+def slowed(rows: list[dict], factor: float) -> list[dict]:
+    """Rows of a run whose own clocks showed 1 / factor of the time that passed."""
+    began = rows[0]["time"]
+    return [row | {"time": began + factor * (row["time"] - began)} for row in rows]
+
+
+def in_training(rows: list[dict], longer: float) -> list[dict]:
+    """Rows of a run that took so much longer from the middle of its training on, and told nobody."""
+    middle = next(i for i, row in enumerate(rows) if row.get("step") == 200)
+    return rows[:middle] + [row | {"time": row["time"] + longer} for row in rows[middle:]]
+
+
+def only_in_training(rows: list[dict], longer: float) -> list[dict]:
+    """Rows of steps that took so much longer, in a run that is so much faster after them."""
+    return [row | {"time": row["time"] + longer * row.get("step", 0) / 400} for row in rows]
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda rows: slowed(rows, 1.05), "the run took 1175.5 s by its own clock, 12"),
+    (lambda rows: slowed(rows, 0.95), "the run took 1175.5 s by its own clock, 11"),
+    (lambda rows: in_training(rows, 20.0), "the run took 1175.5 s by its own clock, 11"),
+    (lambda rows: only_in_training(rows, 20.0), "up to step 150, training took 219.0 to 225.0 s by"),
+    (lambda rows: only_in_training(rows, -20.0), "up to step 150, training took 219.0 to 225.0 s by"),
+    (lambda rows: [{key: row[key] for key in row if key != "time"} for row in rows], "without `time`"),
+    (lambda rows: [rows[0], rows[1] | {"time": "noon"}, *rows[2:]], "values of another kind"),
+])
+def test_clocks_that_are_not_the_walls_are_refused(change, words, tmp_path, refused):
+    folder = write_run(tmp_path / "run", result_of_seed(0))
+    write_rows(folder, change(metrics_rows(result_of_seed(0))))
+    assert words in refused(submission.main, "check", folder)
+
+
+@pytest.mark.parametrize("change", [
+    lambda rows: slowed(rows, 1.009),
+    lambda rows: slowed(rows, 0.991),
+    lambda rows: in_training(rows, 6.0),
+    lambda rows: only_in_training(rows, 6.0),
+    lambda rows: [row | {"time": row["time"] + 1e6} for row in rows],
+])
+def test_clocks_may_differ_by_two_seconds_and_one_percent(change, tmp_path):
+    folder = write_run(tmp_path / "run", result_of_seed(0))
+    write_rows(folder, change(metrics_rows(result_of_seed(0))))
+    assert finished_runs.load([folder])
+
+
+def test_a_long_start_is_part_of_the_run(tmp_path):
+    """The first row is written early in setup, which may take long on a slow disk."""
+    phases = {**PHASES, "imports": 90.0, "join": 60.0, "setup": 70.0}
+    assert finished_runs.load([write_run(tmp_path / "run", result_of_seed(0, phases=phases, seconds=1378.5))])
+
+
+def test_a_run_of_few_slow_steps_adds_up(tmp_path):
+    """A step has the seconds at its start and the time of its report, which may lie a whole step later."""
+    folder = write_run(tmp_path / "run", result_of_seed(0, steps=7, settings=dict(seed=0, train_log_every=3)))
+    assert finished_runs.load([folder])
+    steps = finished_runs.step_reports(finished_runs.load([folder])[0])
+    assert [report.step for report in steps] == [1, 2, 3, 6, 7]
+    assert all(report.least < report.most for report in steps)
+
+
+def test_reading_validation_early_stops_the_clock_of_training(tmp_path, refused):
+    """Then steps that are slow by the wall are no contradiction; the seconds are those of another phase."""
+    phases = {name: seconds for name, seconds in PHASES.items() if name != "calibrate"}
+    r = result_of_seed(0, settings={"seed": 0, "val_loss_every": 200}, seconds=SECONDS + 40,
+                       phases=phases | {"validate": 40.0, "calibrate": 3.1},
+                       caveats=["VAL_LOSS_EVERY=200: validation was read during training"])
+    folder = write_run(tmp_path / "run", r)
+    write_rows(folder, [row | {"time": row["time"] + 40 * (row.get("step", 0) > 200)}
+                        for row in metrics_rows(r)])
+    assert finished_runs.load([folder])
+    log = folder / "log.txt"
+    text = log.read_text(encoding="utf-8")
+    (line,) = re.findall(r"\nphase validate +40.0 s", text)
+    log.write_text(text.replace(line, line.replace("40", "19") + line.replace("40", "21")), encoding="utf-8")
+    assert finished_runs.load([folder]), "it was done twice"
+    write_rows(folder, in_training(metrics_rows(r), 40.0))
+    assert "the run took 1215.5 s by its own clock" in refused(submission.main, "check", folder)
+
+
+def test_older_runs_have_no_times_to_compare(tmp_path):
+    """Nor have they phases for all of their seconds."""
+    r = older(result_of_seed(0, seconds=9999.0))
+    assert finished_runs.load([write_run(tmp_path / "run", r)])
+    phases = {name: seconds for name, seconds in PHASES.items() if name != "report"}
+    r["phases"] = phases
+    folder = write_run(tmp_path / "phases", r)
+    assert finished_runs.load([folder])
 
 
 def test_runs_may_differ_in_where_they_read_and_write(tmp_path):
@@ -226,15 +575,19 @@ def test_runs_may_differ_in_where_they_read_and_write(tmp_path):
 
 def test_results_of_older_scripts_are_read(tmp_path):
     """They have their values in another order and lack the newer ones."""
-    r = result_of_seed(0) | dict(model_bytes=9, total_bytes=9 + len(PACKED))
-    for newer in ("train_sha256", "model_sha256"):
-        del r[newer]
-    older = dict(reversed(r.items()))
-    folder = write_run(tmp_path / "run", older)
+    r = older(result_of_seed(0, model_bytes=9, total_bytes=9 + len(PACKED)))
+    in_another_order = dict(reversed(r.items()))
+    folder = write_run(tmp_path / "run", in_another_order)
     (folder / "final_model.int6.ptz").write_bytes(b"f" * 9)
     (folder / "result.json").write_text(json.dumps(r))
     (loaded,) = finished_runs.load([folder])
-    assert loaded.result == r and list(loaded.result) == list(older)
+    assert loaded.result == r and list(loaded.result) == list(in_another_order)
+    assert finished_runs.load([write_audit(folder)]), "its artifact shows that the audit is of it"
+    (folder / "final_model.int6.ptz").unlink()
+    for model in (SHA256["model"], sha256(b"")):
+        write_audit(folder, model=model)
+        with pytest.raises(finished_runs.Refused, match="not an audit of this run's final_model"):
+            finished_runs.load([folder])
 
 
 def test_the_runs_in_logs_add_up():
@@ -249,6 +602,8 @@ def test_a_run_of_the_script_as_it_is_adds_up(run, tmp_path):
     assert outcome.status == 0, outcome.err
     (loaded,) = finished_runs.load([tmp_path / "run"])
     assert loaded.result == outcome.result
+    made = made_of(tmp_path / "run")
+    assert {made["compliance"][rule] for rule in UNSEEN} == {True}, "its script is held to them by the tests"
 
 
 def test_submission_json_is_what_the_kit_makes_of_its_logs():
@@ -279,9 +634,36 @@ FAULTS = {  # changes of one run's result, and words of the refusal
     "no clock": (dict(clocks={"training": {"seconds": 1.0, "budget": 0.0}}), "lacks a clock"),
     "not all adapted": (dict(unadapted_tokens=12), "12 targets were not adapted"),
     "not all documents": (dict(settings={**SETTINGS, "val_doc_fraction": 0.5}), "VAL_DOC_FRACTION"),
+    "another cap": (dict(cap_bytes=17_000_000), "its cap is 17000000 bytes"),
+    "less than none left out": (dict(targets_left_out=-1), "targets_left_out are -1"),
+    "no hash of training data": (dict(train_data_sha256=None), "RESULT lacks train_data_sha256"),
+    "no hash, but a word": (dict(train_data_sha256="unknown"), "train_data_sha256 of its RESULT is no SHA"),
+    "half a hash": (dict(tokenizer_sha256="a" * 32), "tokenizer_sha256 of its RESULT is no SHA-256"),
+    "no bytes at the cut": (dict(bytes_at_cut=None), "bytes_at_cut are None, of 40540803 tokens"),
+    "bytes at no cut": (PROXY | dict(bytes_at_cut=151_078_222), "bytes_at_cut are 151078222, of 1738469"),
+    "more bytes at the cut": (dict(bytes_at_cut=BYTES + 1), "bytes_at_cut are 151080646 of 40540160 tokens"),
+    "fewer bytes at the end": (dict(tokens=40_540_160), "bytes_at_cut are 151078222 of 40540160 tokens"),
+    "no caveat of the machine": (dict(hardware="4 x NVIDIA H100"), "lacks the caveat `not on 8 GPUs`"),
+    "no caveat of CPUs": (dict(hardware="8 x CPU x86_64"), "lacks the caveat `not on 8 GPUs`"),
+    "no caveat of other data": (PROXY, "lacks the caveat `unknown validation set`"),
+    "no caveat of altered data": (dict(bytes_at_cut=151_078_223), "the caveat `unknown validation set`"),
+    "no caveat of a preset": (dict(settings={**SETTINGS, "preset": "smoke"}), "the caveat `preset smoke`"),
+    "no caveat of an early look": (
+        dict(settings={**SETTINGS, "val_loss_every": 100}), f"lacks the caveat `{EARLY}`"),
+    "no caveat of compiling": (dict(recompilations=3), "the caveat `recompilations on the clocks: 3`"),
+    "seconds of no phase": (dict(seconds=SECONDS + 14), "14.5 of its 1189.5 s belong to no phase"),
+    "more in phases": (dict(seconds=SECONDS - 15), "its phases have 14.5 s more than its 1160.5 s"),
+    "a phase of less than no time": (
+        dict(phases={**PHASES, "export": -9.0}, seconds=SECONDS - 18), "no line `phase export -9.0 s`"),
+    "a clock without its phases": (
+        dict(clocks={**CLOCKS, "scoring": {"seconds": 312.0, "budget": 600.0}}),
+        "the clock `scoring` has 312.0 s, its phases 412.000"),
     "not trained": (dict(mode="checkpoint"), "mode checkpoint"),
-    "score of other tokens": (dict(tokens=TOKENS - 1), "contradict each other"),
-    "not a number": (dict(val_loss=math.nan, val_bpb=math.nan), "not as in the RESULT line of"),
+    "score of other tokens": (dict(val_loss=2.7), "contradict each other"),
+    "not a number": (dict(val_bpb=math.nan), "NaN is no number"),
+    "endless": (dict(seconds=math.inf), "Infinity is no number"),
+    "clock that is not a number": (
+        dict(clocks={**CLOCKS, "training": {"seconds": math.nan, "budget": 600.0}}), "NaN is no number"),
     "another source": (dict(code_sha256="c" * 64), "the source in it does not have the code_sha256"),
     "another packed script": (dict(packed_sha256="c" * 64), "train_gpt_packed.py"),
 }
@@ -290,7 +672,7 @@ FAULTS = {  # changes of one run's result, and words of the refusal
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_that_does_not_add_up_is_refused(fault, tmp_path, refused):
     changes, words = FAULTS[fault]
-    folder = write_run(tmp_path / "run", result_of_seed(0) | changes)
+    folder = write_run(tmp_path / "run", result_of_seed(0, **changes))
     said = refused(submission.main, "check", folder, "--write", tmp_path / "s.json")
     assert words in said and str(folder / "log.txt") in said
     assert not (tmp_path / "s.json").exists()
@@ -299,7 +681,7 @@ def test_a_run_that_does_not_add_up_is_refused(fault, tmp_path, refused):
 @pytest.mark.parametrize("command", [["check"], ["table"], ["record", "X"]])
 def test_every_command_refuses_what_does_not_add_up(command, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = write_run(tmp_path / "run", result_of_seed(0) | dict(total_bytes=15_000_000))
+    folder = write_run(tmp_path / "run", result_of_seed(0, total_bytes=15_000_000))
     assert "total_bytes are not code_bytes" in refused(submission.main, *command, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -312,10 +694,14 @@ DIFFERENCES = {  # a second run that is flawless by itself, and words of the ref
     "tokenizer": (dict(tokenizer_sha256="c" * 64), "tokenizer_sha256"),
     "documents": (dict(documents=49_999), "documents is 49999, but 50000"),
     "versions": (dict(versions={"python": "3.12.3", "torch": "2.13.0"}), "versions"),
-    "a setting": (dict(settings={**SETTINGS, "matrix_lr": 0.04}), "setting matrix_lr is 0.04, but 0.03"),
+    "a setting": (
+        dict(settings={**SETTINGS, "seed": 1, "matrix_lr": 0.04}), "setting matrix_lr is 0.04, but 0.03"),
     "a default": (dict(settings={"seed": 1}), "setting matrix_lr is the default, but 0.03"),
-    "a further setting": (dict(settings={**SETTINGS, "beta2": 0.9}), "setting beta2 is 0.9, but the default"),
-    "no seed of its own": (dict(seed=0), "seed 0 is that of"),
+    "a further setting": (
+        dict(settings={**SETTINGS, "seed": 1, "beta2": 0.9}), "setting beta2 is 0.9, but the default"),
+    "bytes at the cut": (
+        dict(bytes_at_cut=BYTES, caveats=[UNKNOWN]), "bytes_at_cut is 151080645, but 151078222"),
+    "no seed of its own": (dict(seed=0, settings=SETTINGS), "seed 0 is that of"),
 }
 
 
@@ -323,7 +709,7 @@ DIFFERENCES = {  # a second run that is flawless by itself, and words of the ref
 def test_runs_that_do_not_belong_together_are_refused(difference, tmp_path, refused):
     changes, words = DIFFERENCES[difference]
     first = write_run(tmp_path / "run0", result_of_seed(0))
-    second = write_run(tmp_path / "run1", result_of_seed(1) | changes)
+    second = write_run(tmp_path / "run1", result_of_seed(1, **changes))
     assert finished_runs.load([first]) and finished_runs.load([second]), "each is fine alone"
     said = refused(submission.main, "check", first, second)
     assert words in said and str(second / "log.txt") in said
@@ -367,19 +753,43 @@ def test_mixed_scripts_are_refused(tmp_path, refused):
     ("log.txt", "total:15999013", "total:16999013", "no line `bytes: code:13 model:15999000"),
     ("log.txt", "clock training               ", "clock training              9", "no line `clock training"),
     ("log.txt", "caveats: none", "caveats: preset smoke", "no line `caveats: none"),
-    ("log.txt", "train: steps:5000", "train: steps:500", "no line `train: steps:5000"),
+    ("log.txt", "train: steps:400", "train: steps:40", "no line `train: steps:400"),
     ("log.txt", "\nquantized val_loss:", "\nquantized val_loss:1", "no line `quantized val_loss:"),
     ("log.txt", "unquantized val_loss:", "unquantized val_loss:1", "no line `unquantized val_loss:"),
     ("log.txt", "world_size:8", "world_size:1", "no line `device:NVIDIA H100 80GB HBM3 world_size:8"),
     ("log.txt", "torch:2.11", "torch:2.12", "no line `versions: python"),
     ("log.txt", "matrix_lr:0.03", "matrix_lr:0.04", "no line `settings other than the record's"),
     ("log.txt", "all settings: preset: seed:0", "all settings: preset: seed:1", "seed 0 of its RESULT is"),
-    ("log.txt", '"steps": 5000', '"steps": 5001', "steps not as in the RESULT line"),
-    ("log.txt", "RESULT {", "RESULT x{", "not the result of a run"),
+    ("log.txt", '"steps": 400', '"steps": 401', "steps not as in the RESULT line"),
+    ("log.txt", '"seconds": 1175.5', '"seconds": 1e999', "1e999 is no number"),
+    ("log.txt", "RESULT {", "RESULT x{", "damaged, no JSON object"),
     ("log.txt", "RESULT ", "", "not the log of a finished run"),
-    ("log.txt", "=" * 100 + "\nstep", "step", "not the log of a finished run"),
+    ("log.txt", "=" * 100 + "\ntokenizer", "tokenizer", "not the log of a finished run"),
     ("result.json", '"val_bpb": 1.0581', '"val_bpb": 1.0481', "val_bpb not as in the RESULT line"),
-    ("result.json", "}", "", "not the result of a run"),
+    ("log.txt", " targets_left_out:7\n", "\n", "no line that ends with `targets_left_out:7`"),
+    ("log.txt", "targets_left_out:7\n", "targets_left_out:70\n", "ends with `targets_left_out:7`"),
+    ("log.txt", "on the clocks:0", "on the clocks:1", "no line `recompilations on the clocks:0"),
+    ("log.txt", "run_id:s0 artifact", "run_id:s1 artifact", "no line `run_id:s0"),
+    ("log.txt", "                   406.0", "                   460.0", "no line `phase adapt 406.0 s`"),
+    ("log.txt", "596.0 s  training", "596.0 s", "phase `train` is not on the clock `training`"),
+    ("log.txt", "9.0 s\n", "9.0 s  training\n", "the clock `training` has 599.1 s, its phases 617.1"),
+    ("log.txt", "\ncaveats: none", "\ncaveats: none\ncaveats: late", "2 lines that begin with `caveats:`"),
+    ("log.txt", "\nclock sc", "\nclock training                650.0 s\nclock sc", "no line `clock training"),
+    ("log.txt", "\nfinal val", "\nfinal val_loss:9 val_bpb:9\nfinal val", "2 lines that begin with"),
+    ("log.txt", "\nRESULT {", "\nRESULT {}\nRESULT {", "2 lines that begin with `RESULT`"),
+    ("log.txt", " val_doc_fraction:1.0 ", " val_doc_fraction:0.5 ", "VAL_DOC_FRACTION: not all documents"),
+    ("log.txt", "tokenizer: sha256:a", "tokenizer: sha256:b", "no line `tokenizer: sha256:aaaa"),
+    ("log.txt", " eval_max_seconds:600.0 ", " eval_max_seconds:0.0 ", "is not its EVAL_MAX_SECONDS"),
+    ("log.txt", " val_loss_every:0 ", " val_loss_every:100 ", f"lacks the caveat `{EARLY}`"),
+    ("log.txt", " preset: ", " preset:smoke ", "lacks the caveat `preset smoke`"),
+    ("log.txt", " beta2:0.99\n", " beta2:0.98\n", "beta2 0.99 in metrics.jsonl is not the one in its line"),
+    ("metrics.jsonl", '"world_size": 8', '"world_size": 4', "is not of 8 processes"),
+    ("metrics.jsonl", '"step": 17,', '"step": 18,', "has not the 400 steps of its RESULT"),
+    ("metrics.jsonl", '"kind": "settings"', '"kind": "setting"', "has to begin with the settings"),
+    ("metrics.jsonl", '"kind": "of another script"', '"kind": "result"', "end with the only result"),
+    ("metrics.jsonl", '{"kind": "of another script"', "[3]\n{", "line 402: no JSON object, but [3]"),
+    ("metrics.jsonl", '{"kind": "of another script"', "[" * 99_999 + "\n{", "line 402: damaged, no JSON"),
+    ("result.json", "}", "", "damaged, no JSON object"),
     ("metrics.jsonl", '"val_bpb": 1.0581', '"val_bpb": 1.0481', "val_bpb not as in the RESULT line"),
     ("train_gpt_packed.py", "one", "two", "packed_sha256"),
     ("train_gpt_packed.py", "print('one')\n", "", "packed_sha256"),
@@ -391,6 +801,65 @@ def test_files_that_were_changed_are_refused(file, old, new, words, tmp_path, re
     (folder / file).write_text(text.replace(old, new))
     said = refused(submission.main, "check", folder)
     assert words in said and str(folder) in said
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40, 400])
+def test_a_torn_last_row_is_refused(cut, tmp_path, refused):
+    folder = write_run(tmp_path / "run", result_of_seed(0))
+    file = folder / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-cut])
+    if cut == 1:
+        assert finished_runs.load([folder]), "only the end of the line is missing"
+    else:
+        assert f"{file}, line 403: damaged, no JSON object" in refused(submission.main, "check", folder)
+
+
+def test_bytes_that_are_no_text_are_refused_or_kept(tmp_path, refused):
+    folder = write_run(tmp_path / "run", result_of_seed(0))
+    log = folder / "log.txt"
+    log.write_bytes(log.read_bytes().replace(b"step:1/2", b"\xff\xfe"))
+    assert finished_runs.load([folder])
+    log.write_bytes(log.read_bytes().replace(b'"one"', b'"\xff"'))
+    assert "code_sha256" in refused(submission.main, "check", folder)
+    (folder / "result.json").write_bytes(b"\xff")
+    assert "result.json: damaged" in refused(submission.main, "check", folder)
+
+
+def test_a_source_in_utf_8_is_read(tmp_path):
+    source = SOURCE + "# \u2581 \u00e9\n"
+    r = result_of_seed(0, code_sha256=sha256(source.encode()))
+    (loaded,) = finished_runs.load([write_run(tmp_path / "run", r, source)])
+    assert loaded.source == source
+
+
+def test_names_that_are_no_text_end_in_one_line(tmp_path, refused):
+    """A name that is not UTF-8 can be read and shown, but not be written into a file that is."""
+    folder = write_run(tmp_path / os.fsdecode(b"run\xff\n\x1b[31m"), result_of_seed(0))
+    command = [sys.executable, ROOT / "tools/submission.py", "table", folder]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert r"run\udcff" in shown.stdout
+    file = tmp_path / "submission.json"
+    assert "a name that is not UTF-8" in refused(submission.main, "check", folder, "--write", file)
+    author = os.fsdecode(b"\xff")
+    out = tmp_path / "records"
+    assert "a name that is not UTF-8" in refused(
+        submission.main, "record", "X", folder, "--out", out, "--author", author)
+    assert not file.exists() and not out.exists() and len(list(tmp_path.iterdir())) == 1
+    (folder / "result.json").unlink()
+    said = refused(submission.main, "check", folder)
+    assert "cannot read" in said and r"run\udcff\n\x1b[31m" in said
+
+
+def test_nothing_is_left_where_a_file_cannot_be_written(runs, tmp_path, refused, monkeypatch):
+    file = tmp_path / "submission.json"
+    file.write_text("{}")
+
+    def fail(*_):
+        raise OSError(28, "No space left", str(file))
+    monkeypatch.setattr("os.replace", fail)
+    assert "No space left" in refused(submission.main, "check", *runs, "--write", file)
+    assert file.read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0", "seed1", "seed2", "submission.json"]
 
 
 def test_files_that_are_missing_are_refused(tmp_path, refused):
@@ -408,12 +877,12 @@ def test_files_of_another_run_are_refused(tmp_path, refused):
     assert "final_model.int6.ptz beside it has 4 bytes" in refused(submission.main, "check", folder)
     (folder / "final_model.int6.ptz").unlink()
     (folder / "metrics.jsonl").write_text("")
-    assert "metrics.jsonl: not the result" in refused(submission.main, "check", folder)
+    assert "metrics.jsonl, line 1: damaged" in refused(submission.main, "check", folder)
 
 
 def test_a_result_that_lacks_what_is_needed_is_refused(tmp_path, refused):
     log = write_run(tmp_path / "older", result_of_seed(0)) / "log.txt"
-    log.write_text(log.read_text().replace('"steps": 5000, ', ""))
+    log.write_text(log.read_text().replace('"steps": 400, ', ""))
     assert "RESULT lacks steps" in refused(submission.main, "check", log)
 
 
@@ -430,7 +899,7 @@ def test_names_that_are_kept_are_said(runs, tmp_path, capsys):
 
 
 def test_mistakes_on_the_command_line_leave_nothing(runs, tmp_path, refused):
-    assert "is a folder" in refused(submission.main, "check", *runs, "--write", tmp_path)
+    assert "it is not a file" in refused(submission.main, "check", *runs, "--write", tmp_path)
     nowhere = tmp_path / "no/s.json"
     assert str(nowhere) in refused(submission.main, "check", *runs, "--write", nowhere)
     for option in ("--baseline=nan,1", "--date=tomorrow"):
@@ -556,13 +1025,15 @@ def test_record_is_a_folder_to_submit(runs, tmp_path, capsys):
     folder = records / name
     assert {path.name for path in folder.iterdir()} == {
         "train_gpt.py", "train_gpt_readable.py", "README.md", "requirements.txt", "submission.json",
-        "train_seed0.log", "train_seed1.log", "train_seed2.log"}
+        "train_seed0.log", "train_seed1.log", "train_seed2.log",
+        "audit_seed0.json", "audit_seed1.json", "audit_seed2.json"}
     printed = capsys.readouterr().out
     assert all(str(path) in printed for path in folder.iterdir())
     # 2) Scripts and logs are those of the runs.
     assert (folder / "train_gpt.py").read_bytes() == PACKED
     assert (folder / "train_gpt_readable.py").read_text() == SOURCE
     assert (folder / "train_seed2.log").read_bytes() == (tmp_path / "seed2/log.txt").read_bytes()
+    assert (folder / "audit_seed2.json").read_bytes() == (tmp_path / "seed2/audit.json").read_bytes()
     assert len(finished_runs.load(sorted(folder.glob("*.log")))) == 3, "its logs add up where they are now"
     # 3) The rest follows from them.
     made = json.loads((folder / "submission.json").read_text())
@@ -579,13 +1050,16 @@ def test_record_is_a_folder_to_submit(runs, tmp_path, capsys):
 
 
 def test_record_says_what_speaks_against_it(tmp_path):
-    changes = dict(caveats=["preset smoke"], hardware="1 x CPU x86_64")
-    run = write_run(tmp_path / "run", result_of_seed(0) | changes)
+    caveats = ["preset smoke", UNKNOWN, FEW]
+    settings = {**SETTINGS, "preset": "smoke"}
+    r = result_of_seed(0, caveats=caveats, hardware="1 x CPU x86_64", settings=settings, **PROXY)
+    run = write_run(tmp_path / "run", r)
     assert submission.main(["record", "X", str(run), "--out", str(tmp_path), "--title", "A title"]) == 0
     readme = (tmp_path / "X/README.md").read_text()
     assert readme.startswith("# A title\n")
     assert "**Not a record run**" in readme and "**no**: eight_gpus" in readme and "preset smoke" in readme
     assert "nproc_per_node=1" in readme and "(one seed)" in readme
+    assert "- **not established**: score_before_update" in readme and "audit_seed" not in readme
 
 
 @pytest.mark.parametrize("packed_ran", [False, True])

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SUBMISSION = json.loads((ROOT / "submission.json").read_text())
+SUBMISSION = json.loads((ROOT / "submission.json").read_text(encoding="utf-8"))
 
 
 def result_of(log: Path) -> dict:
-    last_line = log.read_text().splitlines()[-1]
+    last_line = log.read_text(encoding="utf-8").splitlines()[-1]
     return json.loads(last_line.removeprefix("RESULT "))
 
 
@@ -61,10 +61,18 @@ def test_compliance_follows_from_the_result():
     assert rules["validation_read_only_after_export"] != read_early
 
 
+def test_rules_that_no_log_can_show_are_claimed_of_no_older_script():
+    """Today's tests hold today's script to them, and the log's source is another one."""
+    own = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    assert SUBMISSION["code_sha256"] != own
+    for rule in ("score_before_update", "documents_independent", "every_target_once", "full_distribution"):
+        assert SUBMISSION["compliance"][rule] is None
+
+
 def test_every_log_holds_the_source_that_made_it():
     logs = sorted((ROOT / "logs").rglob("log.txt"))
     assert logs
     for log in logs:
-        source = log.read_text().split("=" * 100 + "\n")[1][:-1]
+        source = log.read_text(encoding="utf-8").split("=" * 100 + "\n")[1][:-1]
         assert hashlib.sha256(source.encode()).hexdigest() == result_of(log)["code_sha256"]
-        assert json.loads((log.parent / "result.json").read_text()) == result_of(log)
+        assert json.loads((log.parent / "result.json").read_text(encoding="utf-8")) == result_of(log)

@@ -9,16 +9,20 @@
 A run is a folder that train_gpt.py left (its ARTIFACT_DIR), or its log alone. Every command checks the runs
 first. If they do not add up, it makes nothing and ends with status 2 and one line that names the first
 fault: another script, settings, machine, training or validation set than the other runs'; a seed twice; a
-source that is not what the log says it is; a clock or the cap exceeded; documents left out; a result that
-differs from the log or from the files beside it. That finds mistakes; only another run can tell a log that
-was forged as a whole.
+source that is not what the log says it is; a clock or the cap exceeded; documents left out; seconds that are
+in no phase or differ from the time of day; a caveat that is missing; a result that differs from the log or
+from the files beside it. That finds mistakes; only another run can tell a log that was forged as a whole.
 """
 import argparse
+import ast
+import base64
 import datetime
 import inspect
 import json
+import lzma
 import math
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -29,23 +33,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command
+
 from finished_runs import (
     CAP_BYTES,
     CLOCK_SECONDS,
+    FINEWEB_BYTES,
     OWN_SETTINGS,
     Refused,
     Run,
+    has_report,
     load,
     nats_per_bpb,
-    parse_object,
     read,
+    read_object,
+    setting,
     sha256,
+    validation_cut,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN_NATS, SIGNIFICANT = 0.005, 0.01  # a record improves the mean by so much, with a p below that
+HOLDS = {True: "yes", False: "**no**", None: "**not established**"}  # whether a rule does
 BY_MARGIN = f"p_improves_by_{MARGIN_NATS}_nats"
-FINEWEB_DOCUMENTS, FINEWEB_BYTES = 50_000, 151_078_222  # of its validation, as published, with its tail cut
+FINEWEB_DOCUMENTS = 50_000  # of its validation
+AUDITED = {  # what an audit has to find for a rule
+    "artifact_under_16000000_bytes": ["size"],
+    "training_under_600s": ["clocks"],
+    "scoring_under_600s": ["clocks"],
+    "score_before_update": ["score before update", "causal"],
+    "documents_independent": ["documents independent"],
+    "every_target_once": ["every target once", "all documents", "headline"],
+    "full_distribution": ["full distribution"],
+    "validation_read_only_after_export": ["origin"],
+}
+ASSURING = "no drift", "confined"  # if an audit names them, it has to have found them as well
 
 
 # ---- Significance ------------------------------------------------------------------------------------------
@@ -117,7 +139,9 @@ def make_submission(runs: list[Run], logs: list[str], described: dict, compared:
     largest = max(results, key=lambda r: r["total_bytes"])
     # 1) Is it a record?
     caveats = list(dict.fromkeys(why for r in results for why in r["caveats"]))
-    rules = compliance(results)
+    caveats += [f"audit of seed {run.result['seed']}: FAIL {rule}"
+                for run in runs for rule, verdict in run.verdicts.items() if verdict == "FAIL"]
+    rules = compliance(runs)
     fit = all(rules.values()) and not caveats
     better = compared.get(BY_MARGIN, 1) < SIGNIFICANT
 
@@ -147,12 +171,13 @@ def make_submission(runs: list[Run], logs: list[str], described: dict, compared:
     return submission | {"compliance": rules, "caveats": caveats}
 
 
-def compliance(results: list[dict]) -> dict[str, bool]:
-    """The challenge's rules, and whether these results keep them."""
+def compliance(runs: list[Run]) -> dict[str, bool | None]:
+    """The challenge's rules, and whether these runs keep them; None if that is not established."""
+    results = [run.result for run in runs]
     first = results[0]
     training_seconds = max(r["clocks"]["training"]["seconds"] for r in results)
     scoring_seconds = max(r["clocks"]["scoring"]["seconds"] for r in results)
-    return {
+    by_logs = {
         "artifact_under_16000000_bytes": max(r["total_bytes"] for r in results) <= CAP_BYTES,
         "training_under_600s": training_seconds <= CLOCK_SECONDS,
         "scoring_under_600s": scoring_seconds <= CLOCK_SECONDS,
@@ -160,13 +185,69 @@ def compliance(results: list[dict]) -> dict[str, bool]:
         "h100": "H100" in first["hardware"],
         "fineweb": is_fineweb(first),
         "three_seeds": len(results) >= 3,
-        # no log can show the next four: tests/test_legality.py holds the script to them
-        "score_before_update": True,
-        "documents_independent": True,
-        "every_target_once": True,
-        "full_distribution": True,
-        "validation_read_only_after_export": not first["settings"].get("val_loss_every", 0),
+        # no log can show the next four, nor what else than VAL_LOSS_EVERY might read validation early
+        "score_before_update": None,
+        "documents_independent": None,
+        "every_target_once": None,
+        "full_distribution": None,
+        "validation_read_only_after_export": False if setting(runs[0], "val_loss_every", 0) else None,
     }
+    own = [is_own(run) for run in runs]
+    return {rule: judged(rule, by_log, runs, own) for rule, by_log in by_logs.items()}
+
+
+def judged(rule: str, by_logs: bool | None, runs: list[Run], own: list[bool]) -> bool | None:
+    """Whether a rule holds, by what logs say of it and by the audits of the runs.
+
+    Where logs say nothing, it has to hold for each run: because it is of this repository's script (`own`),
+    which the tests hold to the rules, or because its audit has found so.
+    """
+    found = [[run.verdicts.get(name) for name in AUDITED.get(rule, [])] for run in runs]
+    if by_logs is False or any("FAIL" in verdicts for verdicts in found):
+        return False
+    if by_logs or rule not in AUDITED:
+        return by_logs
+    for run, its_own, verdicts in zip(runs, own, found):
+        assured = [run.verdicts.get(name, "pass") for name in ASSURING]
+        if not its_own and set(verdicts + assured) != {"pass"}:
+            return None
+    return True
+
+
+def is_own(run: Run) -> bool:
+    """Whether a run is of this repository's train_gpt.py, as it is or packed, and ships what that packs to.
+
+    The same source may pack to other bytes with another Python: then the packed script beside the log tells.
+    """
+    own = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    if run.source.startswith('"""') and run.source != own:
+        return False
+    try:
+        own_packed = pack_own_script()[0]
+    except Refused:
+        return False
+    ran_packed = run.source != own
+    if sha256(own_packed) == run.result["packed_sha256"]:
+        return not ran_packed or unpack(own_packed) == run.source
+    minified = unpack(run.packed or b"")
+    return same_code(minified, unpack(own_packed)) and (not ran_packed or run.source == minified)
+
+
+def unpack(packed: bytes) -> str:
+    """The source in a packed script; nothing if it is not packed as train_gpt.py packs."""
+    text = re.search(rb'b85decode\("([^"]+)"\)', packed)
+    try:
+        return lzma.LZMADecompressor().decompress(base64.b85decode(text[1]), 10_000_000).decode()
+    except (TypeError, ValueError, lzma.LZMAError):
+        return ""
+
+
+def same_code(source: str, other: str) -> bool:
+    """Whether two sources, neither of them empty, differ in nothing but the way that they are written."""
+    try:
+        return bool(source) and ast.dump(ast.parse(source)) == ast.dump(ast.parse(other))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
 
 
 def seed_row(r: dict, log: str) -> dict[str, Any]:
@@ -186,12 +267,19 @@ def corpus_of(r: dict, described: str | None) -> str:
     if is_fineweb(r):
         return "FineWeb"
     corpus = described or f"{r['documents']:,} validation documents"
-    return corpus if "not FineWeb" in corpus else f"{corpus}; not FineWeb"
+    is_said = "not FineWeb" in corpus or "unknown validation set" in corpus
+    return corpus if is_said else f"{corpus}; unknown validation set"
 
 
-def is_fineweb(r: dict) -> bool:
-    """Whether the validation set has FineWeb's number of documents and, within 0.1 %, of bytes."""
-    return r["documents"] == FINEWEB_DOCUMENTS and abs(r["bytes"] / FINEWEB_BYTES - 1) < 1e-3
+def is_fineweb(r: dict) -> bool | None:
+    """Whether the validation set is FineWeb's, as published: by its documents and its first targets' bytes.
+
+    None of a result by an older script, which might be: it does not count these bytes.
+    """
+    cut = validation_cut(r)
+    if not cut or r["documents"] != FINEWEB_DOCUMENTS:
+        return False
+    return r["bytes_at_cut"] == FINEWEB_BYTES[cut] if has_report(r) else None
 
 
 def mean(values: list[float]) -> float:
@@ -282,13 +370,15 @@ artifact again. Corpus: {corpus}.
 | `train_seed*.log` | of every run: settings, versions, source (sha256 `{code_sha256}`), all lines, RESULT |
 | `submission.json` | what follows from the logs |
 | `requirements.txt` | the versions that ran |
-
+{audits}
 ## What holds, and what does not
 
 {rules}
 
-The script's tests hold it to the four rules that begin with `score_before_update`; the others follow from the
-logs. Caveats that the runs themselves state: {caveats}.
+Limits, machine and data follow from the logs. No log can show the last five rules. They hold (`true` in
+`submission.json`) for a run of the script that its repository's tests hold to them, by its hash, and where an
+audit of the run's artifact has found so; they do not (`false`) if an audit or the log says so. Else it is not
+established (`null`) whether they do, and the runs are no record. Caveats: {caveats}.
 """
 
 
@@ -310,13 +400,14 @@ def write_record(name: str, runs: list[Run], out: Path, args: argparse.Namespace
     compared = significance(runs, args.baseline, args.baseline_loss)
     submission = make_submission(runs, list(logs), described, compared)
     texts = {"train_gpt_readable.py": source,
-             "README.md": record_readme(name, submission, first.result),
+             "README.md": record_readme(name, submission, runs),
              "requirements.txt": requirements(submission["versions"], first.text),
              "submission.json": as_json(submission)}
-    files = {file: text.encode() for file, text in texts.items()}
+    files = {file: as_utf8(text) for file, text in texts.items()}
+    audits = {audit_name(run): read(run.log.parent / "audit.json") for run in runs if run.verdicts}
 
     # 3) Write them.
-    write_folder(target, {"train_gpt.py": packed, **files, **logs})
+    write_folder(target, {"train_gpt.py": packed, **files, **logs, **audits})
     return target, submission
 
 
@@ -365,8 +456,15 @@ def pack_own_script() -> tuple[bytes, str]:
         raise Refused(str(error)) from error
 
 
-def record_readme(name: str, submission: dict, result: dict) -> str:
+def audit_name(run: Run) -> str:
+    return f"audit_seed{run.result['seed']}.json"
+
+
+def record_readme(name: str, submission: dict, runs: list[Run]) -> str:
     """README.md of a record's folder."""
+    result = runs[0].result
+    audits = "".join(f"| `{audit_name(run)}` | what `tools/audit.py` found on this run's artifact |\n"
+                     for run in runs if run.verdicts)
     spread = " (one seed)"
     if submission["val_bpb_std"] is not None:
         spread = (f" (mean of {len(submission['seeds'])} seeds, "
@@ -383,7 +481,8 @@ def record_readme(name: str, submission: dict, result: dict) -> str:
         "verdicts": "".join(f"{line}.\n\n" for line in verdicts(submission)),
         "command": launch_command(result),
         "vocab_size": result["settings"].get("vocab_size", 8192),
-        "rules": "\n".join(f"- {'yes' if holds else '**no**'}: {rule}" for rule, holds in rules),
+        "audits": audits,
+        "rules": "\n".join(f"- {HOLDS[holds]}: {rule}" for rule, holds in rules),
         "caveats": "; ".join(submission["caveats"]) or "none",
     }
     return README.format(**{**submission, **texts})
@@ -404,8 +503,9 @@ def launch_command(result: dict) -> str:
 
 def requirements(versions: dict[str, str], log: str) -> str:
     """The versions that ran, for pip; builds for the same CUDA come from PyTorch's index."""
-    cuda = "cpu" if versions["cuda"] == "None" else "cu" + versions["cuda"].replace(".", "")
-    lines = [f"# What the logged runs had, with Python {versions['python']} and CUDA {versions['cuda']}.",
+    of_cuda = versions.get("cuda", "None")
+    cuda = "cpu" if of_cuda == "None" else "cu" + of_cuda.replace(".", "")
+    lines = [f"# What the logged runs had, with Python {versions.get('python')} and CUDA {of_cuda}.",
              f"--extra-index-url https://download.pytorch.org/whl/{cuda}"]
     for name, version in versions.items():
         if name not in ("python", "cuda"):
@@ -419,7 +519,7 @@ def requirements(versions: dict[str, str], log: str) -> str:
 
 def read_older(path: Path) -> dict[str, Any]:
     """What a submission.json holds, if there is one."""
-    return parse_object(path, read(path)) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def describe(args: argparse.Namespace, older: dict, val_sha256: str) -> dict[str, str]:
@@ -461,7 +561,7 @@ def check_command(args: argparse.Namespace) -> list[str]:
 
     # 2) Write it, and say what it comes to.
     if args.write:
-        write_whole(file, as_json(submission))
+        command.write_whole(file, as_utf8(as_json(submission)))
     std = submission["val_bpb_std"]
     spread = "" if std is None else f" +- {std:.5f}"
     summary = (f"no contradiction, seeds {submission['seeds']}: val_bpb {submission['val_bpb']:.5f}{spread}, "
@@ -502,16 +602,19 @@ def links_from(folder: Path, runs: list[Run]) -> list[str]:
 
 def remarks(submission: dict) -> list[str]:
     """What is said of a submission below its score or its table."""
-    return verdicts(submission) + [f"caveat: {why}" for why in submission["caveats"]]
+    lines = verdicts(submission) + [f"caveat: {why}" for why in submission["caveats"]]
+    unknown = [rule for rule, holds in submission["compliance"].items() if holds is None]
+    if unknown:
+        lines.append(f"not established, see docs/submitting.md: {', '.join(unknown)}")
+    return lines
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write all of a file or nothing."""
-    if path.is_dir():
-        raise Refused(f"cannot write {path}: it is a folder")
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def as_utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        broken = " ".join(text[:error.end].split()[-1:])
+        raise Refused(f"{broken!a}: a name that is not UTF-8 cannot be written: rename it") from error
 
 
 # ---- The command line --------------------------------------------------------------------------------------
@@ -523,9 +626,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add_command(name: str, run: Callable, summary: str) -> argparse.ArgumentParser:
         description = inspect.getdoc(run)
-        command = commands.add_parser(name, help=summary, description=description, formatter_class=raw)
-        command.set_defaults(run=run)
-        return command
+        added = commands.add_parser(name, help=summary, description=description, formatter_class=raw)
+        added.set_defaults(run=run)
+        return added
 
     check = add_command("check", check_command, "say whether runs add up; --write makes submission.json")
     add_runs(check)
@@ -580,22 +683,15 @@ def day(text: str) -> str:
     return datetime.date.fromisoformat(text).isoformat()
 
 
-def one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         lines = args.run(args)
     except (Refused, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return command.report(error)
     print("\n".join(lines))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)
