@@ -521,10 +521,18 @@ def test_clocks_may_differ_by_two_seconds_and_one_percent(change, tmp_path):
     assert finished_runs.load([folder])
 
 
-def test_a_long_start_is_part_of_the_run(tmp_path):
-    """The first row is written early in setup, which may take long on a slow disk."""
+@pytest.mark.parametrize("in_setup, fits", [(0, True), (69, True), (100, False)])
+def test_a_long_start_is_part_of_the_run(in_setup, fits, tmp_path, refused):
+    """The first row is written some seconds into the setup, which may take long on a slow disk."""
     phases = {**PHASES, "imports": 90.0, "join": 60.0, "setup": 70.0}
-    assert finished_runs.load([write_run(tmp_path / "run", result_of_seed(0, phases=phases, seconds=1378.5))])
+    r = result_of_seed(0, phases=phases, seconds=1378.5)
+    folder = write_run(tmp_path / "run", r)
+    first, *others = metrics_rows(r)
+    write_rows(folder, [first | {"time": first["time"] - 1 + in_setup}, *others])
+    if fits:
+        assert finished_runs.load([folder])
+    else:
+        assert "the run took 1378.5 s by its own clock" in refused(submission.main, "check", folder)
 
 
 def test_a_run_of_few_slow_steps_adds_up(tmp_path):
@@ -584,7 +592,7 @@ def test_results_of_older_scripts_are_read(tmp_path):
     assert loaded.result == r and list(loaded.result) == list(in_another_order)
     assert finished_runs.load([write_audit(folder)]), "its artifact shows that the audit is of it"
     (folder / "final_model.int6.ptz").unlink()
-    for model in (SHA256["model"], sha256(b"")):
+    for model in (SHA256["model"], sha256(b""), None):
         write_audit(folder, model=model)
         with pytest.raises(finished_runs.Refused, match="not an audit of this run's final_model"):
             finished_runs.load([folder])
