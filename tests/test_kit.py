@@ -161,8 +161,14 @@ def write_audit(folder, model=SHA256["model"], script=SHA256["code"], **verdicts
 
 
 @pytest.fixture
-def runs(tmp_path):
-    """Folders of three flawless runs that belong together and passed an audit, in no order."""
+def own(monkeypatch):
+    """Makes SOURCE this repository's script."""
+    monkeypatch.setattr(submission, "is_own", lambda run: run.source == SOURCE)
+
+
+@pytest.fixture
+def runs(tmp_path, own):
+    """Folders, in no order, of three flawless runs of this repository's script that passed an audit."""
     folders = [write_run(tmp_path / f"seed{seed}", result_of_seed(seed)) for seed in (2, 0, 1)]
     return [str(write_audit(folder)) for folder in folders]
 
@@ -287,9 +293,9 @@ EARLY = "VAL_LOSS_EVERY=100: validation was read during training"
     (dict(caveats=[UNKNOWN], **PROXY), {"fineweb"}),
     (dict(hardware="8 x NVIDIA H200"), {"h100"}),
 ])
-def test_what_speaks_against_runs_keeps_them_from_being_a_record(changes, rules, tmp_path):
+def test_what_speaks_against_runs_keeps_them_from_being_a_record(changes, rules, own, tmp_path):
     folders = [write_run(tmp_path / f"{seed}", result_of_seed(seed, **changes)) for seed in range(3)]
-    made = made_of(*map(write_audit, folders))
+    made = made_of(*folders)
     assert {rule for rule, holds in made["compliance"].items() if not holds} == rules
     assert made["track"] == "non-record-16mb" and made["record"] is False
 
@@ -341,15 +347,34 @@ def test_what_no_log_can_show_is_null(tmp_path, capsys):
     assert "not established, see docs/submitting.md: score_before_update, " in capsys.readouterr().out
 
 
-def test_with_a_rule_not_established_three_runs_are_no_record(runs, tmp_path):
+def test_with_a_rule_not_established_three_runs_are_no_record(runs, monkeypatch):
     assert made_of(*map(Path, runs))["record"] is True
-    write_audit(tmp_path / "seed1", causal="NOT CHECKED")
+    monkeypatch.setattr(submission, "is_own", lambda run: run.result["seed"] != 1)
     made = made_of(*map(Path, runs))
-    assert made["compliance"]["score_before_update"] is None
+    assert made["compliance"]["validation_read_only_after_export"] is None
+    assert {made["compliance"][rule] for rule in IN_SCORING} == {True}, "all runs passed an audit"
     assert made["record"] is False and made["track"] == "non-record-16mb" and made["caveats"] == []
-    (tmp_path / "seed1/audit.json").unlink()
-    made = made_of(*map(Path, runs))
-    assert {made["compliance"][rule] for rule in UNSEEN} == {None}, "each run has to be audited"
+
+
+def test_each_run_has_to_be_audited(tmp_path):
+    folders = [write_audit(write_run(tmp_path / f"{seed}", result_of_seed(seed))) for seed in range(3)]
+    rules = made_of(*folders)["compliance"]
+    assert {rule for rule, holds in rules.items() if holds is None} == UNSEEN - IN_SCORING
+    write_audit(folders[1], causal="NOT CHECKED")
+    rules = made_of(*folders)["compliance"]
+    assert rules["score_before_update"] is None and rules["full_distribution"] is True
+    (folders[1] / "audit.json").unlink()
+    rules = made_of(*folders)["compliance"]
+    assert {rules[rule] for rule in UNSEEN} == {None}
+
+
+def test_what_came_before_the_artifact_no_audit_can_see(tmp_path):
+    """A script that trains on validation may leave, and be audited with, what this repository's packs to."""
+    source, packed = (ROOT / "train_gpt.py").read_text(encoding="utf-8") + "#\n", tg.pack_script()
+    folder = write_own_run(tmp_path / "run", source, packed)
+    rules = made_of(write_audit(folder, script=sha256(packed)))["compliance"]
+    assert {rules[rule] for rule in IN_SCORING} == {True}
+    assert rules["validation_read_only_after_export"] is None
 
 
 @pytest.mark.parametrize("rule", ["confined", "no drift"])
@@ -357,7 +382,7 @@ def test_what_an_audit_could_not_make_sure_of_is_not_established(rule, tmp_path)
     """Else a script could look up, outside its folder, the losses that it has to have."""
     folder = write_audit(write_run(tmp_path / "run", result_of_seed(0)), **{rule: "NOT CHECKED"})
     made = made_of(folder)
-    assert {made["compliance"][name] for name in UNSEEN} == {None} and made["caveats"] == []
+    assert {made["compliance"][name] for name in IN_SCORING} == {None} and made["caveats"] == []
 
 
 @pytest.mark.parametrize("rule, broken", [
@@ -366,7 +391,7 @@ def test_what_an_audit_could_not_make_sure_of_is_not_established(rule, tmp_path)
     ("all documents", "every_target_once"), ("headline", "every_target_once"),
     ("full distribution", "full_distribution"), ("size", "artifact_under_16000000_bytes"),
     ("clocks", "training_under_600s"), ("clocks", "scoring_under_600s"),
-    ("origin", "validation_read_only_after_export"), ("a rule of another audit", None)])
+    ("origin", None), ("a rule of another audit", None)])
 def test_what_an_audit_found_broken_is_broken(rule, broken, runs, tmp_path):
     write_audit(tmp_path / "seed2", **{rule: "FAIL"})
     made = made_of(*map(Path, runs))

@@ -65,7 +65,7 @@ AUDITED = {  # what an audit has to find for a rule
     "documents_independent": ["documents independent"],
     "every_target_once": ["every target once", "all documents", "headline"],
     "full_distribution": ["full distribution"],
-    "validation_read_only_after_export": ["origin"],
+    "validation_read_only_after_export": [],  # whoever scores again cannot see that
 }
 ASSURING = "no drift", "confined"  # if an audit names them, it has to have found them as well
 
@@ -199,7 +199,7 @@ def compliance(runs: list[Run]) -> dict[str, bool | None]:
 def judged(rule: str, by_logs: bool | None, runs: list[Run], own: list[bool]) -> bool | None:
     """Whether a rule holds, by what logs say of it and by the audits of the runs.
 
-    Where logs say nothing, it has to hold for each run: because it is of this repository's script (`own`),
+    Where logs say nothing, it has to hold for each run: because that is of this repository's script (`own`),
     which the tests hold to the rules, or because its audit has found so.
     """
     found = [[run.verdicts.get(name) for name in AUDITED.get(rule, [])] for run in runs]
@@ -209,7 +209,8 @@ def judged(rule: str, by_logs: bool | None, runs: list[Run], own: list[bool]) ->
         return by_logs
     for run, its_own, verdicts in zip(runs, own, found):
         assured = [run.verdicts.get(name, "pass") for name in ASSURING]
-        if not its_own and set(verdicts + assured) != {"pass"}:
+        audited = bool(verdicts) and set(verdicts + assured) == {"pass"}
+        if not (its_own or audited):
             return None
     return True
 
@@ -376,9 +377,11 @@ artifact again. Corpus: {corpus}.
 {rules}
 
 Limits, machine and data follow from the logs. No log can show the last five rules. They hold (`true` in
-`submission.json`) for a run of the script that its repository's tests hold to them, by its hash, and where an
-audit of the run's artifact has found so; they do not (`false`) if an audit or the log says so. Else it is not
-established (`null`) whether they do, and the runs are no record. Caveats: {caveats}.
+`submission.json`) for a run of the script that its repository's tests hold to them, by its hash; the first
+four of them also where an audit of the run's artifact has found so. They do not (`false`) if an audit or the
+log says so. Else it is not established (`null`) whether they do, and the runs are no record.
+
+Caveats: {caveats}.
 """
 
 
