@@ -1,6 +1,7 @@
 """The rules that decide whether a score counts, as properties; each is shown to fail on a planted cheat.
 
-The model is moved off its initial values and adapters learn fast, so that every influence there is shows.
+The model is moved off its initial values, documents repeat themselves and adapters learn them fast, so that
+every influence there is shows.
 """
 import inspect
 import itertools
@@ -13,43 +14,54 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from conftest import launch, peeking_attention, silent, tiny_config, tiny_model
+from conftest import SHALLOW, launch, peeking_attention, tiny_config, tiny_model
 
 pytestmark = pytest.mark.check
 
-CFG = tiny_config()  # chunk 16, window 48, three slots; from target 64 on chunks are longer
+CFG = tiny_config(TTT_LORA_LR=0.03)  # chunk 16, window 48, three slots; from target 64 on chunks are longer
 PLAN = tg.depth_plan(CFG, True)
 LENGTHS = (100, 7, 41, 1, 64, 130, 17)  # of the documents, in tokens
 
 
 class Case(NamedTuple):
-    """Settings, the lengths of documents, and where the first one is altered or cut in a test."""
+    """Settings and the lengths of documents, in tokens."""
     cfg: tg.Config
     lengths: tuple[int, ...]
-    cut: int
+
+    @property
+    def cuts(self) -> list[int]:
+        """Where documents are altered or cut; the first in a longer chunk, past the length of a window."""
+        return [max(1, 3 * length // 4) for length in self.lengths]
 
 
-SMALL = Case(CFG, LENGTHS, 75)  # cut in the middle of a longer chunk, past the length of a window
+SMALL = Case(CFG, LENGTHS)
 LARGE = Case(  # a long document with long windows, and many documents: for cheats that begin late
-    tiny_config(NUM_LAYERS=2, PARALLEL_START_LAYER=1, NUM_LOOPS=0, TTT_EVAL_SEQ_LEN=320, TTT_BATCH_SIZE=8),
-    (1100, *(10 + 7 * i % 40 for i in range(70))), 700)
-CUT = SMALL.cut
+    tiny_config(**SHALLOW, TTT_LORA_LR=0.03, TTT_EVAL_SEQ_LEN=320, TTT_BATCH_SIZE=8),
+    (1100, *(10 + 7 * i % 40 for i in range(70))))
 CPU = torch.device("cpu")
 RESET_SLOTS, HOOKS = tg.Adapters.reset_slots, tg.Adapters.hooks  # as they are before a cheat replaces them
 CHUNK_WINDOW, CHUNK_ENDS, MAKE_ROUND = tg.chunk_window, tg.chunk_ends, tg.make_round
 ADAPT, TALLY_ADD = tg.adapt, tg.Tally.add
+EVALUATE, SCORE_DOCUMENTS = tg.evaluate, tg.score_documents
 
 
-def draw_documents(lengths=LENGTHS, seed=0):
+def draw_documents(lengths=LENGTHS, seed=0, repeated=0.9):
+    """Documents that say the same eight tokens again and again, but for a share of random ones."""
     rng = np.random.default_rng(seed)
-    return [np.append(1, rng.integers(4, 1024, length - 1)) for length in lengths]
+    documents = []
+    for length in lengths:
+        again = np.resize(rng.integers(4, 1024, 8), length - 1)
+        other = rng.integers(4, 1024, length - 1)
+        documents.append(np.append(1, np.where(rng.random(length - 1) < repeated, again, other)))
+    return documents
 
 
-def with_other_tail(documents, cut):
-    """The documents, the first one with other tokens from `cut` on."""
-    first, *rest = documents
-    other = draw_documents(seed=1)[0]
-    return [np.append(first[:cut], other[cut:]), *rest]
+def with_other_tails(documents, cuts):
+    """Twice the documents with other tokens from their cuts on: some that can be learned, and random ones."""
+    for repeated in (0.9, 0):
+        others = draw_documents(map(len, documents), seed=1, repeated=repeated)
+        yield [np.append(document[:cut], other[cut:])
+               for document, other, cut in zip(documents, others, cuts)]
 
 
 def validation_of(documents) -> tg.Validation:
@@ -59,8 +71,21 @@ def validation_of(documents) -> tg.Validation:
     return tg.Validation(tokens, token_bytes, starts, np.diff(starts, append=len(token_bytes)), 0)
 
 
-def make_run(cfg=CFG, ranks=None, backend=tg.Backend()) -> tg.Run:
-    return tg.Run(cfg, ranks or tg.Ranks(), silent, backend)
+class PhaseLog:
+    """A run log that keeps its phases and says nothing."""
+    phase, spent = tg.RunLog.phase, tg.RunLog.spent
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+        self.phases = []
+
+    def __call__(self, *args, **options):
+        pass
+
+
+def make_run(cfg=CFG, ranks=None) -> tg.Run:
+    ranks = ranks or tg.Ranks()
+    return tg.Run(cfg, ranks, PhaseLog(ranks), tg.Backend())
 
 
 def make_adapters(cfg=CFG) -> tg.Adapters:
@@ -70,11 +95,9 @@ def make_adapters(cfg=CFG) -> tg.Adapters:
 def score(documents, cfg=CFG, ranks=None):
     """Adapted losses of every document, a list of arrays. The last one lacks the BOS that would end it."""
     val = validation_of(documents)
-    run = make_run(cfg, ranks)
-    model = tiny_model(cfg).requires_grad_(False)
-    nll = tg.score_documents(run, model, val, make_adapters(cfg), run.backend, float("inf"))
-    assert (nll != tg.UNSCORED).all()
-    return np.split(nll.numpy(), val.starts[1:])
+    scored = tg.score(make_run(cfg, ranks), tiny_model(cfg).requires_grad_(False), val)
+    assert scored.unadapted == 0
+    return np.split(scored.nll.numpy(), val.starts[1:])
 
 
 def score_with(**changes):
@@ -90,32 +113,38 @@ def all_same(scores, others):
     return len(scores) == len(others) and all(map(same, scores, others))
 
 
+def same_before(cuts, scores, others):
+    """Whether all documents have the same scores of the targets before their cuts, which are tokens."""
+    return all(same(a[: cut - 1], b[: cut - 1]) for a, b, cut in zip(scores, others, cuts))
+
+
 # ---- The properties: each a function that says whether it holds, so that a cheat can be shown to break it --
 
 
 def past_ignores_future(case=SMALL) -> bool:
-    """Other tokens after the cut leave every score before it as it was, and change some after it."""
-    cfg, lengths, cut = case
-    documents = draw_documents(lengths)
-    before = score(documents, cfg)[0]
-    after = score(with_other_tail(documents, cut), cfg)[0]
-    assert not same(before[cut:], after[cut:]), "the change is visible"
-    return same(before[: cut - 1], after[: cut - 1])  # target cut - 1 is the first changed token itself
+    """Other tokens after the cuts leave every score before them as it was, and change some after them."""
+    documents = draw_documents(case.lengths)
+    scores = score(documents, case.cfg)
+    for changed in with_other_tails(documents, case.cuts):
+        others = score(changed, case.cfg)
+        assert not same(scores[0][case.cuts[0] :], others[0][case.cuts[0] :]), "the change is visible"
+        if not same_before(case.cuts, scores, others):
+            return False
+    return True
 
 
 def past_ignores_length(case=SMALL) -> bool:
-    """Whether a document ends early or goes on, the scores up to there are the same."""
-    cfg, lengths, cut = case
-    documents = draw_documents(lengths)
-    shortened = [documents[0][:cut], *documents[1:]]
-    return same(score(documents, cfg)[0][: cut - 1], score(shortened, cfg)[0][: cut - 1])
+    """Whether documents end early or go on, the scores up to there are the same."""
+    documents = draw_documents(case.lengths)
+    shortened = [document[:cut] for document, cut in zip(documents, case.cuts)]
+    return same_before(case.cuts, score(documents, case.cfg), score(shortened, case.cfg))
 
 
 def documents_are_independent(case=SMALL) -> bool:
     """A document has the same scores without some others, with new ones in their place, in another order."""
-    cfg, lengths, _ = case
+    cfg, lengths = case
     documents = draw_documents(lengths)
-    others = draw_documents(lengths, seed=1)
+    others = draw_documents(lengths, seed=1, repeated=0)
     base = {id(document): scores for document, scores in zip(documents, score(documents, cfg))}
     every_second_replaced = [other if i % 2 else document
                              for i, (document, other) in enumerate(zip(documents, others))]
@@ -146,11 +175,19 @@ def adapted_probabilities_sum_to_one() -> bool:
 
     So the loss of a target is that of a distribution, which was fixed before the target was looked at.
     """
-    cfg = tiny_config(VOCAB_SIZE=64, TTT_BATCH_SIZE=16)
-    beginning = np.append(1, np.random.default_rng(0).integers(4, 64, 40))
+    cfg = tiny_config(VOCAB_SIZE=64, TTT_LORA_LR=0.03, TTT_BATCH_SIZE=16)
+    beginning = np.append(1, np.resize(np.random.default_rng(0).integers(4, 64, 8), 40))
     documents = [np.append(beginning, piece) for piece in range(64)]
     of_last_token = np.array([nll[len(beginning) - 1] for nll in score(documents, cfg)], dtype=np.float64)
     return np.exp(-of_last_token).sum() == pytest.approx(1, abs=1e-4)
+
+
+def scoring_leaves_no_trace() -> bool:
+    """The same documents have the same scores again, whatever was scored in between, well or badly."""
+    first = score(draw_documents())
+    score_with(ttt_lora_lr=0.01)
+    score_with(ttt_lora_lr=0.0)
+    return all_same(score(draw_documents()), first)
 
 
 def losses_arrive_unchanged() -> bool:
@@ -174,7 +211,7 @@ def losses_arrive_unchanged() -> bool:
 
 @pytest.mark.parametrize("holds", [
     past_ignores_future, past_ignores_length, documents_are_independent, every_target_once,
-    adapted_probabilities_sum_to_one, losses_arrive_unchanged])
+    adapted_probabilities_sum_to_one, scoring_leaves_no_trace, losses_arrive_unchanged])
 def test_rule(holds):
     assert holds()
 
@@ -186,12 +223,10 @@ def test_rule_holds_for_long_and_many_documents(holds):
 
 def test_learning_matters():
     """The properties would hold without learning, too: this shows that there is some, by document."""
-    documents = draw_documents()
-    documents[0][48:] = documents[0][:52]  # a document that repeats itself can be learned
-    learned = score(documents)
-    frozen = score(documents, tg.dataclasses.replace(CFG, ttt_lora_lr=0.0))
+    learned = score(draw_documents())
+    frozen = score_with(ttt_lora_lr=0.0)
     assert same(learned[0][:16], frozen[0][:16]), "the first chunk has nothing to learn from"
-    assert not same(learned[0][16:], frozen[0][16:])
+    assert learned[0][16:].mean() < frozen[0][16:].mean() - 1, "in nats"
     assert same(learned[1], frozen[1]), "a document of one chunk never learns"
 
 
@@ -280,6 +315,81 @@ def keep_adapters_late(self, slots):
         RESET_SLOTS(self, slots)
 
 
+def boost_what_occurs(run, model, val, plan):
+    """The plain pass, a diagnostic, makes the pieces likelier that occur in validation."""
+    nll = EVALUATE(run, model, val, plan)
+    model.embed[np.unique(val.tokens)] *= 1.1
+    return nll
+
+
+# What follows replaces score_documents. `args` are a run, a model, the validation stream, adapters and more.
+
+
+def losses_at_rate(rate, *args):
+    """The losses of all targets if adapters learn at this rate."""
+    _, _, _, adapters, *_ = args
+    adapters.cfg = tg.dataclasses.replace(CFG, ttt_lora_lr=rate)
+    return SCORE_DOCUMENTS(*args)
+
+
+def losses_at_temperature(temperature, *args):
+    """The losses of all targets if logits are divided by this."""
+    _, model, *_ = args
+    embed = model.embed.clone()
+    model.embed.div_(temperature)  # which divides logits alone, as what enters the model is normalised
+    losses = SCORE_DOCUMENTS(*args)
+    model.embed.copy_(embed)
+    return losses
+
+
+def rate_by_document(run, model, val, *rest):
+    """Each document has the adapter rate by which its own loss, to its end, is least."""
+    passes = torch.stack([losses_at_rate(rate, run, model, val, *rest) for rate in (0.015, 0.03, 0.06)])
+    documents = passes.split(val.lengths.tolist(), dim=1)
+    return torch.cat([losses[losses.sum(1).argmin()] for losses in documents])
+
+
+def fit(losses_at, values, *args):
+    """The losses at the value at which a parabola through those of all targets at three values is least."""
+    square, linear, _ = np.polyfit(values, [losses_at(value, *args).mean() for value in values], 2)
+    return losses_at(-linear / (2 * square), *args)
+
+
+def rate_by_validation(*args):
+    return fit(losses_at_rate, (0.015, 0.03, 0.06), *args)
+
+
+def temperature_by_validation(*args):
+    return fit(losses_at_temperature, (0.6, 0.7, 0.8), *args)
+
+
+def adapters_from_a_first_pass(run, model, val, adapters, *rest):
+    """Adapters begin with what the last documents in their slots have left on average."""
+    SCORE_DOCUMENTS(run, model, val, adapters, *rest)
+    learned = [tensor.mean(1, keepdim=True).detach() for tensor in adapters.copies]
+
+    @torch.no_grad()
+    def reset_slots(slots):
+        RESET_SLOTS(adapters, slots)
+        for tensor, compute_copy, start in zip(adapters.tensors, adapters.copies, learned):
+            tensor[:, slots] = start
+            compute_copy[:, slots] = start
+
+    adapters.reset_slots = reset_slots
+    return SCORE_DOCUMENTS(run, model, val, adapters, *rest)
+
+
+LEAST_LOSSES = {}  # of all targets, by the tokens of the stream
+
+
+def least_of_all_times(run, model, val, *rest):
+    """Of a stream that was scored before, the smaller losses count."""
+    losses = SCORE_DOCUMENTS(run, model, val, *rest)
+    key = val.tokens.tobytes()
+    LEAST_LOSSES[key] = losses.minimum(LEAST_LOSSES.get(key, losses))
+    return LEAST_LOSSES[key]
+
+
 @pytest.mark.parametrize("where,name,cheat,caught_by,case", [
     (tg, "adapt", train_before_score, past_ignores_future, SMALL),
     (tg.Adapters, "reset_slots", keep_adapters, documents_are_independent, SMALL),
@@ -296,6 +406,12 @@ def keep_adapters_late(self, slots):
     (tg, "adapt", train_before_score_late, past_ignores_future, LARGE),
     (tg, "make_round", learn_more_in_long_documents, past_ignores_length, LARGE),
     (tg.Adapters, "reset_slots", keep_adapters_late, documents_are_independent, LARGE),
+    (tg, "evaluate", boost_what_occurs, documents_are_independent, SMALL),
+    (tg, "score_documents", rate_by_document, past_ignores_future, SMALL),
+    (tg, "score_documents", rate_by_validation, documents_are_independent, SMALL),
+    (tg, "score_documents", temperature_by_validation, documents_are_independent, SMALL),
+    (tg, "score_documents", adapters_from_a_first_pass, documents_are_independent, SMALL),
+    (tg, "score_documents", least_of_all_times, scoring_leaves_no_trace, None),
 ], ids=lambda x: x.__name__ if inspect.isfunction(x) else "")
 def test_cheat_is_caught(monkeypatch, where, name, cheat, caught_by, case):
     monkeypatch.setattr(where, name, cheat)
@@ -313,13 +429,14 @@ def test_peeking_attention_is_caught(monkeypatch):
 
 
 def test_a_cheat_at_a_chunk_border_needs_a_cut_inside_the_chunk(monkeypatch):
-    """Why CUT is where it is: train_before_score leaves no trace where the change begins with a chunk."""
-    assert CUT % CFG.ttt_chunk_size and CUT > CFG.ttt_eval_seq_len
+    """Why cuts are where they are: train_before_score leaves no trace where a change begins with a chunk."""
+    cut = SMALL.cuts[0]
+    assert cut % CFG.ttt_chunk_size and cut > CFG.ttt_eval_seq_len
     monkeypatch.setattr(tg, "adapt", train_before_score)
     documents = draw_documents()
-    border = 65  # target 64, which is token 65, is the first of a chunk
-    changed = with_other_tail(documents, border)
-    assert same(score(documents)[0][: border - 1], score(changed)[0][: border - 1])
+    borders = [65, *map(len, documents[1:])]  # target 64, which is token 65, is the first of a chunk
+    for changed in with_other_tails(documents, borders):
+        assert same_before(borders, score(documents), score(changed))
 
 
 # ---- Nothing technical matters either ----------------------------------------------------------------------
@@ -352,7 +469,7 @@ def test_number_of_ranks_does_not_matter(world_size, tmp_path):
 # ---- Chunks, windows, rounds -------------------------------------------------------------------------------
 
 
-def ends_of(longest, chunk, growth, context=10**9):
+def ends_of(longest, chunk, growth, context=10**6):
     cfg = tg.Config(ttt_chunk_size=chunk, ttt_chunk_growth=growth, ttt_eval_seq_len=context)
     return tg.chunk_ends(longest, cfg)
 
@@ -405,6 +522,20 @@ def test_windows_cover_a_document_once(length, chunk_size, growth, extra):
         of_a_longer_one, _, _ = tg.chunk_window(chunk, 10**6, ends, context)
         assert first == of_a_longer_one, "where a window begins does not know the length"
     assert scored == list(range(length))
+
+
+def test_adapters_learn_the_mean_of_a_chunk_however_long_it_has_grown():
+    """The weights of its targets are equal and add up to 1, or to 0 where nothing of the document is left."""
+    val = validation_of(draw_documents())
+    document = val.lengths.argmax()
+    ends = tg.chunk_ends(val.lengths[document], CFG)
+    sizes = np.diff(ends, prepend=0)
+    assert sizes[0] == CFG.ttt_chunk_size < sizes[-2], "chunks grow"
+    for chunk, size in enumerate(sizes):
+        this = tg.make_round(val, [tg.Turn(0, document, chunk)], ends, CFG)
+        expected = 1 / size if ends[chunk] < val.lengths[document] else 0
+        np.testing.assert_allclose(this.loss_weight[this.rows], expected, rtol=1e-6)
+        assert this.loss_weight.sum() == pytest.approx(expected * size), "what is read again has no weight"
 
 
 def test_deadline_leaves_the_rest_unscored(monkeypatch):
@@ -472,18 +603,6 @@ def test_a_late_slot_corrects_its_bias_by_its_own_count():
     assert torch.equal(after_first_step(0), after_first_step(4))
 
 
-class PhaseLog:
-    """A run log that keeps its phases and says nothing."""
-    phase, spent = tg.RunLog.phase, tg.RunLog.spent
-
-    def __init__(self):
-        self.ranks = tg.Ranks()
-        self.phases = []
-
-    def __call__(self, *args, **options):
-        pass
-
-
 @pytest.mark.parametrize("chunk", [16, 20, 48])
 def test_warm_up_of_adaptation_learns_nothing_and_knows_no_validation(monkeypatch, chunk):
     """Also where a window holds two chunks, or one."""
@@ -501,7 +620,7 @@ def test_warm_up_of_adaptation_learns_nothing_and_knows_no_validation(monkeypatc
     state = [*adapters.tensors, *adapters.copies, *adapters.second_moments, adapters.update_count,
              *model.parameters()]
     before = [tensor.detach().clone() for tensor in state]
-    run = tg.Run(cfg, tg.Ranks(), PhaseLog(), tg.Backend())
+    run = make_run(cfg)
     tg.warm_up_adaptation(run, model, adapters, run.backend)
     assert all(torch.equal(tensor, old) for tensor, old in zip(state, before))
     window = min(cfg.ttt_eval_seq_len, -(-cfg.ttt_eval_seq_len // chunk) * chunk)
@@ -568,7 +687,7 @@ def test_the_headline_is_the_adapted_score_and_nothing_else(monkeypatch):
     plain, adapted = (torch.from_numpy(rng.uniform(0, 40, count).astype(np.float32)) for _ in range(2))
     monkeypatch.setattr(tg, "evaluate", lambda *args: plain.clone())
     monkeypatch.setattr(tg, "score_documents", lambda *args: adapted.clone())
-    run = tg.Run(CFG, tg.Ranks(), PhaseLog(), tg.Backend())
+    run = make_run()
 
     def bits_per_byte(nll):
         return pytest.approx(nll.double().sum().item() / np.log(2) / count, rel=1e-12)
@@ -579,7 +698,7 @@ def test_the_headline_is_the_adapted_score_and_nothing_else(monkeypatch):
     assert scored.final.bpb == bits_per_byte(adapted) and scored.quantized.bpb == bits_per_byte(plain)
     assert scored.final.text_bytes == scored.final.targets == count and scored.unadapted == 0
     assert {phase.name: phase.clock for phase in run.log.phases} == {
-        "score quantized": "scoring", "prepare adaptation": "", "adapt": "scoring"}
+        "score quantized": "scoring", "prepare adaptation": "", "adapt": "scoring", "report": ""}
     adapted[3] = tg.UNSCORED
     scored = tg.score(run, tiny_model(CFG), val)
     assert scored.nll[3] == plain[3] and torch.equal(scored.nll[4:], adapted[4:]) and scored.unadapted == 1
