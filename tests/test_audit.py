@@ -1,8 +1,13 @@
-"""tools/audit.py passes the script as it is, and finds cheats planted in copies of it."""
+"""tools/audit.py passes the script as it is, and finds what is planted in copies of it and in result.json."""
+import contextlib
+import importlib.machinery
+import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +17,28 @@ import train_gpt as tg
 from conftest import ROOT, SHALLOW, SMOKE, TINY, as_environment
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "data")]
+import altered
+import confined
+
 import audit
 import prepare
 
-SOURCE = Path(tg.__file__).read_text()
-RESET_SLOTS = tg.Adapters.reset_slots
-
-
-VOCAB_SIZE = 400  # few, as an audit tries every token as the last of a document
+SOURCE = Path(tg.__file__).read_text(encoding="utf-8")
+END = 'if __name__ == "__main__":'
+assert SOURCE.count(END) == 1
+VOCAB_SIZE = 400  # few, as an audit tries every token as the next
+CHARACTERS = (400, 70, 250, 150, 350, 260, 200, 90)  # of documents
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A DATA_DIR of few pieces, with the beginnings of five documents for validation."""
+    """A DATA_DIR of few pieces, with the beginnings of some documents for validation."""
     folder = tmp_path_factory.mktemp("data")
     with open(SMOKE / "smoke.jsonl", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
-    characters = (500, 70, 300, 150, 450)
-    texts = [text[:count] for text, count in zip(texts, characters)] + texts[40:60]
+    texts = [text[:count] for text, count in zip(texts, CHARACTERS)] + texts[40:60]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    arguments = [folder / "texts.jsonl", "--out", folder, "--val-docs", len(characters), "--vocab-size",
+    arguments = [folder / "texts.jsonl", "--out", folder, "--val-docs", len(CHARACTERS), "--vocab-size",
                  VOCAB_SIZE, "--workers", 1]
     assert prepare.main(list(map(str, arguments))) == 0
     return folder
@@ -39,201 +46,511 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
-    """The folder of an honest run of few visits, which makes many audits cheap; its scores are beside it."""
+    """The folder of an honest run of few visits, which makes many re-scores cheap."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    places = dict(DATA_DIR=data, ARTIFACT_DIR=folder, SAVE_SCORES=folder.parent / "scores.npz")
-    settings = {**TINY, **SHALLOW, "VOCAB_SIZE": VOCAB_SIZE}
-    assert tg.main(as_environment({**settings, **places})) == 0
+    settings = {**TINY, **SHALLOW, "VOCAB_SIZE": VOCAB_SIZE, "ITERATIONS": 30, "TTT_BATCH_SIZE": 32,
+                "TTT_CHUNK_SIZE": 8}
+    assert tg.main(as_environment({**settings, "DATA_DIR": data, "ARTIFACT_DIR": folder})) == 0
     return folder
 
 
-@pytest.fixture
-def with_data(data, monkeypatch):
-    """An audit in this process finds the data."""
+@pytest.fixture(autouse=True)
+def machine(data, monkeypatch):
+    """Audits find the data, and no GPU."""
     monkeypatch.setenv("DATA_DIR", str(data))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def audit_with_copy(run: Path, data: Path, script: Path, *options: str) -> tuple[int, list[str]]:
-    """Exit status and verdicts of an audit by a copy of the script, in a process of its own."""
-    command = [sys.executable, ROOT / "tools/audit.py", run, "--script", script, *options]
-    environment = {**os.environ, "DATA_DIR": str(data), "VAL_BATCH_TOKENS": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert not done.stderr, done.stderr
-    return done.returncode, [line for line in done.stdout.splitlines() if line.startswith(("pass", "FAIL"))]
+@pytest.fixture
+def in_process(monkeypatch):
+    """Re-scores are calls of the script's main in this process, with the environment of the re-score.
+
+    That saves the seconds in which a process loads torch. What needs a process is tested with processes.
+    """
+    modules = {}
+
+    def run(command, environment, folder, timeout, confine):
+        script = folder / command[-1]
+        source = script.read_bytes()
+        if source not in modules:
+            name = f"audited_{len(modules)}"
+            loader = importlib.machinery.SourceFileLoader(name, str(script))
+            modules[source] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+            sys.modules[name] = modules[source]  # where dataclasses look for it
+            loader.exec_module(modules[source])
+            modules[source].pack_script = lambda: b"packed"  # seconds, and no verdict is about it
+        modules[source].__file__ = str(script)
+        err = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+            status = modules[source].main(environment)
+        return confined.Ended(status, err.getvalue().strip(), [], True)
+
+    monkeypatch.setattr(confined, "run", run)
+    yield
+    for module in modules.values():
+        del sys.modules[module.__name__]
 
 
-def test_an_honest_run_passes(finished, with_data, capfd, monkeypatch):
-    monkeypatch.setenv("VAL_BATCH_TOKENS", "65536")
-    assert audit.main([str(finished), "--scores", str(finished.parent / "scores.npz")]) == 0
-    out = capfd.readouterr().out
-    assert ": the script that made the run" in out and "FAIL" not in out
-    for rule in ("causal", "score before update", "full distribution", "one pass", "documents independent",
-                 "slots do not matter", "size", "headline", "no drift"):
-        assert f"\npass  {rule}" in out
-    targets = json.loads((finished / "result.json").read_text())["tokens"]
-    with_last_bos = targets + 1  # which the audit adds
-    for check in ("others altered", "before a cut", "continued", f"saved scores, and these: {targets} scores",
-                  f"{with_last_bos} once, 0 more often, 0 never"):
-        assert check in out
-    assert "3 slots" in out and "1 slots" in out, "slots are used again"
-    assert "settings other than those of its run" in out and "val_batch_tokens:512" in out
+def copy_with(folder: Path, planted: str) -> Path:
+    """A copy of the script with something planted at its end, where it may replace functions."""
+    copy = folder / "train_gpt.py"
+    copy.write_text(SOURCE.replace(END, textwrap.dedent(planted) + "\n" + END), encoding="utf-8")
+    return copy
 
 
-def test_a_packed_script_can_be_audited(finished, data):
-    packed = finished / "train_gpt_packed.py"
-    status, verdicts = audit_with_copy(finished, data, packed, "--documents", "3")
-    assert status == 0 and all(verdict.startswith("pass") for verdict in verdicts), verdicts
+def verdicts_of(capsys, *arguments) -> tuple[int, list[str]]:
+    """Exit status and printed lines of an audit in this process."""
+    status = audit.main(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    assert not err, err
+    return status, out.splitlines()
 
 
-CHEATS = {  # by name: honest code, what is planted in its place, the rule that catches it
-    "train before score": (
-        "    nll = model(this.batch, plan, backend, adapters",
-        """\
-    early = model(this.batch, plan, backend, adapters.hooks(this.ends))
-    adapters.learn((early * this.loss_weight).sum(), backend.update)
-    nll = model(this.batch, plan, backend, adapters""",
-        "score before update"),
-    "state kept between documents": (
-        """\
-        if not len(indices):
-            return
-""",
-        """\
-        if not len(indices) or hasattr(self, "begun"):
-            return
-        self.begun = True
-""",
-        "documents independent"),
-    "a discount later on": (
-        "final = nll.detach().clone()",
-        "final = nll.detach() * (1 - 1e-3 * (this.batch.spans.positions > 12))",
-        "full distribution"),
-    "the better of two passes": (
-        "final = nll.detach().clone()",
-        """\
-early = nll.detach()
-    late = model(this.batch, plan, backend).detach()
-    final = early.minimum(late).where(this.batch.spans.positions > 12, early)""",
-        "full distribution"),
-    "a free end of every document": (
-        "    slot_ends = np.cumsum(slot_rows)",
-        """\
-    batch.targets[np.isin(target_index, val.starts + val.lengths - 1)] = IGNORE
-    slot_ends = np.cumsum(slot_rows)""",
-        "causal"),
-    "peeking at the next token": ("is_causal=True)", "is_causal=False)", "causal"),
+def failed(lines: list[str]) -> str:
+    (line,) = [line for line in lines if line.startswith("FAIL: ")]
+    return line.removeprefix("FAIL: ")
+
+
+def test_an_honest_run_passes(finished, in_process, capsys, tmp_path):
+    file = tmp_path / "audit.json"
+    status, lines = verdicts_of(capsys, finished, "--write", file)
+    assert status == 0 and failed(lines) == "none" and "NOT CHECKED: none" in lines, lines
+    for rule in audit.RULES:
+        assert any(line.startswith(f"pass         {rule}") for line in lines), rule
+    for check in ("others altered", "before a cut", "continued", "all later documents replaced",
+                  "order reversed", f"each of {VOCAB_SIZE - 1} tokens"):
+        assert any(check in line for line in lines), check
+    result, written = json.loads((finished / "result.json").read_text()), json.loads(file.read_text())
+    assert written["rules"] == dict.fromkeys(audit.RULES, "pass")
+    for name in ("code_sha256", "packed_sha256", "model_sha256", "val_sha256"):
+        assert written[name] == result[name]
+    assert written["script_sha256"] == result["code_sha256"]
+
+
+PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that it breaks
+    "train before score": ("""
+        def adapt(model, adapters, plan, backend, this):
+            early = model(this.batch, plan, backend, adapters.hooks(this.ends))
+            adapters.learn((early * this.loss_weight).sum(), backend.update)
+            return model(this.batch, plan, backend, adapters.hooks(this.ends)).detach()
+        """, "tails", "score before update"),
+    "state kept between documents": ("""
+        honest_reset = Adapters.reset_slots
+        def reset_slots(self, slots):
+            if not hasattr(self, "begun"):
+                self.begun = honest_reset(self, range(self.cfg.ttt_batch_size))
+        Adapters.reset_slots = reset_slots
+        """, "tails", "documents independent"),
+    "a discount late in documents": ("""
+        honest_adapt = adapt
+        def adapt(*args):
+            return honest_adapt(*args) * (1 - 0.2 * (args[-1].batch.spans.positions > 30))
+        """, "rest", "full distribution"),
+    "a discount later on": ("""
+        honest_adapt = adapt
+        def adapt(*args):
+            return honest_adapt(*args) * (1 - 0.01 * (args[-1].batch.spans.positions > 12))
+        """, "rest", "full distribution"),
+    "the better of plain and adapted for each token": ("""
+        honest_adapt = adapt
+        def adapt(model, adapters, plan, backend, this):
+            with torch.no_grad():
+                plain = model(this.batch, plan, backend)
+            return honest_adapt(model, adapters, plan, backend, this).minimum(plain)
+        """, "rest", "full distribution"),
+    "a free end of every document": ("""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, *rest):
+            nll = honest_score_documents(run, model, val, *rest)
+            nll[val.starts + val.lengths - 1] = 0
+            return nll
+        """, "rest", "full distribution"),
+    "peeking at the next token": ("""
+        class Functions:
+            def __getattr__(self, name):
+                return getattr(torch.nn.functional, name)
+            def scaled_dot_product_attention(self, *args, **options):
+                options["is_causal"] = False
+                return torch.nn.functional.scaled_dot_product_attention(*args, **options)
+        F = Functions()
+        """, "tails", "causal"),
+    "last targets left out of the score": ("""
+        def of(cls, nll, val):
+            kept = np.setdiff1d(np.arange(nll.numel()), val.starts + val.lengths - 1)
+            return cls(nll[kept].double().sum().item(), nll.numel(), int(val.token_bytes.sum()))
+        Score.of = classmethod(of)
+        """, "", "headline"),
+    "a bias by frequencies in validation": ("""
+        honest_load, honest_nll, bias = load_validation, softcapped_nll, []
+        def load_validation(paths, tokenizer, cfg):
+            val = honest_load(paths, tokenizer, cfg)
+            counts = np.bincount(val.tokens, minlength=cfg.vocab_size)
+            bias[:] = [torch.from_numpy(counts + 1.0).log().float()]
+            return val
+        def softcapped_nll(logits, targets, softcap):
+            return honest_nll(logits + 0.3 * bias[0] if bias else logits, targets, softcap)
+        """, "rest", "causal"),
+    "short documents dropped": ("""
+        honest_load = load_validation
+        def load_validation(paths, tokenizer, cfg):
+            val = honest_load(paths, tokenizer, cfg)
+            long = [tokens for tokens in np.split(val.tokens, val.starts[1:]) if len(tokens) > 100]
+            tokens = np.concatenate(long)
+            starts = np.flatnonzero(tokens == tokenizer.bos)
+            return val._replace(tokens=tokens, token_bytes=tokenizer.target_bytes(tokens), starts=starts,
+                                lengths=np.diff(starts, append=len(tokens) - 1))
+        """, "", "every target once"),
+    "a rate for each document by its own loss": ("""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, adapters, backend, deadline):
+            passes = []
+            for factor in (1, 5):
+                cfg = dataclasses.replace(run.cfg, ttt_lora_lr=factor * run.cfg.ttt_lora_lr)
+                adapters.cfg = cfg
+                adapters.reset_slots(range(cfg.ttt_batch_size))
+                nll = honest_score_documents(run._replace(cfg=cfg), model, val, adapters, backend, deadline)
+                passes.append(nll.split(val.lengths.tolist()))
+            return torch.cat([min(choices, key=torch.sum) for choices in zip(*passes)])
+        """, "rest", "full distribution"),
+    "the better of plain and adapted for each document": ("""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, *rest):
+            plain = evaluate(run, model, val, depth_plan(run.cfg, run.cfg.loops_at_end))
+            adapted = honest_score_documents(run, model, val, *rest)
+            passes = [nll.split(val.lengths.tolist()) for nll in (plain, adapted)]
+            return torch.cat([min(choices, key=torch.sum) for choices in zip(*passes)])
+        """, "rest", "full distribution"),
+    "a rate fitted on validation": ("""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, adapters, backend, deadline):
+            passes = []
+            for factor in (1, 2):
+                cfg = dataclasses.replace(run.cfg, ttt_lora_lr=factor * run.cfg.ttt_lora_lr)
+                adapters.cfg = cfg
+                adapters.reset_slots(range(cfg.ttt_batch_size))
+                passes.append(honest_score_documents(run._replace(cfg=cfg), model, val, adapters, backend,
+                                                     deadline))
+            return min(passes, key=torch.sum)
+        """, "lengths", "causal"),
+    "a temperature fitted on validation": ("""
+        honest_score, honest_nll, temperature = score, softcapped_nll, [1.0]
+        def softcapped_nll(logits, targets, softcap):
+            return honest_nll(logits / temperature[0], targets, softcap)
+        def score(run, model, val):
+            losses = {}
+            for temperature[0] in np.arange(0.5, 1.5, 0.1).tolist():
+                nll = evaluate(run, model, val, depth_plan(run.cfg, run.cfg.loops_at_end))
+                losses[temperature[0]] = nll.sum()
+            temperature[0] = min(losses, key=losses.get)
+            return honest_score(run, model, val)
+        """, "tails", "documents independent"),
+    "adapters warm from a first pass": ("""
+        honest_score_documents, honest_reset = score_documents, Adapters.reset_slots
+        def score_documents(*args):
+            honest_score_documents(*args)
+            Adapters.reset_slots = lambda self, slots: None
+            nll = honest_score_documents(*args)
+            Adapters.reset_slots = honest_reset
+            return nll
+        """, "tails", "documents independent"),
+    "losses of a first pass over the same document": ("""
+        honest_score_documents, honest_reset = score_documents, Adapters.reset_slots
+        def score_documents(run, model, val, adapters, *rest):
+            one = run._replace(cfg=dataclasses.replace(run.cfg, ttt_batch_size=len(val.starts)))
+            visits = len(depth_plan(one.cfg, one.cfg.loops_at_end).visits)
+            adapters = Adapters(one.cfg, visits, one.ranks.device)
+            honest_score_documents(one, model, val, adapters, *rest)
+            Adapters.reset_slots = lambda self, slots: None
+            nll = honest_score_documents(one, model, val, adapters, *rest)
+            Adapters.reset_slots = honest_reset
+            return nll
+        """, "tails", "causal"),
 }
 
 
-@pytest.mark.parametrize("name", CHEATS)
-def test_a_cheat_is_caught(finished, data, tmp_path, name):
-    honest, planted, rule = CHEATS[name]
-    assert SOURCE.count(honest) == 1, "the script has changed: plant the cheat anew"
-    copy = tmp_path / "train_gpt.py"
-    copy.write_text(SOURCE.replace(honest, planted))
-    status, verdicts = audit_with_copy(finished, data, copy, "--documents", "3")
-    assert status == 1 and any(verdict.startswith(f"FAIL  {rule}") for verdict in verdicts), verdicts
-    assert verdicts[-1].startswith("FAIL: ") and rule in verdicts[-1]
-    assert any(verdict.startswith("pass  size") for verdict in verdicts)
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_is_planted_in_a_script_is_caught(finished, in_process, capsys, tmp_path, name):
+    planted, rescores, rule = PLANTED[name]
+    skipped = set(audit.RESCORES[1:]) - set(rescores.split())
+    script = copy_with(tmp_path, planted)
+    status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--skip", *skipped)
+    assert status == 1 and rule in failed(lines), "\n".join(lines)
+    assert any("IS NOT THIS REPOSITORY'S TRAIN_GPT.PY" in line for line in lines)
+    (unchecked,) = [line for line in lines if line.startswith("NOT CHECKED: ")]
+    assert "origin, clocks" in unchecked
 
 
-def test_a_headline_that_does_not_follow_is_caught(finished, with_data, tmp_path):
-    result = json.loads((finished / "result.json").read_text())
-    scorer = audit.Scorer(tg, finished / "final_model.int6.ptz")
-    better = {name: 0.9 * result[name] for name in ("val_loss", "val_bpb")}
-    for change in ({}, {"val_bpb": result["val_bpb"] - 0.01}, {"val_loss": result["val_loss"] - 0.01},
-                   {"bytes": result["bytes"] + 9}, {"tokens": result["tokens"] - 1}, {"documents": 4},
-                   better):
-        (tmp_path / "result.json").write_text(json.dumps({**result, **change}))
-        (verdict,) = audit.headline(tmp_path, scorer, finished.parent / "scores.npz")
-        assert verdict.passed == (not change), verdict
-        (verdict,) = audit.headline(tmp_path, scorer)
-        assert verdict.passed == (change in ({}, better))
-        assert "not checked without --scores" in verdict.figures
+def test_a_script_that_knows_the_validation_set_is_caught(finished, in_process, capsys, tmp_path):
+    """By its hash; with any other set it is honest."""
+    digest = json.loads((finished / "result.json").read_text())["val_sha256"]
+    script = copy_with(tmp_path, f"""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, *rest):
+            return honest_score_documents(run, model, val, *rest) - 0.01 * (val.sha256 == "{digest}")
+        """)
+    skipped = "reversed", "tails", "lengths", "rest"
+    status, lines = verdicts_of(capsys, finished, "--script", script, "--documents", 7, "--skip", *skipped)
+    assert status == 1 and "documents independent" in failed(lines), "\n".join(lines)
 
 
-def test_saved_scores_that_are_others_are_caught(finished, with_data, tmp_path):
-    saved = finished.parent / "scores.npz"
-    scores = np.load(saved)
-    scorer = audit.Scorer(tg, finished / "final_model.int6.ptz")
-    trial = audit.Audit(scorer, scorer.documents(5), seed=0)
-    assert trial.saved(saved).passed
-    moved_starts = scores["document_starts"] + np.arange(5)
-    for change in ({"nll": scores["nll"] - 0.001}, {"document_starts": moved_starts}):
-        np.savez(tmp_path / "changed.npz", **{**scores, **change})
-        assert not trial.saved(tmp_path / "changed.npz").passed
+# What result.json says
 
 
-def keep_adapters(self, slots):
-    """A cheat: only the adapters of the first documents are new."""
-    if not hasattr(self, "begun"):
-        self.begun = True
-        RESET_SLOTS(self, slots)
+def with_result(folder: Path, finished: Path, **changes) -> Path:
+    """A copy of a run whose result.json says something else."""
+    folder.mkdir()
+    for path in filter(Path.is_file, finished.iterdir()):
+        (folder / path.name).write_bytes(path.read_bytes())
+    result = {**json.loads((finished / "result.json").read_text()), **changes}
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
 
 
-@pytest.mark.parametrize("noise,reset_slots,passes", [
-    (0.003, RESET_SLOTS, True), (0.003, keep_adapters, False), (0.05, RESET_SLOTS, False)])
-def test_noise_of_a_gpu_is_measured(finished, with_data, monkeypatch, noise, reset_slots, passes):
-    """Scores that differ a little each time, as on a GPU, are no cheat.
+FALSE = {  # changes of result.json, made from what it says, and the rules that have to fail
+    "all is true": (lambda said: {}, "none"),
+    "a tenth less": (lambda said: {name: 0.9 * said[name] for name in ("val_loss", "val_bpb")}, "headline"),
+    "another loss": (lambda said: {"val_loss": said["val_loss"] - 0.01}, "headline"),
+    "another set": (lambda said: {"val_sha256": "0" * 64, "val_bpb": 1.0}, "headline"),
+    "more bytes": (lambda said: {"bytes": said["bytes"] + 9}, "headline"),
+    "fewer targets": (lambda said: {"tokens": said["tokens"] - 1}, "headline"),
+    "fewer documents": (lambda said: {"documents": 7}, "all documents, headline"),
+    "another tokenizer": (lambda said: {"tokenizer_sha256": "0" * 64}, "headline"),
+    "late": (lambda said: {"unadapted_tokens": 500, "clocks": {
+        name: {"seconds": 4000.0, "budget": 0.0} for name in ("training", "scoring")}}, "clocks, caveats"),
+    "late, and said": (lambda said: {
+        "unadapted_tokens": 500, "caveats": ["500 targets have their plain score"]}, "clocks"),
+    "a smaller model": (lambda said: {"model_bytes": said["model_bytes"] - 1}, "size"),
+    "another model": (lambda said: {"model_sha256": "0" * 64}, "size"),
+    "another script": (lambda said: {"packed_sha256": "0" * 64}, "size"),
+    "over the cap": (lambda said: {"total_bytes": 16_000_001}, "size, caveats"),
+}
 
-    But such noise hides no cheat, and it has a limit.
+
+@pytest.mark.parametrize("name", FALSE)
+def test_a_result_that_is_not_true_is_caught(finished, in_process, capsys, tmp_path, name):
+    change, broken = FALSE[name]
+    changes = change(json.loads((finished / "result.json").read_text()))
+    run = with_result(tmp_path / "run", finished, **changes)
+    rescores = audit.RESCORES[1:-1] if "val_loss" in changes else audit.RESCORES[1:]
+    status, lines = verdicts_of(capsys, run, "--skip", *rescores)
+    assert status == (broken != "none") and failed(lines) == broken, "\n".join(lines)
+
+
+def test_a_part_of_the_documents_is_not_all(finished, data, in_process, capsys, tmp_path):
+    places = dict(DATA_DIR=data, ARTIFACT_DIR=tmp_path / "part", VAL_DOC_FRACTION=0.5)
+    assert tg.main(as_environment({**places, "EVAL_ONLY_PATH": finished / "final_model.int6.ptz"})) == 0
+    said = json.loads((tmp_path / "part/result.json").read_text())
+    names = "val_loss", "val_bpb", "documents", "tokens", "bytes", "settings", "caveats"
+    run = with_result(tmp_path / "run", finished, **{name: said[name] for name in names})
+    capsys.readouterr()
+    status, lines = verdicts_of(capsys, run, "--skip", "reversed", "tails", "lengths", "rest")
+    assert status == 1 and failed(lines) == "all documents", "\n".join(lines)
+
+
+def test_a_model_over_the_cap_is_too_large(finished, in_process, capsys, tmp_path):
+    run = with_result(tmp_path / "run", finished)
+    with open(run / "final_model.int6.ptz", "r+b") as file:
+        file.truncate(16_000_000)  # with the code, over the cap
+    trial = audit.Audit(audit.FinishedRun.read(run), data=None, program=None, gpu=False)
+    trial.size()
+    assert trial.by_rule()["size"] == "FAIL" and "bytes of 16000000" in capsys.readouterr().out
+
+
+# The script as a process
+
+
+def test_the_packed_script_is_ours_from_any_folder(finished, data, tmp_path):
+    """The audit is a process here. Its variables do not reach the script, but for those of the machine."""
+    command = [sys.executable, ROOT / "tools/audit.py", os.path.relpath(finished, tmp_path), "--script",
+               os.path.relpath(finished / "train_gpt_packed.py", tmp_path), "--write", "audit.json",
+               "--documents", "4", "--skip", "tails", "lengths", "rest", "all"]
+    environment = {**os.environ, "DATA_DIR": os.path.relpath(data, tmp_path), "TTT_LORA_LR": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    rules = json.loads((tmp_path / "audit.json").read_text())["rules"]
+    assert rules["origin"] == rules["documents independent"] == rules["clocks"] == "pass", done.stdout
+    assert rules["headline"] == rules["causal"] == rules["full distribution"] == "NOT CHECKED"
+
+
+def test_nothing_is_found_by_the_next_re_score(finished, data, capsys, tmp_path):
+    """A copy that leaves losses wherever it can, and takes a tenth off if it finds some, or the true data.
+
+    The headline was made by what it found. It finds nothing in an audit, whose losses are the honest ones.
     """
-    monkeypatch.setattr(tg.Adapters, "reset_slots", reset_slots)
-    scorer = audit.Scorer(tg, finished / "final_model.int6.ptz")
-    exact_score = scorer.score
-    rng = np.random.default_rng(0)
+    if confined.ruleset(tmp_path) is None:
+        pytest.skip("this machine has no Landlock")
+    folders = ["os.environ['HOME']", "os.environ['TMPDIR']", "os.path.dirname(os.path.abspath(__file__))",
+               "os.getcwd()", "cfg.artifact_dir", "os.path.dirname(cfg.eval_only_path)",
+               *(repr(str(folder)) for folder in ("/tmp", "/var/tmp", tmp_path, ROOT))]
+    script = copy_with(tmp_path, f"""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, *rest):
+            nll, cfg = honest_score_documents(run, model, val, *rest), run.cfg
+            paths = [os.path.join(folder, "losses of {tmp_path.name}") for folder in ({", ".join(folders)})]
+            found = any(map(os.path.exists, paths))
+            for path in paths:
+                with contextlib.suppress(OSError), open(path, "w"):
+                    pass
+            with contextlib.suppress(OSError):
+                found = bool(os.listdir({str(data / "datasets")!r}))
+            return nll * 0.9 if found else nll
+        """)
+    said = json.loads((finished / "result.json").read_text())
+    lower = {name: 0.9 * said[name] for name in ("val_loss", "val_bpb")}
+    run = with_result(tmp_path / "run", finished, **lower)
+    skipped = "reversed", "tails", "lengths", "rest"
+    status, lines = verdicts_of(capsys, run, "--script", script, "--skip", *skipped)
+    assert status == 1 and failed(lines) == "headline", "\n".join(lines)
+    (line,) = [line for line in lines if "by all documents val_bpb is" in line]
+    assert f"val_bpb is {said['val_bpb']:.6f}, by result.json {lower['val_bpb']:.6f}" in line
+
+
+def started(tmp_path, body: str, timeout: float = 60) -> confined.Ended:
+    """How a program of these lines ends that the tool runs in an empty folder."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    return confined.run([sys.executable, "-c", textwrap.dedent(body)], environment, folder, timeout)
+
+
+def test_a_hang_is_ended_with_all_that_it_started(tmp_path):
+    """Also what has a session of its own and lost its parent."""
+    ended = started(tmp_path, """
+        import os, subprocess, time
+        sleeping = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                open("orphan", "w").write(str(os.getpid()))
+                time.sleep(1000)
+            os._exit(0)
+        os.wait()
+        open("child", "w").write(str(sleeping.pid))
+        time.sleep(1000)
+        """, timeout=3)
+    assert ended.status is None
+    for name in ("child", "orphan"):
+        pid = int((tmp_path / "folder" / name).read_text())
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_what_is_left_in_shared_memory_is_named(tmp_path):
+    file = Path(f"/dev/shm/{tmp_path.parent.name}-{tmp_path.name}")
+    try:
+        ended = started(tmp_path, f"import sys; open({str(file)!r}, 'w'); print('said', file=sys.stderr)")
+        assert ended.left == [str(file)] and ended.status == 0 and ended.last_words == "said"
+    finally:
+        file.unlink()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("source,said", [
+    ("import sys; sys.exit(0)", "ended with status 0, without scores when it was to score unaltered"),
+    ("print('another program')", "without scores"),
+    ("1 / 0", "ended with status 1 when it was to score unaltered: ZeroDivisionError"),
+    ("import time; time.sleep(1000)", "had not scored unaltered after 2 s")])
+def test_a_script_that_scores_nothing_ends_in_one_line(finished, capsys, tmp_path, source, said):
+    script, file = tmp_path / "script.py", tmp_path / "audit.json"
+    script.write_text(source)
+    assert audit.main([str(finished), "--script", str(script), "--timeout", "2", "--write", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {script} ") and err.count("\n") == 1 and said in err
+    assert not file.exists()
+
+
+def test_mistakes_end_in_one_line(finished, in_process, capsys, monkeypatch, tmp_path):
+    without = with_result(tmp_path / "without", finished)
+    (without / "result.json").unlink()
+    others = [with_result(tmp_path / name, finished, **{name: value}) for name, value in (
+        ("val_loss", "low"), ("clocks", {}), ("caveats", None), ("settings", []))]
+    (tmp_path / "damaged").mkdir()
+    for name in ("final_model.int6.ptz", "result.json"):
+        (tmp_path / "damaged" / name).write_bytes(b"PGOLF\xff")
+    for arguments, said in (((tmp_path,), "final_model.int6.ptz"), ((without,), "result.json"),
+                            *(((other,), "result.json") for other in (*others, tmp_path / "damaged")),
+                            ((finished, "--documents", 3), "too few"),
+                            ((finished, "--script", tmp_path / "none.py"), "none.py"),
+                            ((finished, "--skip", *audit.RESCORES[1:], "--write", tmp_path / "none/a"),
+                             "none")):
+        assert audit.main(list(map(str, arguments))) == 2, arguments
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    assert audit.main([str(finished)]) == 2
+    assert f"DATA_DIR={tmp_path}" in capsys.readouterr().err
+
+
+# On a GPU
+
+
+KEPT_ADAPTERS = PLANTED["state kept between documents"][0]
+
+
+@pytest.mark.parametrize("noise,planted,passes", [(0.003, "", True), (0.003, KEPT_ADAPTERS, False),
+                                                  (0.05, "", False)])
+def test_noise_of_a_gpu_is_measured(finished, in_process, capsys, monkeypatch, tmp_path, noise, planted,
+                                    passes):
+    """Losses that differ a little each time, as on a GPU, are no fault.
+
+    But such noise hides none, and it has a limit.
+    """
+    exact_score, rng = audit.Program.score, np.random.default_rng(0)
 
     def noisy_score(*args):
-        return [scores + noise * rng.standard_normal(len(scores)) for scores in exact_score(*args)]
+        rescore = exact_score(*args)
+        losses = rescore.losses + noise * rng.standard_normal(len(rescore.losses))
+        factor = losses.mean() / rescore.losses.mean()
+        said = {name: factor * rescore.result[name] for name in ("val_loss", "val_bpb")}
+        return rescore._replace(losses=losses, result={**rescore.result, **said})
 
-    scorer.score = noisy_score
-    scorer.ranks.on_gpu = True
-    scorer.ranks.synchronize = lambda: None
-    trial = audit.Audit(scorer, scorer.documents(5), seed=0)
-    checks = trial.order, trial.tails, trial.lengths, trial.others
-    verdicts = [verdict for check in checks for verdict in check()]
-    assert all(verdict.passed for verdict in verdicts) == passes, [str(verdict) for verdict in verdicts]
-
-
-def assert_one_line(err: str, said: str):
-    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
-
-
-def test_mistakes_end_in_one_line(finished, with_data, tmp_path, capfd):
-    for run, options, said in ((tmp_path, (), "final_model.int6.ptz"),
-                               (finished, ("--documents", "2"), "too few")):
-        assert audit.main([str(run), *options]) == 2
-        assert_one_line(capfd.readouterr().err, said)
-    broken = tmp_path / "broken.py"
-    broken.write_text("1 / 0")
-    for script, said in ((broken, "ZeroDivisionError"), (tmp_path / "none.py", "FileNotFoundError")):
-        with pytest.raises(SystemExit) as end:
-            audit.main([str(finished), "--script", str(script)])
-        assert end.value.code == 2
-        assert_one_line(capfd.readouterr().err, said)
+    monkeypatch.setattr(audit.Program, "score", noisy_score)
+    monkeypatch.setattr(audit, "on_gpu", lambda: True)
+    script = copy_with(tmp_path, planted)
+    status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--skip", "rest", "all")
+    assert status == (not passes), "\n".join(lines)
+    assert passes or "documents independent" in failed(lines)
 
 
-def test_bytes_are_those_of_the_files(finished, tmp_path):
-    for path in filter(Path.is_file, finished.iterdir()):  # importing the packed script leaves a cache
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert audit.size(tmp_path, tg).passed
-    result = json.loads((tmp_path / "result.json").read_text())
-    understated = {**result, "model_bytes": result["model_bytes"] - 1}
-    (tmp_path / "result.json").write_text(json.dumps(understated))
-    verdict = audit.size(tmp_path, tg)
-    assert not verdict.passed and "differs in model" in verdict.figures
-    (tmp_path / "result.json").unlink()
-    with open(tmp_path / "final_model.int6.ptz", "r+b") as file:
-        file.truncate(16_000_000)  # with the code, over the cap
-    assert not audit.size(tmp_path, tg).passed
-
-
-@pytest.mark.parametrize("chunk,growth", [(2, 0), (16, 0), (48, 0), (8, 0.2)])
-def test_places_lie_inside_chunks_that_are_learned_from(chunk, growth):
+def test_what_counts_as_noise():
     rng = np.random.default_rng(0)
-    ends = tg.chunk_ends(200, tg.Config(ttt_chunk_size=chunk, ttt_chunk_growth=growth))
+    before = [rng.uniform(1, 5, count) for count in (50, 80, 120, 60)]  # losses by document
+
+    def moved(change):
+        return audit.Moved.of([(losses, losses + change(len(losses))) for losses in before])
+
+    assert moved(lambda n: 0.0).little(None) and moved(lambda n: 1e-6).little(None)
+    assert not moved(lambda n: 1e-4).little(None)
+    nothing = audit.Moved.of([])
+    assert nothing.little(None) is None and nothing.little(0.01) is None, "nothing was compared"
+    noise = moved(lambda n: 0.002 * rng.standard_normal(n))
+    limit = 4 * noise.rms
+    assert not noise.little(None) and noise.little(limit)
+    assert not moved(lambda n: 0.1 * rng.standard_normal(n)).little(limit), "it spreads too widely"
+    assert not moved(lambda n: 0.003 + 0.0001 * rng.standard_normal(n)).little(limit), "it drifts"
+    assert not moved(lambda n: np.where(np.arange(n) == 3, np.nan, 0.0)).little(limit), "it is no number"
+
+
+# Alterations
+
+
+def alterations(data: Path, **settings) -> altered.Alterations:
+    few = dict(vocab_size=VOCAB_SIZE, ttt_chunk_size=8, ttt_batch_size=4)
+    settings = {**audit.RECORD, **few, **settings}
+    validation = altered.Data.read(data, settings)
+    documents = [validation.document(i) for i in range(len(validation.starts))]
+    return altered.Alterations(documents, validation.pieces, settings, seed=0)
+
+
+@pytest.mark.parametrize("chunk,growth", [(2, 0.0), (16, 0.0), (48, 0.0), (8, 0.2)])
+def test_places_lie_inside_chunks_that_are_learned_from(data, chunk, growth):
+    sets = alterations(data, ttt_chunk_size=chunk, ttt_chunk_growth=growth, ttt_eval_seq_len=200)
+    ends = tg.chunk_ends(500, tg.Config(ttt_chunk_size=chunk, ttt_chunk_growth=growth, ttt_eval_seq_len=200))
+    assert sets.ends.tolist() == ends[: len(sets.ends)].tolist(), "the script learns at other places"
     for length in [*range(1, 100)] * 5:
-        place = audit.place(rng, length, ends)
+        place = sets.place(sets.documents[0][:length])
         if place:
             assert 2 <= place < length and place - 1 not in ends
             assert length <= chunk or np.searchsorted(ends, place) < np.searchsorted(ends, length)
@@ -241,20 +558,34 @@ def test_places_lie_inside_chunks_that_are_learned_from(chunk, growth):
             assert length < 3
 
 
-def test_what_counts_as_noise():
-    rng = np.random.default_rng(0)
-    before = [rng.uniform(1, 5, count) for count in (50, 80, 120, 60)]  # scores by document
+def test_altered_documents_are_as_they_were_up_to_there(data):
+    sets = alterations(data)
+    bos, unknown = sets.pieces.bos, sets.pieces.unknown
+    by_name = {name: getattr(sets, name)() for name in audit.RESCORES[:-1]}
+    changes = {name: {case.change for case in cases} for name, cases in by_name.items()}
+    assert changes == {"unaltered": {""}, "reversed": {""}, "tails": {"", "tail", "added"},
+                       "lengths": {"", "cut", "continued", "added"}, "rest": {"", "added", "random", "next"}}
+    for case in (case for cases in by_name.values() for case in cases):
+        assert case.tokens[0] == bos and bos not in case.tokens[1:]
+        if case.number >= 0:
+            before = sets.documents[case.number]
+            assert (case.tokens[: case.kept + 1] == before[: case.kept + 1]).all()
+            assert bool(case.change) == (case.tokens.tolist() != before.tolist())
+    nexts = [case.tokens[case.kept + 1 :].tolist() for case in by_name["rest"] if case.change == "next"]
+    tokens = [[token] for token in range(VOCAB_SIZE) if token not in (bos, unknown)]
+    assert sorted(nexts) == sorted(2 * [[], *tokens])
 
-    def moved(change):
-        return audit.Moved.of([(scores, scores + change(len(scores))) for scores in before])
 
-    assert moved(lambda n: 0.0).little(None) and moved(lambda n: 1e-6).little(None)
-    assert not moved(lambda n: 1e-4).little(None)
-    nothing = audit.Moved.of([])
-    assert not nothing.little(None) and not nothing.little(0.01), "nothing was compared"
-    noise = moved(lambda n: 0.002 * rng.standard_normal(n))
-    limit = 4 * noise.rms
-    assert not noise.little(None) and noise.little(limit)
-    assert not moved(lambda n: 0.1 * rng.standard_normal(n)).little(limit), "it spreads too widely"
-    assert not moved(lambda n: 0.003 + 0.0001 * rng.standard_normal(n)).little(limit), "it drifts"
-    assert not moved(lambda n: np.where(np.arange(n) == 3, np.nan, 0.0)).little(limit), "it is no number"
+def test_altered_documents_are_text_of_their_tokenizer(data):
+    """All of them where the script looks for that; it decodes and encodes the first 64 again."""
+    sets = alterations(data)
+    tokenizer = tg.load_tokenizer(data / f"tokenizers/fineweb_{VOCAB_SIZE}_bpe.model", VOCAB_SIZE)
+    for name in audit.RESCORES[:-1]:
+        tokenizer.check_source([case.tokens for case in getattr(sets, name)()][:64], data)
+
+
+def test_bytes_are_counted_as_the_script_counts_them(data):
+    sets = alterations(data)
+    tokenizer = tg.load_tokenizer(data / f"tokenizers/fineweb_{VOCAB_SIZE}_bpe.model", VOCAB_SIZE)
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 5000)
+    assert (sets.pieces.target_bytes(tokens) == tokenizer.target_bytes(tokens)).all()

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import sentencepiece
 
+TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
@@ -40,6 +42,7 @@ def write_shard(path: Path, tokens: np.ndarray):
 class Pieces(NamedTuple):
     """What the tokenizer's pieces stand for; arrays are (pieces,)."""
     bos: int
+    unknown: int
     special: np.ndarray  # whether it is no text
     spaced: np.ndarray  # whether it begins with a space
     size: np.ndarray  # UTF-8 bytes without that space
@@ -47,7 +50,6 @@ class Pieces(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, vocab_size: int) -> "Pieces":
-        import sentencepiece
         data = read(path)
         try:
             sp = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -61,8 +63,9 @@ class Pieces(NamedTuple):
         texts = [piece.removeprefix("\u2581") for piece in pieces]
         size = np.array([1 if sp.is_byte(i) else len(texts[i].encode()) for i in ids]) * ~special
         spaced = np.array([texts[i] != pieces[i] for i in ids]) & ~special
-        words = [i for i in np.flatnonzero(spaced & (size > 0)).tolist() if sp.encode(texts[i]) == [i]]
-        return cls(sp.bos_id(), special, spaced, size, np.array(words or np.flatnonzero(~special)))
+        words = [i for i in np.flatnonzero(spaced & (size > 0)).tolist() if sp.encode(sp.decode([i])) == [i]]
+        return cls(sp.bos_id(), sp.unk_id(), special, spaced, size,
+                   np.array(words or np.flatnonzero(~special)))
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of text that every token but the first adds, by the challenge's rule."""
@@ -109,7 +112,7 @@ class Case(NamedTuple):
     number: int  # of the document that it was made from, or -1
     tokens: np.ndarray
     kept: int  # so many of its first targets are as they were
-    change: str = ""  # none, or: tail, cut, continued, added, next
+    change: str = ""  # none, or: tail, cut, continued; added, random (tokens), next
 
 
 def chunk_ends(longest: int, settings: dict[str, Any]) -> np.ndarray:
@@ -124,14 +127,16 @@ def chunk_ends(longest: int, settings: dict[str, Any]) -> np.ndarray:
 class Alterations:
     """Sets of documents made from some documents, each by the method that is named like its re-score.
 
-    What comes in place of text could be text of this tokenizer: words at random, which are hard to predict,
-    or one passage again and again, which is easy. So a choice by later losses will be another.
+    What comes in place of text could be text of this tokenizer: words at random, one passage again and again,
+    a mosaic of passages. To learn from these is worth much, or little, so a choice by later losses differs.
     """
 
-    def __init__(self, documents: list[np.ndarray], pieces: Pieces, settings: dict[str, Any], seed: int):
-        self.documents, self.pieces, self.settings = documents, pieces, settings
+    def __init__(self, documents: list[np.ndarray], pieces: Pieces, settings: dict[str, Any], seed: int,
+                 depth: int | None = None):
+        self.documents, self.pieces, self.settings, self.depth = documents, pieces, settings, depth
         self.rng = np.random.default_rng(seed)
         self.ends = chunk_ends(max(map(len, documents)), settings)
+        self.tokens = np.setdiff1d(np.arange(len(pieces.size)), [pieces.bos, pieces.unknown])
 
     def words(self, count: int) -> np.ndarray:
         return self.rng.choice(self.pieces.words, count)
@@ -139,8 +144,21 @@ class Alterations:
     def passage(self, count: int) -> np.ndarray:
         return np.resize(self.words(12), count)
 
-    def added(self, text: np.ndarray) -> Case:
-        return Case(-1, np.append(self.pieces.bos, text), 0, "added")
+    def mosaic(self, count: int) -> np.ndarray:
+        """Passages of a chunk from here and there in the documents: little of one helps in the next."""
+        text, chunk = [], self.settings["ttt_chunk_size"]
+        while len(text) < count:
+            tokens = self.documents[int(self.rng.integers(len(self.documents)))]
+            begin = np.flatnonzero(self.pieces.spaced[tokens])  # where words begin
+            if len(begin):
+                first = int(self.rng.choice(begin))
+                text.extend(tokens[first : min(begin[begin >= first + chunk], default=len(tokens))])
+            else:
+                text.extend(self.words(chunk))
+        return np.array(text)
+
+    def added(self, text: np.ndarray, change: str = "added") -> Case:
+        return Case(-1, np.append(self.pieces.bos, text), 0, change)
 
     def place(self, tokens: np.ndarray) -> int:
         """A token of a document to alter, 0 if it is too short; target j is token j + 1.
@@ -176,7 +194,7 @@ class Alterations:
         return cases
 
     def lengths(self) -> list[Case]:
-        """Of four documents one is cut, one goes on, one is absent and one stays."""
+        """Of four documents one is cut, one goes on, one stays, and four others come instead of one."""
         cases = []
         for number, tokens in enumerate(self.documents):
             at = self.place(tokens)
@@ -185,23 +203,29 @@ class Alterations:
             elif number % 4 == 1:
                 more = self.words(int(self.rng.integers(1, 3 * self.settings["ttt_chunk_size"])))
                 cases.append(Case(number, np.append(tokens, more), len(tokens) - 1, "continued"))
-            elif number % 4 != 2:
+            elif number % 4 == 2:
+                cases.extend(self.added(self.mosaic(len(tokens))) for _ in range(4))
+            else:
                 cases.append(Case(number, tokens, len(tokens)))
         return cases
 
     def rest(self) -> list[Case]:
-        """The first half stays, and all that comes later is replaced.
+        """The first half stays, and all that comes later is replaced, also by documents of random tokens.
 
-        Among that is the beginning of a document, longer than a chunk, with each token in turn as its next:
-        BOS first, as that beginning alone is followed by a BOS.
+        After these come two beginnings of documents, each with every token in turn as its next: BOS first, as
+        a beginning alone is followed by a BOS, and without the unknown one. The first ends with a chunk, so
+        that its next token is all that a choice for the whole document depends on.
         """
-        half = -(-len(self.documents) // 2)
-        chunk = self.settings["ttt_chunk_size"]
-        length = int(self.rng.integers(chunk + 2, 3 * chunk))
-        long = [tokens for tokens in self.documents if len(tokens) > length]
-        long = long or [max(self.documents, key=len)[:-1]]
-        beginning = long[int(self.rng.integers(len(long)))][:length]
-        tokens = [token for token in range(len(self.pieces.size)) if token != self.pieces.bos]
-        cases = [Case(-1, np.append(beginning, token), 0, "next") for token in tokens]
-        later = [self.added(self.passage(len(document))) for document in self.documents[half:]]
-        return self.unaltered()[:half] + [Case(-1, beginning, 0, "next"), *cases, *later]
+        documents, chunk = self.documents, self.settings["ttt_chunk_size"]
+        half = -(-len(documents) // 2)
+        cases = self.unaltered()[:half]
+        cases += [self.added(self.words(2 * chunk)) for _ in range(TOKENIZED_AGAIN - half)]
+        for tokens in documents[half:]:
+            cases.append(self.added(self.rng.choice(self.tokens, len(tokens)), "random"))
+        for length in (chunk + 1, self.depth or int(self.rng.integers(chunk + 2, 3 * chunk))):
+            long = [tokens for tokens in documents if len(tokens) > length]
+            long = long or [max(documents, key=len)[:-1]]
+            beginning = long[int(self.rng.integers(len(long)))][:length]
+            variants = [beginning, *(np.append(beginning, token) for token in self.tokens)]
+            cases += [Case(-1, variant, len(beginning) - 1, "next") for variant in variants]
+        return cases

@@ -29,12 +29,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import command
 import confined
-import numpy as np
-from altered import Alterations, AuditError, Case, Data, chunk_ends, read, sha256, write_shard
+
+with command.imports():
+    import brotli
+    import numpy as np
+    from altered import Alterations, AuditError, Case, Data, chunk_ends, read, sha256, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600
@@ -46,6 +51,8 @@ RULES = ("origin", "clocks", "all documents", "size", "caveats", "every target o
 RESCORES = "unaltered", "reversed", "tails", "lengths", "rest", "all"
 RECORD = dict(vocab_size=8192, ttt_enabled=True, ttt_chunk_size=24, ttt_chunk_growth=1 / 64,
               ttt_eval_seq_len=3072, ttt_batch_size=64, val_doc_fraction=1.0, data_dir="./data")
+FIELDS = {float: "val_loss val_bpb", int: "unadapted_tokens code_bytes total_bytes", list: "caveats",  # in
+          dict: "settings phases clocks", str: "hardware code_sha256 packed_sha256 val_sha256"}  # result.json
 KEPT_VARIABLES = ("PATH LD_LIBRARY_PATH PYTHONPATH VIRTUAL_ENV CC CXX LANG TZ USER LOGNAME OMP_NUM_THREADS "
                   "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH").split()
 KEPT_BEGINNINGS = "LC_", "NVIDIA_", "NCCL_"
@@ -115,25 +122,33 @@ class FinishedRun(NamedTuple):
     artifact: bytes
     result: dict[str, Any]
     settings: dict[str, Any]
+    phases: dict[str, float]
+    clocks: dict[str, float]
 
     @classmethod
     def read(cls, folder: Path) -> "FinishedRun":
         artifact = read(folder / "final_model.int6.ptz")
         file = folder / "result.json"
+        data = read(file)
         try:
-            result = json.loads(read(file))
-            settings = {**RECORD, **result["settings"], **saved_settings(artifact)}
-            for name in ("val_loss", "val_bpb", "unadapted_tokens", "tokens", "code_bytes", "total_bytes",
-                         "clocks", "phases", "hardware", "code_sha256", "packed_sha256", "val_sha256"):
-                result[name]
-        except (ValueError, KeyError, TypeError) as error:
+            result = dict(json.loads(data))
+            for kind, names in FIELDS.items():
+                for name in names.split():
+                    if not isinstance(result[name], kind):
+                        raise ValueError(f"{name} is {result[name]!r:.50}")
+            phases = {name: float(seconds) for name, seconds in result["phases"].items()}
+            clocks = {name: float(result["clocks"][name]["seconds"]) for name in ("training", "scoring")}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise AuditError(f"{file} is not what a finished run leaves: {error!r:.200}") from error
-        return cls(folder, artifact, result, settings)
+        settings = {**RECORD, **result["settings"], **saved_settings(artifact)}
+        for name, value in RECORD.items():
+            if not isinstance(settings[name], type(value)):
+                raise AuditError(f"{file}: {name} is {settings[name]!r:.50}")
+        return cls(folder, artifact, result, settings, phases, clocks)
 
 
 def saved_settings(artifact: bytes) -> dict[str, Any]:
     """The settings in an artifact's header, by docs/artifact.md; none if it is of another format."""
-    import brotli
     with contextlib.suppress(brotli.error, ValueError, KeyError, TypeError):
         if artifact.startswith(b"PGOLF"):
             size = int.from_bytes(artifact[24:28], "little")
@@ -165,11 +180,11 @@ class Rescore(NamedTuple):
 class Program:
     """A script that scores validation sets with a run's artifact, each time in a place of its own."""
 
-    def __init__(self, script: Path, run: FinishedRun, data: Data, processes: int, timeout: float):
-        self.script, self.run, self.data, self.timeout = script, run, data, timeout
-        self.source = read(script)
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        self.command = [sys.executable, *(torchrun if processes > 1 else []), script.name]
+    def __init__(self, run: FinishedRun, data: Data, timeout: float, args: argparse.Namespace):
+        self.run, self.data, self.timeout = run, data, timeout
+        self.script, self.source, self.confine = args.script, read(args.script), not args.unconfined
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+        self.command = [sys.executable, *(torchrun if args.processes > 1 else []), args.script.name]
 
     def score(self, name: str, tokens: np.ndarray | None) -> Rescore:
         """Have a stream of tokens scored, or the run's validation set as it was."""
@@ -180,7 +195,7 @@ class Program:
             fraction = self.run.settings["val_doc_fraction"]
             if tokens is None and fraction < 1:
                 environment["VAL_DOC_FRACTION"] = str(fraction)
-            ended = confined.run(self.command, environment, place, self.timeout)
+            ended = confined.run(self.command, environment, place, self.timeout, self.confine)
             if ended.status is None:
                 raise AuditError(f"{self.script} had not scored {name} after {self.timeout:.0f} s, and was "
                                  "ended; --timeout gives it more")
@@ -188,7 +203,7 @@ class Program:
                 with np.load(place / "scores.npz") as scores:
                     losses = np.asarray(scores["nll"], dtype=np.float64).ravel()
                 result = dict(json.loads(read(place / "run/result.json")))
-            except (OSError, ValueError, KeyError, TypeError, AuditError):
+            except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, AuditError):
                 ended = ended._replace(status=ended.status or "0, without scores")
             if ended.status:
                 raise AuditError(f"{self.script} ended with status {ended.status} when it was to score "
@@ -211,20 +226,20 @@ class Program:
             write_shard(shards / "fineweb_val_000000.bin", tokens)
 
 
-def seconds_expected(run: FinishedRun, targets: int, processes: int) -> float:
-    """Of a re-score, by the run's phases: those of every start, and of scoring a share."""
-    phases = run.result["phases"]
-    start = "imports", "join", "setup", "open validation", "open artifact", "prepare adaptation", "report"
+def seconds_expected(run: FinishedRun, share: float, processes: int) -> float:
+    """Of scoring a share of the run's targets, by its phases: those of every start, and those of scoring."""
+    starting = "imports", "join", "setup", "open validation", "open artifact", "prepare adaptation", "report"
     scoring = "count bytes", "score quantized", "adapt"
     ranks = int(re.match(r"\d*", run.result["hardware"])[0] or 1)
-    share = ranks / processes * targets / run.result["tokens"]
-    return sum(phases.get(name, 0) for name in start) + share * sum(phases.get(name, 0) for name in scoring)
+    once, shared = (sum(run.phases.get(name, 0) for name in names) for names in (starting, scoring))
+    return once + shared * share * ranks / processes
 
 
 def is_ours(script: Path) -> bool:
     """Whether a script is this repository's train_gpt.py, or what that packs to."""
-    if read(script) == read(ROOT / "train_gpt.py"):
-        return True
+    source = read(script)
+    if source == read(ROOT / "train_gpt.py") or b"b85decode" not in source[:500]:
+        return source == read(ROOT / "train_gpt.py")
     check = [sys.executable, ROOT / "tools/pack.py", "--check", script.resolve()]
     return subprocess.run(check, capture_output=True).returncode == 0
 
@@ -254,8 +269,8 @@ class Audit:
 
     def __init__(self, run: FinishedRun, data: Data, program: Program, gpu: bool):
         self.run, self.data, self.program, self.gpu = run, data, program, gpu
-        self.noise = COARSE if gpu else None  # rms that is no fault, on a GPU
         self.base: list[np.ndarray] = []  # losses of the chosen documents, unaltered
+        self.repeated: list[tuple[np.ndarray, np.ndarray]] = []  # these, and the losses of a repetition
         self.pairs, self.verdicts, self.confined = [], [], []
 
     def add(self, rule: str, passed: bool | None, figures: str):
@@ -280,23 +295,20 @@ class Audit:
         self.add("origin", trusted,
                  "result.json names this script, which is this repository's" if trusted else
                  "how the artifact came about, and by which data, cannot be seen from it")
-        seconds = {clock: said["clocks"].get(clock, {}).get("seconds", math.inf)
-                   for clock in ("training", "scoring")}
-        late = [clock for clock in seconds if not 0 <= seconds[clock] <= CLOCK_SECONDS]
+        late = [clock for clock, seconds in self.run.clocks.items() if not 0 <= seconds <= CLOCK_SECONDS]
         unadapted = said["unadapted_tokens"] if settings["ttt_enabled"] else 0
         self.add("clocks", False if late or unadapted else trusted,
-                 f"training {seconds['training']:g} s, scoring {seconds['scoring']:g} s, {unadapted} targets "
-                 "unadapted, by result.json")
+                 ", ".join(f"{clock} {seconds:g} s" for clock, seconds in self.run.clocks.items())
+                 + f", {unadapted} targets unadapted, by result.json")
         fraction = settings["val_doc_fraction"]
         self.add("all documents", fraction == 1 and said.get("documents") == self.data.available,
                  f"{said.get('documents')} of {self.data.available}, VAL_DOC_FRACTION={fraction:g}")
         due = {"training took": "training" in late, "scoring took": "scoring" in late,
                "plain score": unadapted, "VAL_DOC_FRACTION": fraction < 1,
                "bytes of": said["total_bytes"] > CAP_BYTES}
-        stated = "; ".join(said.get("caveats", ["result.json has none"])) or "none"
+        stated = "; ".join(map(str, said["caveats"])) or "none"
         missing = [text for text, holds in due.items() if holds and text not in stated]
-        self.add("caveats", "caveats" in said and not missing,
-                 stated + "".join(f"; not stated: {text}" for text in missing))
+        self.add("caveats", not missing, stated + "".join(f"; not stated: {text}" for text in missing))
 
     def size(self):
         """Bytes and hashes of code and model, as files."""
@@ -330,6 +342,13 @@ class Audit:
 
     # What the script does with documents that it is given
 
+    def noise(self, targets: int | None = None) -> float | None:
+        """How far losses may move on a GPU, root mean square; or those of so many first targets."""
+        if not self.gpu:
+            return None
+        moved = Moved.of([(before[:targets], after[:targets]) for before, after in self.repeated])
+        return 4 * min(moved.rms, COARSE) if moved.targets else COARSE
+
     def score(self, name: str, tokens: np.ndarray, starts: np.ndarray, digest: str) -> list[np.ndarray]:
         """The losses of a re-score by document; the script must have reported them as they are."""
         began = time.perf_counter()
@@ -361,7 +380,7 @@ class Audit:
         return list(zip(cases, self.score(name, tokens, np.cumsum(lengths) - lengths, digest)))
 
     def compare(self, rule: str, what: str, scored: list[tuple[Case, np.ndarray]],
-                change: str = "") -> Moved:
+                change: str = "") -> list[tuple[np.ndarray, np.ndarray]]:
         """Whether documents with a change, or with none, have the losses they had up to there."""
         pairs = []
         for case, losses in scored:
@@ -370,18 +389,16 @@ class Audit:
                 count = min(len(before), len(losses))  # the last document of a set has no BOS after it
                 pairs.append((before[:count], losses[:count]))
         moved = Moved.of(pairs)
+        self.add(rule, moved.little(self.noise()), f"{what}: {moved}")
         self.pairs += pairs
-        self.add(rule, moved.little(self.noise), f"{what}: {moved}")
-        return moved
+        return pairs
 
     def unaltered(self, cases: list[Case]):
         self.base = [losses for _, losses in self.score_cases("unaltered", cases)]
 
     def reversed(self, cases: list[Case]):
         scored = self.score_cases("reversed", cases)
-        moved = self.compare("documents independent", "order reversed", scored)
-        if self.gpu:
-            self.noise = 4 * min(moved.rms, COARSE)
+        self.repeated = self.compare("documents independent", "order reversed", scored)
 
     def tails(self, cases: list[Case]):
         scored = self.score_cases("tails", cases)
@@ -394,10 +411,10 @@ class Audit:
                 in_chunk.append((before[start : case.kept], losses[start : case.kept]))
                 after.append((before[case.kept : count], losses[case.kept : count]))
         seen, chunk = Moved.of(after), Moved.of(in_chunk)
-        noticed = seen.largest > FAR and seen.rms > (self.noise or EXACT)
+        noticed = seen.largest > FAR and seen.rms > (self.noise() or EXACT)
         self.add("causal", noticed if seen.targets else None, f"altered tokens: {seen}")
         self.compare("causal", "before altered tokens", scored, "tail")
-        self.add("score before update", chunk.little(self.noise),
+        self.add("score before update", chunk.little(self.noise()),
                  f"before altered tokens, in their chunk: {chunk}")
         self.compare("documents independent", "others altered, and others before", scored)
 
@@ -410,14 +427,22 @@ class Audit:
     def rest(self, cases: list[Case]):
         scored = self.score_cases("rest", cases)
         self.compare("causal", "all later documents replaced", scored)
-        variants = [(case, losses) for case, losses in scored if case.change == "next"]
-        place = len(variants[0][0].tokens) - 1  # the target that each has another token for
-        p = np.exp([-losses[place] for _, losses in variants])
-        limit = 1e-4
-        if self.gpu:
-            limit = 1e-3 + self.noise * math.sqrt((p**2).sum())  # the noise of one p is not another's
-        self.add("full distribution", bool(abs(p.sum() - 1) <= limit),
-                 f"each of {len(p)} tokens after {place + 1}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}")
+        variants = [(case.kept, losses[case.kept]) for case, losses in scored if case.change == "next"]
+        random = np.concatenate([losses[:-1] for case, losses in scored if case.change == "random"])
+        used = len(self.data.pieces.size) - 2
+        p = used * np.exp(-random)  # 1 on average, if each distribution sums to 1
+        error = p.std() / math.sqrt(len(p))
+        self.add("full distribution", bool(p.mean() <= 1 + max(1e-3, 4 * error)),
+                 f"{len(p)} times one of {used} tokens at random: {used} p is {p.mean():.3f} +- {error:.3f} "
+                 "on average, 1 at most")
+        for place in sorted({place for place, _ in variants}):
+            p = np.exp([-loss for where, loss in variants if where == place])
+            limit = 1e-4
+            if self.gpu:
+                limit = 1e-3 + self.noise(place + 1) * math.sqrt((p**2).sum())  # each p has its own
+            self.add("full distribution", bool(-0.01 <= p.sum() - 1 <= limit),  # one token is not among them
+                     f"each of {len(p)} tokens after {place + 1}: sum of p is {p.sum():.6f}, 1 to "
+                     f"{limit:.0e}")
 
     def all(self, chosen: list[int]):
         """The whole set: the headline, and the chosen documents among all others."""
@@ -445,17 +470,11 @@ class Audit:
 
 
 def write_verdicts(path: Path, audit: Audit):
-    """All of the file or nothing."""
     names = "code_sha256", "packed_sha256", "val_sha256", "val_loss", "val_bpb"
     values = {name: audit.run.result[name] for name in names}
     values |= {"model_sha256": sha256(audit.run.artifact), "script_sha256": sha256(audit.program.source),
                "rules": audit.by_rule(), "verdicts": list(map(str, audit.verdicts))}
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise AuditError(f"cannot write {path}: {error.strerror}") from error
+    command.write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def perform(args: argparse.Namespace) -> Audit:
@@ -469,7 +488,8 @@ def perform(args: argparse.Namespace) -> Audit:
         raise AuditError(f"{count} documents are too few to compare: 4 at least")
     seed = int.from_bytes(os.urandom(3), "little") if args.seed is None else args.seed
     chosen = np.sort(np.random.default_rng(seed).choice(len(data.starts), count, replace=False)).tolist()
-    sets = Alterations([data.document(i) for i in chosen], data.pieces, run.settings, seed)
+    sets = Alterations([data.document(i) for i in chosen], data.pieces, run.settings, seed,
+                       args.depth)
     planned = {name: getattr(sets, name)() for name in RESCORES[:-1] if name not in args.skip}
     targets = {name: sum(len(case.tokens) for case in cases) for name, cases in planned.items()}
     targets |= {"all": len(data.tokens)} if "all" not in args.skip else {}
@@ -480,12 +500,13 @@ def perform(args: argparse.Namespace) -> Audit:
     if not ours:
         print(f"{args.script} IS NOT THIS REPOSITORY'S TRAIN_GPT.PY, PACKED OR NOT: HOW THE ARTIFACT CAME "
               "ABOUT IS NOT CHECKED.")
-    expected = {name: seconds_expected(run, number, args.processes) for name, number in targets.items()}
+    expected = {name: seconds_expected(run, number / len(data.tokens), args.processes)
+                for name, number in targets.items()}
     print(f"about {sum(expected.values()):.0f} s, if this machine is as fast as the run's: "
           + ", ".join(f"{name} {seconds:.0f}" for name, seconds in expected.items()), flush=True)
     # 3) Judge.
     timeout = args.timeout or max(900, 10 * max(expected.values()))
-    audit = Audit(run, data, Program(args.script, run, data, args.processes, timeout), gpu)
+    audit = Audit(run, data, Program(run, data, timeout, args), gpu)
     audit.statements(ours)
     audit.size()
     audit.headline()
@@ -510,18 +531,20 @@ def main(argv: list[str] | None = None) -> int:
                         help="how many validation documents, chosen at random, to alter (64)")
     parser.add_argument("--seed", type=int, help="of choice and alterations (another each time)")
     parser.add_argument("--skip", nargs="+", choices=RESCORES[1:], default=[], help="re-scores to leave out")
+    parser.add_argument("--depth", type=int,
+                        help="tokens before the place where every token is tried (at random 1 to 3 chunks)")
     parser.add_argument("--processes", type=int, default=1, help="GPUs to score on, by torchrun (1)")
     parser.add_argument("--timeout", type=float,
                         help="seconds that a re-score may take (10 times what is expected, 900 at least)")
+    parser.add_argument("--unconfined", action="store_true", help="let the script read and write everywhere")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the verdicts, as JSON")
     args = parser.parse_args(argv)
     try:
         audit = perform(args)
         if args.write:
             write_verdicts(args.write, audit)
-    except AuditError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (AuditError, OSError) as error:
+        return command.report(error)
     by_rule = audit.by_rule()
     for word in ("FAIL", "NOT CHECKED"):
         rules = [rule for rule in RULES if by_rule[rule] == word]
@@ -533,4 +556,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)
