@@ -3109,6 +3109,10 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
 # and with case operations, have so many bytes of text.
 FINEWEB_BYTES = {40_540_160: 151_078_222, 47_851_520: 151_074_499}
 
+def fineweb_cut(targets: int) -> int:
+    """The cut that a validation set of so many targets would have if it were FineWeb's; 0 if it has fewer."""
+    return max((cut for cut in FINEWEB_BYTES if cut <= targets), default=0)
+
 @dataclasses.dataclass
 class Result:
     """What RESULT and result.json hold, in this order. A field that does not apply is None and left out."""
@@ -3163,8 +3167,7 @@ class Result:
         self.documents = len(val.starts)
         self.tokens = scored.final.targets
         self.bytes = scored.final.text_bytes
-        cut = max((cut for cut in FINEWEB_BYTES if cut <= self.tokens), default=0)
-        if cut:
+        if cut := fineweb_cut(self.tokens):
             self.bytes_at_cut = int(val.token_bytes[:cut].sum())
         self.val_sha256 = val.sha256
 
@@ -3359,7 +3362,7 @@ def caveats(run: Run, result: Result) -> list[str]:
         (f"{result.unadapted_tokens} targets have their plain score", result.unadapted_tokens),
         (f"recompilations on the clocks: {result.recompilations}", result.recompilations),
         (f"VAL_DOC_FRACTION={cfg.val_doc_fraction}: not all documents", cfg.val_doc_fraction < 1),
-        ("unknown validation set", result.bytes_at_cut not in FINEWEB_BYTES.values()),
+        ("unknown validation set", result.bytes_at_cut != FINEWEB_BYTES.get(fineweb_cut(result.tokens), 0)),
         (f"VAL_LOSS_EVERY={cfg.val_loss_every}: validation was read during training", cfg.val_loss_every),
         ("not on 8 GPUs", not (ranks.on_gpu and ranks.world_size == 8))) if holds]
 

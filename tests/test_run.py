@@ -348,7 +348,7 @@ class NoTime:
 def test_too_many_bytes_and_compilations_are_caveats(monkeypatch):
     monkeypatch.setattr(tg, "CAP_BYTES", 100_000)
     run = tg.Run(tg.Config(), tg.Ranks(), NoTime(), tg.Backend())
-    result = tg.Result(total_bytes=100_001, unadapted_tokens=0, mode="train", recompilations=3)
+    result = tg.Result(total_bytes=100_001, unadapted_tokens=0, tokens=9, mode="train", recompilations=3)
     caveats = "; ".join(tg.caveats(run, result))
     assert "100001 bytes of 100000" in caveats and "recompilations on the clocks: 3" in caveats
 
@@ -357,10 +357,13 @@ def test_a_clean_record_run_has_no_caveat():
     """And it takes little to spoil it."""
     ranks = tg.Ranks(world_size=8, device="cuda:0")
     run = tg.Run(tg.Config(seed=7, run_id="x", save_scores="y"), ranks, NoTime(), tg.Backend())
-    clean = tg.Result(total_bytes=16_000_000, unadapted_tokens=0, recompilations=0, bytes_at_cut=151_078_222)
+    clean = tg.Result(total_bytes=16_000_000, unadapted_tokens=0, recompilations=0, tokens=40_540_803,
+                      bytes_at_cut=151_078_222)
     assert tg.caveats(run, clean) == []
-    assert tg.caveats(run, dataclasses.replace(clean, bytes_at_cut=151_074_499)) == []
-    for change in (dict(bytes_at_cut=151_078_223), dict(bytes_at_cut=None), dict(unadapted_tokens=1),
+    case_operations = dict(tokens=47_853_343, bytes_at_cut=151_074_499)
+    assert tg.caveats(run, dataclasses.replace(clean, **case_operations)) == []
+    for change in (dict(bytes_at_cut=151_078_223), dict(bytes_at_cut=151_074_499), dict(tokens=50_000_000),
+                   dict(tokens=1000, bytes_at_cut=None), dict(unadapted_tokens=1),
                    dict(total_bytes=16_000_001), dict(recompilations=1)):
         assert len(tg.caveats(run, dataclasses.replace(clean, **change))) == 1
 
