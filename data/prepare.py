@@ -86,10 +86,21 @@ def parse_line(line: bytes, key: str, place: str) -> str:
         text.encode()  # fails for what is no text, and for text that has no UTF-8
         return text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PrepareError(f'{place}: not a JSON object with a text "{key}" ({error!r:.200})') from None
+        reason = f"{type(error).__name__}: {error}"
+        raise PrepareError(f'{place}: not a JSON object with a text "{key}" ({reason:.200})') from None
 
 
 def in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in groups of about BATCH_BYTES; one is read ahead while the one before is worked on."""
+    groups = group(documents)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, groups, None)
+        while batch := ahead.result():
+            ahead = thread.submit(next, groups, None)
+            yield batch
+
+
+def group(documents: Iterable[str]) -> Iterator[list[str]]:
     """Group documents until about BATCH_BYTES of text are together."""
     batch = []
     size = 0
@@ -177,7 +188,7 @@ def open_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     if len(pieces) > MOST_PIECES:
         raise PrepareError(f"{name}: has {len(pieces)} pieces; tokens are stored as uint16, which hold "
                            f"{MOST_PIECES}")
-    if tokenizer.bos_id() < 0:
+    if tokenizer.bos_id() < 0:  # or it is a piece that texts can hold
         raise PrepareError(f"{name}: has no BOS piece, and every document starts with one")
     # 3) Check the rule by which bytes are counted: a space is counted where a piece begins with SPACE.
     special = {i for i in range(len(pieces))
@@ -236,7 +247,7 @@ class Job(NamedTuple):
         tokens = []
         empty = inexact = leading_space = text_bytes = 0
         for text, ids, decoded in zip(texts, encoded, self.decode(encoded)):
-            exact = decoded == text and bos not in ids
+            exact = decoded == text
             empty += not text
             inexact += not exact
             if text and exact:
@@ -355,7 +366,7 @@ def verify_split(job: Job, split: str, paths: list[pathlib.Path], kept: bytearra
     bar = tqdm(desc=f"verify {split}", total=sum(kept), unit=" docs", unit_scale=True, disable=None)
     for batch in in_batches(texts):
         at_same_place = list(itertools.islice(documents, len(batch)))
-        decoded = job.decode([ids[1:] for ids in at_same_place])
+        decoded = job.decode([ids[1:].astype(np.int32) for ids in at_same_place])
         wrong += sum(text != other for text, other in itertools.zip_longest(batch, decoded))
         if split == "train":
             copies += sum(fingerprint(ids) in held_out for ids in at_same_place)

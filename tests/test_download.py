@@ -138,8 +138,9 @@ def command(out, *arguments):
     return list(map(str, line))
 
 
-def fetch(hub, out, *arguments):
-    return subprocess.run(command(out, *arguments), env=hub.environment, capture_output=True, text=True)
+def fetch(hub, out, *arguments, **options):
+    return subprocess.run(command(out, *arguments), env=hub.environment, capture_output=True, text=True,
+                          **options)
 
 
 @pytest.fixture
@@ -217,6 +218,9 @@ def test_whole_files_are_kept_and_one_that_was_on_its_way_begins_anew(hub, stopp
         assert set(files_in(tmp_path / "out")) == {TOKENIZER, VAL_0, VAL_1}, "nothing half there"
     process.wait()
     go_on.set()
+    left = tmp_path / "out/tokenizers/.download/part"  # of another one that was killed
+    left.parent.mkdir(exist_ok=True)
+    left.touch()
     before = dict(hub.served)
     assert fetch(hub, tmp_path / "out", "--train-shards", "1").returncode == 0
     wanted = TOKENIZER, TRAIN_0, VAL_0, VAL_1
@@ -233,6 +237,16 @@ def test_two_at_work_in_one_folder(hub, stopped, tmp_path):
     go_on.set()
     assert process.wait(60) == 0 and len(files_in(tmp_path / "out")) == 4
     assert hub.served[on_hub(TRAIN_0)] == len(hub.files[on_hub(TRAIN_0)])
+
+
+def test_a_full_disk_ends_in_one_line(hub, tmp_path):
+    """The system's own refusal: here files may have no more than so many bytes."""
+    resource = pytest.importorskip("resource")
+    limit = 100_000  # less than a training shard has
+    done = fetch(hub, tmp_path / "out", "--train-shards", "1",
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert_mistake(done, "File too large")
+    assert set(files_in(tmp_path / "out")) == {TOKENIZER, VAL_0, VAL_1}
 
 
 @pytest.mark.parametrize("there,says", [
@@ -255,12 +269,14 @@ def test_a_manifest_of_others_is_left_alone(hub, tmp_path):
     """And named, as nothing is compared with it."""
     path = tmp_path / SHARDS / "manifest.json"
     path.parent.mkdir(parents=True)
-    for foreign in (b"{}", b"[1]", b'{"val": {}}', b"no json", b"\xff", 100_000 * b"["):
+    path.write_bytes(b"[1]")
+    done = fetch(hub, tmp_path, "--train-shards", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"{path} is not of prepare.py: nothing was compared" in done.stdout
+    assert path.read_bytes() == b"[1]"
+    for foreign in (b"{}", b'{"val": {}}', b"no json", b"\xff", 100_000 * b"["):
         path.write_bytes(foreign)
-        done = fetch(hub, tmp_path, "--train-shards", "1")
-        assert done.returncode == 0, done.stderr
-        assert f"{path} is not of prepare.py: nothing was compared" in done.stdout
-        assert path.read_bytes() == foreign
+        assert download.own_manifest(path.parent) is None
 
 
 def test_a_path_that_leaves_the_repository_is_not_fetched(hub, tmp_path):

@@ -66,6 +66,7 @@ def test_rows_of_other_kinds_are_left_out_with_a_word(tmp_path, capsys):
 
 @pytest.mark.parametrize("rows,says", [
     ([SETTINGS, "no json", *STEPS], "line 2"), ([SETTINGS, json.dumps(STEP)[:30], *STEPS], "line 2"),
+    ([*RUN, "no json"], f"line {len(RUN) + 1}"),
     (["5"], "line 1"), (["[]"], "line 1"), (["{}"], "line 1"), ([100_000 * "["], "line 1"),
     ([{**STEP, "loss": "6.5"}], "line 1"), ([{**STEP, "loss": None}], "line 1"),
     ([{**STEP, "loss": 10**400}], "line 1"),
@@ -81,7 +82,7 @@ def test_foreign_files_end_in_one_line(tmp_path, capsys, rows, says):
     assert err.count("\n") == 1 and len(err) < 400
 
 
-@pytest.mark.parametrize("name", ["a", "_a", "$a$_$", b"\xff", "a\nb", "é"])
+@pytest.mark.parametrize("name", ["a", "_a", "$x_$", b"\xff", "a\nb", "é"])
 def test_a_picture_of_runs_of_any_name(tmp_path, capsys, name):
     """With losses that are no numbers, of which matplotlib makes no axis; a run without steps; one without a
     result."""

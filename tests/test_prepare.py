@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,8 +172,8 @@ def test_inexact_and_empty_documents_are_left_out_and_counted(tmp_path):
     (["number.jsonl"], 'number.jsonl:1: not a JSON object with a text "text"'),
     (["deep.jsonl"], 'deep.jsonl:1: not a JSON object with a text "text" (RecursionError'),
     (["digits.jsonl"], 'digits.jsonl:1: not a JSON object with a text "text" (ValueError'),
-    (["latin.jsonl"], "latin.jsonl:2: not a JSON object"),
-    (["surrogate.jsonl"], "surrogate.jsonl:1: not a JSON object"),
+    (["latin.jsonl"], "latin.jsonl:2: not a JSON object with a text \"text\" (UnicodeDecodeError: 'utf-8'"),
+    (["surrogate.jsonl"], "position 9000: surrogates not allowed"),
     (["cut.jsonl.xz"], "cannot read cut.jsonl.xz"),
     (["flipped.jsonl.xz"], "cannot read flipped.jsonl.xz"),
     (["cut.jsonl.gz"], "cannot read cut.jsonl.gz"),
@@ -267,6 +268,7 @@ def without_spaces() -> bytes:
 
 REFUSED = {
     "no BOS piece": lambda: trained(bos_id=-1),
+    "no BOS piece, and": lambda: trained(user_defined_symbols=["<s>"]),  # which texts can hold
     "has a space inside": lambda: trained(split_by_whitespace=False, vocab_size=900),
     "has no piece \u2581": without_spaces,
     "not a SentencePiece model": lambda: b"text",
@@ -292,10 +294,10 @@ def test_more_pieces_than_a_token_can_name_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {}, {"add_dummy_prefix": True}, {"normalization_rule_name": "nmt_nfkc"}, {"model_type": "unigram"},
-    {"remove_extra_whitespaces": True}, {"user_defined_symbols": ["<s>"], "bos_piece": "<b>"}])
+    {"remove_extra_whitespaces": True}, {"user_defined_symbols": ["<br>"]}])
 def test_train_gpt_counts_the_bytes_of_what_is_written(tmp_path, changes):
     """With every tokenizer that is accepted; and it is said which of them change text."""
-    texts = [*DOCUMENTS[:6], "plain words only", "a  b", "\ufb01ne", "<s> is no BOS"]
+    texts = [*DOCUMENTS[:6], "plain words only", "a  b", "\ufb01ne", "<s> is no BOS<br>"]
     data = write_jsonl(tmp_path / "a.jsonl", texts)
     model = tmp_path / "a.model"
     model.write_bytes(trained(**changes))
@@ -359,7 +361,7 @@ def test_two_at_work_in_one_folder(tmp_path):
     with prepare.command.claim(out):
         before = files_in(out)
         said = error_of(call(*arguments))
-        assert f"another prepare.py or download.py is at work there: {out}" in said
+        assert "another prepare.py or download.py is at work there" in said and f": {out}\n" in said
         assert files_in(out) == before
     assert call(*arguments).returncode == 0
     assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
@@ -444,7 +446,8 @@ def test_a_console_that_is_gone_costs_no_data(tmp_path, console, status):
     data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:9])
     line = command(data, "--out", tmp_path / "out", "--val-docs", 2, "--tokenizer", MODEL)
     how = {"closed": ">&- 2>&-", "gone": "| true; exit ${PIPESTATUS[0]}", "full": "> /dev/full"}[console]
-    done = subprocess.run(["bash", "-c", f'"$@" {how}', "-", *line], capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", f'"$@" {how}', "-", *line], capture_output=True, text=True, env=env)
     assert done.returncode == status
     assert bool(list((tmp_path / "out").rglob("manifest.json"))) == (status == 0)
     assert done.stderr == ("" if status == 0 else f"error: No space left on device: {tmp_path / 'out'}\n")
@@ -481,12 +484,22 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.Job, "encode", take(prepare.Job.encode))
     job = prepare.Job(prepare.open_tokenizer(MODEL.read_bytes(), "it"), 1, [], "text", 1, tmp_path)
     _, paths, kept = prepare.write_split(job, "train", 1000, set())
-    assert len(kept) == 999 and most <= 100 // len("text 0") + 1
+    assert len(kept) == 999 and most <= 2 * (100 // len("text 0") + 1)
     most = 0
     held.clear()
     monkeypatch.setattr(prepare.Job, "decode", take(prepare.Job.decode))
     prepare.verify_split(job, "train", paths, kept, set())
-    assert most <= 100 // len("text 0") + 2, "the document that is left for validation is read, too"
+    assert most <= 2 * (100 // len("text 0") + 1) + 1, "the document that is left for validation is read, too"
+
+
+def test_the_bundled_data_are_made_by_the_command_in_their_readme(tmp_path):
+    readme = (SMOKE / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall("^    python (data/prepare.py .+)$", readme, flags=re.M)
+    arguments = line.replace("--out data/smoke", f"--out {tmp_path}").split()
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert made == {name: (SMOKE / name).read_bytes() for name in made} and len(made) == 6
 
 
 def test_bundled_shards_are_what_the_manifest_says():

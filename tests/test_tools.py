@@ -29,6 +29,9 @@ NEEDS = {  # of every command: a package, and where it is required
     "tools/maintenance/docs.py": ("torch", ""), "tools/maintenance/same_numbers.py": ("numpy", "")}
 
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 def start(tmp_path, body, *arguments, **options):
     """A process of a command whose main has this body."""
     script = tmp_path / "script.py"
@@ -36,7 +39,7 @@ def start(tmp_path, body, *arguments, **options):
                       f"from pathlib import Path\n\n\ndef main():\n{textwrap.indent(body, '    ')}\n\n\n"
                       "command.run(main)\n", encoding="utf-8")
     return subprocess.Popen([sys.executable, script, *arguments], stderr=subprocess.PIPE,
-                            **{"stdout": subprocess.PIPE, **options})
+                            **{"stdout": subprocess.PIPE, "env": BUFFERED, **options})
 
 
 def finish(process) -> tuple[int, bytes, bytes]:

@@ -67,14 +67,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    status = None
     try:
         status = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted()
-    except OSError as error:
+    except BrokenPipeError:
         silence()
-        status = 141 if isinstance(error, BrokenPipeError) else report(error)  # 141: as SIGPIPE ends programs
+        status = status or 141  # as SIGPIPE ends programs
+    except OSError as error:  # the console's; a command reports its own
+        silence()
+        status = status or report(error)
     sys.exit(status)
 
 
@@ -115,8 +119,8 @@ def claim(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise BlockingIOError(errno.EAGAIN, "another prepare.py or download.py is at work there",
-                              str(folder)) from None
+        problem = "another prepare.py or download.py is at work there (if none is, remove .lock)"
+        raise BlockingIOError(errno.EAGAIN, problem, str(folder)) from None
     try:
         yield
     finally:

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         blocks = {"submission": submitted_runs(), "smoke": smoke_runs()}
         pages = {SETTINGS: settings_page(), RESULTS: fill(RESULTS.read_text(encoding="utf-8"), blocks)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return command.report(f"submission.json, docs/ or logs/ cannot be read: {error!r}")
     stale = [path for path, text in pages.items()
              if not path.exists() or path.read_text(encoding="utf-8") != text]

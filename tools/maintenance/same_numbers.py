@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             return compare(script, Path(scratch), args.seeds, args.steps)
     except subprocess.CalledProcessError as error:
-        return command.report(error.stderr.decode(errors="replace").strip())
+        return command.report(f"{args.commit}: {error.stderr.decode(errors='replace').strip()}")
     except (RunFailed, OSError) as error:
         return command.report(error)
 
