@@ -487,7 +487,10 @@ def sha256(data: Any) -> str:
 
 def sha256_of_file(path: Path) -> str:
     """Of a file that is not empty; it is mapped, not read, and other threads run meanwhile."""
-    return sha256(np.memmap(path, dtype=np.uint8, mode="r"))
+    try:
+        return sha256(np.memmap(path, dtype=np.uint8, mode="r"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 def script_source() -> str:
     """The source that runs: this file or, of a packed script, what it unpacked: PACKED, in section 9."""
@@ -957,7 +960,7 @@ class PackedLoader:
         for shard in self.shards[:: ceil_div(len(self.shards), 16)]:
             beginning = shard[:1_000_000]
             starts = np.flatnonzero(beginning == self.bos)
-            bounds = np.append(starts, len(beginning))
+            bounds = starts if len(starts) > 1 else np.append(starts, len(beginning))  # whole ones, if any
             documents += [shard[lo:hi] for lo, hi in zip(bounds[:4], bounds[1:])]
         if not documents:
             raise UserError(f"{self.paths[0]} and others have no BOS (id {self.bos}) in their first million "
@@ -1084,7 +1087,8 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
     if not token_bytes.sum():
         raise UserError(f"{paths[0]}: the validation documents hold no text")
     lengths = np.diff(starts, append=len(token_bytes))
-    tokenizer.check_source(np.split(tokens, starts[1:65])[:64], paths[0])
+    documents = np.split(tokens, starts[1:65])
+    tokenizer.check_source(documents[:-1] or documents, paths[0])  # the last one may be cut
     first = tokens[np.minimum(starts + 1, len(tokens) - 1)]
     begin_with_space = int(tokenizer.leading_space[first].sum())
     return Validation(tokens, token_bytes, starts, lengths, begin_with_space, sha256(stream.tobytes()))
