@@ -438,6 +438,17 @@ def test_nothing_half_there_whenever_the_disk_fails(tmp_path, monkeypatch, refus
     assert not files_in(out) and not list(out.rglob("fineweb10B*"))
 
 
+def test_too_little_memory_ends_in_one_line(tmp_path, monkeypatch, refused):
+    """As SentencePiece reports it, from its thread."""
+    def fail(**_):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", fail)
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:9])
+    said = refused(data, "--out", tmp_path / "out", "--val-docs", 2)
+    assert said == "error: out of memory: lower --tokenizer-bytes\n" and not files_in(tmp_path / "out")
+
+
 @pytest.mark.parametrize("console,status", [("closed", 0), ("gone", 0), ("full", 2)])
 def test_a_console_that_is_gone_costs_no_data(tmp_path, console, status):
     """Whoever listened is gone: the work is done. A full disk behind it is said."""
