@@ -1,7 +1,7 @@
 """The rules that decide whether a score counts, as properties; each is shown to fail on a planted cheat.
 
-The model is moved off its initial values, documents repeat themselves and adapters learn them fast, so that
-every influence there is shows.
+The model is moved off its initial values, and documents repeat themselves, which adapters learn fast, so that
+every influence there is shows. Other documents are random: a choice that looks ahead goes another way there.
 """
 import inspect
 import itertools
@@ -45,11 +45,11 @@ ADAPT, TALLY_ADD = tg.adapt, tg.Tally.add
 EVALUATE, SCORE_DOCUMENTS = tg.evaluate, tg.score_documents
 
 
-def draw_documents(lengths=LENGTHS, seed=0, repeated=0.9):
-    """Documents that say the same eight tokens again and again, but for a share of random ones."""
+def draw_documents(lengths=LENGTHS, seed=0, repetition=(0.9, 0)):
+    """Documents that say the same eight tokens again and again, in turn with these probabilities."""
     rng = np.random.default_rng(seed)
     documents = []
-    for length in lengths:
+    for length, repeated in zip(lengths, itertools.cycle(repetition)):
         again = np.resize(rng.integers(4, 1024, 8), length - 1)
         other = rng.integers(4, 1024, length - 1)
         documents.append(np.append(1, np.where(rng.random(length - 1) < repeated, again, other)))
@@ -59,7 +59,7 @@ def draw_documents(lengths=LENGTHS, seed=0, repeated=0.9):
 def with_other_tails(documents, cuts):
     """Twice the documents with other tokens from their cuts on: some that can be learned, and random ones."""
     for repeated in (0.9, 0):
-        others = draw_documents(map(len, documents), seed=1, repeated=repeated)
+        others = draw_documents(map(len, documents), seed=1, repetition=[repeated])
         yield [np.append(document[:cut], other[cut:])
                for document, other, cut in zip(documents, others, cuts)]
 
@@ -144,7 +144,7 @@ def documents_are_independent(case=SMALL) -> bool:
     """A document has the same scores without some others, with new ones in their place, in another order."""
     cfg, lengths = case
     documents = draw_documents(lengths)
-    others = draw_documents(lengths, seed=1, repeated=0)
+    others = draw_documents(lengths, seed=1, repetition=[0])
     base = {id(document): scores for document, scores in zip(documents, score(documents, cfg))}
     every_second_replaced = [other if i % 2 else document
                              for i, (document, other) in enumerate(zip(documents, others))]
@@ -328,7 +328,7 @@ def boost_what_occurs(run, model, val, plan):
 def losses_at_rate(rate, *args):
     """The losses of all targets if adapters learn at this rate."""
     _, _, _, adapters, *_ = args
-    adapters.cfg = tg.dataclasses.replace(CFG, ttt_lora_lr=rate)
+    adapters.cfg = tg.dataclasses.replace(adapters.cfg, ttt_lora_lr=rate)
     return SCORE_DOCUMENTS(*args)
 
 
@@ -342,11 +342,20 @@ def losses_at_temperature(temperature, *args):
     return losses
 
 
-def rate_by_document(run, model, val, *rest):
+def best_rate_by_document(rates, *args):
     """Each document has the adapter rate by which its own loss, to its end, is least."""
-    passes = torch.stack([losses_at_rate(rate, run, model, val, *rest) for rate in (0.015, 0.03, 0.06)])
+    _, _, val, *_ = args
+    passes = torch.stack([losses_at_rate(rate, *args) for rate in rates])
     documents = passes.split(val.lengths.tolist(), dim=1)
     return torch.cat([losses[losses.sum(1).argmin()] for losses in documents])
+
+
+def rate_by_document(*args):
+    return best_rate_by_document((0.01, 0.03, 0.1), *args)
+
+
+def plain_or_adapted_by_document(*args):
+    return best_rate_by_document((0, 0.03), *args)
 
 
 def fit(losses_at, values, *args):
@@ -408,6 +417,7 @@ def least_of_all_times(run, model, val, *rest):
     (tg.Adapters, "reset_slots", keep_adapters_late, documents_are_independent, LARGE),
     (tg, "evaluate", boost_what_occurs, documents_are_independent, SMALL),
     (tg, "score_documents", rate_by_document, past_ignores_future, SMALL),
+    (tg, "score_documents", plain_or_adapted_by_document, past_ignores_future, SMALL),
     (tg, "score_documents", rate_by_validation, documents_are_independent, SMALL),
     (tg, "score_documents", temperature_by_validation, documents_are_independent, SMALL),
     (tg, "score_documents", adapters_from_a_first_pass, documents_are_independent, SMALL),
@@ -434,9 +444,10 @@ def test_a_cheat_at_a_chunk_border_needs_a_cut_inside_the_chunk(monkeypatch):
     assert cut % CFG.ttt_chunk_size and cut > CFG.ttt_eval_seq_len
     monkeypatch.setattr(tg, "adapt", train_before_score)
     documents = draw_documents()
+    before = score(documents)
     borders = [65, *map(len, documents[1:])]  # target 64, which is token 65, is the first of a chunk
     for changed in with_other_tails(documents, borders):
-        assert same_before(borders, score(documents), score(changed))
+        assert same_before(borders, before, score(changed))
 
 
 # ---- Nothing technical matters either ----------------------------------------------------------------------
