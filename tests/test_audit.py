@@ -119,7 +119,7 @@ def test_an_honest_run_passes(finished, in_process, capsys, tmp_path):
     for rule in audit.RULES:
         assert any(line.startswith(f"pass         {rule}") for line in lines), rule
     for check in ("others altered", "before a cut", "continued", "all later documents replaced",
-                  "order reversed", f"each of {VOCAB_SIZE - 1} tokens"):
+                  "order reversed", "random tokens", f"each of {VOCAB_SIZE - 1} tokens after 9"):
         assert any(check in line for line in lines), check
     result, written = json.loads((finished / "result.json").read_text()), json.loads(file.read_text())
     assert written["rules"] == dict.fromkeys(audit.RULES, "pass")
@@ -151,6 +151,12 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
         honest_adapt = adapt
         def adapt(*args):
             return honest_adapt(*args) * (1 - 0.01 * (args[-1].batch.spans.positions > 12))
+        """, "rest", "full distribution"),
+    "a discount where a token is likely": ("""
+        honest_adapt = adapt
+        def adapt(*args):
+            nll = honest_adapt(*args)
+            return nll.where(nll > 1, 0.8 * nll)
         """, "rest", "full distribution"),
     "the better of plain and adapted for each token": ("""
         honest_adapt = adapt
@@ -352,7 +358,7 @@ def test_a_model_over_the_cap_is_too_large(finished, in_process, capsys, tmp_pat
     run = with_result(tmp_path / "run", finished)
     with open(run / "final_model.int6.ptz", "r+b") as file:
         file.truncate(16_000_000)  # with the code, over the cap
-    trial = audit.Audit(audit.FinishedRun.read(run), data=None, program=None, gpu=False)
+    trial = audit.Audit(audit.FinishedRun.read(run), data=None, program=None, sets=None, gpu=False)
     trial.size()
     assert trial.by_rule()["size"] == "FAIL" and "bytes of 16000000" in capsys.readouterr().out
 
@@ -558,10 +564,15 @@ def test_places_lie_inside_chunks_that_are_learned_from(data, chunk, growth):
             assert length < 3
 
 
+def sets_of(sets: altered.Alterations) -> dict[str, list[altered.Case]]:
+    rest = sets.rest(sets.beginnings([30], [np.full(len(tokens), 2.0) for tokens in sets.documents]))
+    return {**{name: getattr(sets, name)() for name in audit.RESCORES[:4]}, "rest": rest}
+
+
 def test_altered_documents_are_as_they_were_up_to_there(data):
     sets = alterations(data)
     bos, unknown = sets.pieces.bos, sets.pieces.unknown
-    by_name = {name: getattr(sets, name)() for name in audit.RESCORES[:-1]}
+    by_name = sets_of(sets)
     changes = {name: {case.change for case in cases} for name, cases in by_name.items()}
     assert changes == {"unaltered": {""}, "reversed": {""}, "tails": {"", "tail", "added"},
                        "lengths": {"", "cut", "continued", "added"}, "rest": {"", "added", "random", "next"}}
@@ -571,17 +582,27 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
             before = sets.documents[case.number]
             assert (case.tokens[: case.kept + 1] == before[: case.kept + 1]).all()
             assert bool(case.change) == (case.tokens.tolist() != before.tolist())
-    nexts = [case.tokens[case.kept + 1 :].tolist() for case in by_name["rest"] if case.change == "next"]
+    variants = [case for case in by_name["rest"] if case.change == "next"]
+    assert {-1: 9, -2: 30, -3: 10} == {case.number: case.kept + 1 for case in variants}
     tokens = [[token] for token in range(VOCAB_SIZE) if token not in (bos, unknown)]
-    assert sorted(nexts) == sorted(2 * [[], *tokens])
+    assert sorted(case.tokens[case.kept + 1 :].tolist() for case in variants) == sorted(3 * [[], *tokens])
+    for name, targets in sets.targets([30]).items():
+        assert 0.7 < sum(len(case.tokens) for case in by_name[name]) / targets < 1.4, name
+
+
+def test_the_place_of_a_likely_token_is_chosen(data):
+    sets = alterations(data)
+    losses = [np.full(len(tokens), 3.0) for tokens in sets.documents]
+    losses[2][[4, 17, 20, 60]] = 0.4, 0.2, 0.45, 0.4  # the first is in a chunk of 8, the last beyond three
+    beginning = sets.beginnings([], losses)[-1]
+    assert beginning.tolist() == sets.documents[2][:21].tolist()
 
 
 def test_altered_documents_are_text_of_their_tokenizer(data):
     """All of them where the script looks for that; it decodes and encodes the first 64 again."""
-    sets = alterations(data)
     tokenizer = tg.load_tokenizer(data / f"tokenizers/fineweb_{VOCAB_SIZE}_bpe.model", VOCAB_SIZE)
-    for name in audit.RESCORES[:-1]:
-        tokenizer.check_source([case.tokens for case in getattr(sets, name)()][:64], data)
+    for cases in sets_of(alterations(data)).values():
+        tokenizer.check_source([case.tokens for case in cases][:64], data)
 
 
 def test_bytes_are_counted_as_the_script_counts_them(data):

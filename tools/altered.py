@@ -1,12 +1,13 @@
 """For tools/audit.py: a validation set, read without the audited script, and altered sets made from it."""
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Iterable, NamedTuple
 
 import numpy as np
 import sentencepiece
 
 TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
+LIKELY = 0.4  # nats: the loss of a token with p = 2/3
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
@@ -67,6 +68,11 @@ class Pieces(NamedTuple):
         return cls(sp.bos_id(), sp.unk_id(), special, spaced, size,
                    np.array(words or np.flatnonzero(~special)))
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """All ids that may follow in a document: neither BOS nor the unknown piece, which no text has."""
+        return np.setdiff1d(np.arange(len(self.size)), [self.bos, self.unknown])
+
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of text that every token but the first adds, by the challenge's rule."""
         before, target = tokens[:-1], tokens[1:]
@@ -109,7 +115,7 @@ class Data(NamedTuple):
 
 class Case(NamedTuple):
     """A document of an altered set."""
-    number: int  # of the document that it was made from, or -1
+    number: int  # of the document that it was made from; negative: it was not among them
     tokens: np.ndarray
     kept: int  # so many of its first targets are as they were
     change: str = ""  # none, or: tail, cut, continued; added, random (tokens), next
@@ -131,12 +137,20 @@ class Alterations:
     a mosaic of passages. To learn from these is worth much, or little, so a choice by later losses differs.
     """
 
-    def __init__(self, documents: list[np.ndarray], pieces: Pieces, settings: dict[str, Any], seed: int,
-                 depth: int | None = None):
-        self.documents, self.pieces, self.settings, self.depth = documents, pieces, settings, depth
+    def __init__(self, documents: list[np.ndarray], pieces: Pieces, settings: dict[str, Any], seed: int):
+        self.documents, self.pieces, self.settings = documents, pieces, settings
         self.rng = np.random.default_rng(seed)
         self.ends = chunk_ends(max(map(len, documents)), settings)
-        self.tokens = np.setdiff1d(np.arange(len(pieces.size)), [pieces.bos, pieces.unknown])
+        counts = np.bincount(np.concatenate(documents), minlength=len(pieces.size))
+        self.frequencies = (counts[pieces.tokens] + 1) / (counts[pieces.tokens] + 1).sum()  # of pieces.tokens
+
+    def targets(self, depths: list[int]) -> dict[str, int]:
+        """About how many targets each set will have, by its name."""
+        chunk, count = self.settings["ttt_chunk_size"], sum(map(len, self.documents))
+        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths))
+        before = 2 * chunk * self.settings["ttt_batch_size"]
+        return dict(unaltered=count, reversed=count, tails=count + before, lengths=7 * count // 4,
+                    rest=3 * count // 2 + tries)
 
     def words(self, count: int) -> np.ndarray:
         return self.rng.choice(self.pieces.words, count)
@@ -209,23 +223,42 @@ class Alterations:
                 cases.append(Case(number, tokens, len(tokens)))
         return cases
 
-    def rest(self) -> list[Case]:
+    def beginnings(self, depths: Iterable[int], losses: list[np.ndarray]) -> list[np.ndarray]:
+        """Beginnings of documents, for `rest`.
+
+        One ends with a chunk, so that its next token is all that a choice for the whole document depends on.
+        Then come those of the depths, in tokens; and one whose next token is likely, by the losses of the
+        documents, if there are any.
+        """
+        chunk = self.settings["ttt_chunk_size"]
+        longest = max(map(len, self.documents))
+        found = []
+        for depth in (chunk + 1, *depths):
+            length = min(depth, longest - 1)
+            long = [tokens for tokens in self.documents if len(tokens) > length]
+            found.append(long[int(self.rng.integers(len(long)))][:length])
+        near = range(chunk + 1, 3 * chunk)
+        likely = [(abs(losses[number][target] - LIKELY), number, target)
+                  for number in range(len(losses)) for target in near if target < len(losses[number])]
+        if likely:
+            _, number, target = min(likely)
+            found.append(self.documents[number][: target + 1])
+        return found
+
+    def rest(self, beginnings: list[np.ndarray]) -> list[Case]:
         """The first half stays, and all that comes later is replaced, also by documents of random tokens.
 
-        After these come two beginnings of documents, each with every token in turn as its next: BOS first, as
-        a beginning alone is followed by a BOS, and without the unknown one. The first ends with a chunk, so
-        that its next token is all that a choice for the whole document depends on.
+        After these comes each beginning with every token in turn as its next: BOS first, as a beginning alone
+        is followed by a BOS; the unknown one is left out.
         """
-        documents, chunk = self.documents, self.settings["ttt_chunk_size"]
-        half = -(-len(documents) // 2)
+        half = -(-len(self.documents) // 2)
+        length = 2 * self.settings["ttt_chunk_size"]
         cases = self.unaltered()[:half]
-        cases += [self.added(self.words(2 * chunk)) for _ in range(TOKENIZED_AGAIN - half)]
-        for tokens in documents[half:]:
-            cases.append(self.added(self.rng.choice(self.tokens, len(tokens)), "random"))
-        for length in (chunk + 1, self.depth or int(self.rng.integers(chunk + 2, 3 * chunk))):
-            long = [tokens for tokens in documents if len(tokens) > length]
-            long = long or [max(documents, key=len)[:-1]]
-            beginning = long[int(self.rng.integers(len(long)))][:length]
-            variants = [beginning, *(np.append(beginning, token) for token in self.tokens)]
-            cases += [Case(-1, variant, len(beginning) - 1, "next") for variant in variants]
+        cases += [self.added(self.words(length)) for _ in range(TOKENIZED_AGAIN - half)]
+        for document in self.documents:
+            text = self.rng.choice(self.pieces.tokens, len(document), p=self.frequencies)
+            cases.append(self.added(text, "random"))
+        for number, beginning in enumerate(beginnings):
+            variants = [beginning, *(np.append(beginning, token) for token in self.pieces.tokens)]
+            cases += [Case(-1 - number, variant, len(beginning) - 1, "next") for variant in variants]
         return cases

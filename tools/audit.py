@@ -39,7 +39,7 @@ import confined
 with command.imports():
     import brotli
     import numpy as np
-    from altered import Alterations, AuditError, Case, Data, chunk_ends, read, sha256, write_shard
+    from altered import Alterations, AuditError, Case, Data, read, sha256, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600
@@ -267,8 +267,8 @@ def differing(said: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 class Audit:
     """The verdicts on a run. A method that is named like a re-score judges it."""
 
-    def __init__(self, run: FinishedRun, data: Data, program: Program, gpu: bool):
-        self.run, self.data, self.program, self.gpu = run, data, program, gpu
+    def __init__(self, run: FinishedRun, data: Data, program: Program, sets: Alterations, gpu: bool):
+        self.run, self.data, self.program, self.sets, self.gpu = run, data, program, sets, gpu
         self.base: list[np.ndarray] = []  # losses of the chosen documents, unaltered
         self.repeated: list[tuple[np.ndarray, np.ndarray]] = []  # these, and the losses of a repetition
         self.pairs, self.verdicts, self.confined = [], [], []
@@ -393,16 +393,16 @@ class Audit:
         self.pairs += pairs
         return pairs
 
-    def unaltered(self, cases: list[Case]):
-        self.base = [losses for _, losses in self.score_cases("unaltered", cases)]
+    def unaltered(self):
+        self.base = [losses for _, losses in self.score_cases("unaltered", self.sets.unaltered())]
 
-    def reversed(self, cases: list[Case]):
-        scored = self.score_cases("reversed", cases)
+    def reversed(self):
+        scored = self.score_cases("reversed", self.sets.reversed())
         self.repeated = self.compare("documents independent", "order reversed", scored)
 
-    def tails(self, cases: list[Case]):
-        scored = self.score_cases("tails", cases)
-        ends = [0, *chunk_ends(max(len(case.tokens) for case in cases), self.run.settings).tolist()]
+    def tails(self):
+        scored = self.score_cases("tails", self.sets.tails())
+        ends = [0, *self.sets.ends.tolist()]
         in_chunk, after = [], []
         for case, losses in scored:
             if case.change == "tail":
@@ -418,31 +418,33 @@ class Audit:
                  f"before altered tokens, in their chunk: {chunk}")
         self.compare("documents independent", "others altered, and others before", scored)
 
-    def lengths(self, cases: list[Case]):
-        scored = self.score_cases("lengths", cases)
+    def lengths(self):
+        scored = self.score_cases("lengths", self.sets.lengths())
         self.compare("causal", "before a cut", scored, "cut")
         self.compare("causal", "continued", scored, "continued")
         self.compare("documents independent", "others cut, continued or absent", scored)
 
-    def rest(self, cases: list[Case]):
-        scored = self.score_cases("rest", cases)
+    def rest(self, depths: list[int]):
+        beginnings = self.sets.beginnings(depths, self.base)
+        scored = self.score_cases("rest", self.sets.rest(beginnings))
         self.compare("causal", "all later documents replaced", scored)
-        variants = [(case.kept, losses[case.kept]) for case, losses in scored if case.change == "next"]
-        random = np.concatenate([losses[:-1] for case, losses in scored if case.change == "random"])
-        used = len(self.data.pieces.size) - 2
-        p = used * np.exp(-random)  # 1 on average, if each distribution sums to 1
-        error = p.std() / math.sqrt(len(p))
-        self.add("full distribution", bool(p.mean() <= 1 + max(1e-3, 4 * error)),
-                 f"{len(p)} times one of {used} tokens at random: {used} p is {p.mean():.3f} +- {error:.3f} "
-                 "on average, 1 at most")
-        for place in sorted({place for place, _ in variants}):
-            p = np.exp([-loss for where, loss in variants if where == place])
+        # Where a token was drawn by its frequency, p / frequency is 1 on average, if all p add up to 1.
+        frequency = dict(zip(self.data.pieces.tokens.tolist(), self.sets.frequencies.tolist()))
+        drawn = [(token, loss) for case, losses in scored if case.change == "random"
+                 for token, loss in zip(case.tokens[1:].tolist(), losses)]
+        ratios = np.array([math.exp(-loss) / frequency[token] for token, loss in drawn])
+        error = ratios.std() / math.sqrt(len(ratios))
+        self.add("full distribution", bool(ratios.mean() <= 1 + max(1e-3, 4 * error)),
+                 f"{len(ratios)} random tokens: p / frequency {ratios.mean():.3f} +- {error:.3f}, 1 at most")
+        for number, beginning in enumerate(beginnings):
+            length = len(beginning)
+            p = np.exp([-losses[case.kept] for case, losses in scored if case.number == -1 - number
+                        and case.change == "next"])
             limit = 1e-4
             if self.gpu:
-                limit = 1e-3 + self.noise(place + 1) * math.sqrt((p**2).sum())  # each p has its own
+                limit = 1e-3 + self.noise(length) * math.sqrt((p**2).sum())  # each p has its own noise
             self.add("full distribution", bool(-0.01 <= p.sum() - 1 <= limit),  # one token is not among them
-                     f"each of {len(p)} tokens after {place + 1}: sum of p is {p.sum():.6f}, 1 to "
-                     f"{limit:.0e}")
+                     f"each of {len(p)} tokens after {length}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}")
 
     def all(self, chosen: list[int]):
         """The whole set: the headline, and the chosen documents among all others."""
@@ -458,15 +460,16 @@ class Audit:
             self.compare("documents independent", "among all documents",
                          list(zip(cases, [losses[i] for i in chosen])))
 
-    def together(self):
-        """A small advantage may hide in the noise of one comparison, less so in that of all."""
+    def together(self, open_to_it: bool):
+        """What all re-scores show. `open_to_it`: the true data lie where the script can read them."""
         moved = Moved.of(self.pairs)
         limit = max(DRIFT, 4 * moved.error) if self.gpu else EXACT
         self.add("no drift", bool(abs(moved.mean) <= limit) if moved.targets else None,
                  f"all comparisons together: {moved}")
-        self.add("confined", True if all(self.confined) else None,
-                 "it wrote in its own folders and could read no other data" if all(self.confined) else
-                 "without Landlock it may have read, and left, files elsewhere")
+        closed = all(self.confined) and not open_to_it
+        self.add("confined", True if closed else None,
+                 "it could write in its own folder only, and not read the true data" if closed else
+                 "it could read the true data or write elsewhere: without Landlock, or among the software")
 
 
 def write_verdicts(path: Path, audit: Audit):
@@ -488,11 +491,7 @@ def perform(args: argparse.Namespace) -> Audit:
         raise AuditError(f"{count} documents are too few to compare: 4 at least")
     seed = int.from_bytes(os.urandom(3), "little") if args.seed is None else args.seed
     chosen = np.sort(np.random.default_rng(seed).choice(len(data.starts), count, replace=False)).tolist()
-    sets = Alterations([data.document(i) for i in chosen], data.pieces, run.settings, seed,
-                       args.depth)
-    planned = {name: getattr(sets, name)() for name in RESCORES[:-1] if name not in args.skip}
-    targets = {name: sum(len(case.tokens) for case in cases) for name, cases in planned.items()}
-    targets |= {"all": len(data.tokens)} if "all" not in args.skip else {}
+    sets = Alterations([data.document(i) for i in chosen], data.pieces, run.settings, seed)
     # 2) Say what comes.
     gpu, ours = on_gpu(), is_ours(args.script)
     device = "GPU" if gpu else "CPU"
@@ -500,24 +499,24 @@ def perform(args: argparse.Namespace) -> Audit:
     if not ours:
         print(f"{args.script} IS NOT THIS REPOSITORY'S TRAIN_GPT.PY, PACKED OR NOT: HOW THE ARTIFACT CAME "
               "ABOUT IS NOT CHECKED.")
-    expected = {name: seconds_expected(run, number / len(data.tokens), args.processes)
-                for name, number in targets.items()}
+    targets = {**sets.targets(args.depth), "all": len(data.tokens)}
+    expected = {name: seconds_expected(run, targets[name] / len(data.tokens), args.processes)
+                for name in RESCORES if name not in args.skip}
     print(f"about {sum(expected.values()):.0f} s, if this machine is as fast as the run's: "
           + ", ".join(f"{name} {seconds:.0f}" for name, seconds in expected.items()), flush=True)
     # 3) Judge.
     timeout = args.timeout or max(900, 10 * max(expected.values()))
-    audit = Audit(run, data, Program(run, data, timeout, args), gpu)
+    audit = Audit(run, data, Program(run, data, timeout, args), sets, gpu)
     audit.statements(ours)
     audit.size()
     audit.headline()
     if "all" in args.skip:
         audit.add("headline", None, "whether all documents have this score: they are not scored again")
+    arguments = {"rest": [args.depth], "all": [chosen]}
     with contextlib.suppress(Incomplete):
-        for name, cases in planned.items():
-            getattr(audit, name)(cases)
-        if "all" not in args.skip:
-            audit.all(chosen)
-        audit.together()
+        for name in expected:
+            getattr(audit, name)(*arguments.get(name, []))
+        audit.together(confined.can_read(data.tokenizer))
     return audit
 
 
@@ -531,8 +530,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="how many validation documents, chosen at random, to alter (64)")
     parser.add_argument("--seed", type=int, help="of choice and alterations (another each time)")
     parser.add_argument("--skip", nargs="+", choices=RESCORES[1:], default=[], help="re-scores to leave out")
-    parser.add_argument("--depth", type=int,
-                        help="tokens before the place where every token is tried (at random 1 to 3 chunks)")
+    parser.add_argument("--depth", type=int, nargs="+", default=[], metavar="TOKENS",
+                        help="further places where every token is tried, after so many tokens")
     parser.add_argument("--processes", type=int, default=1, help="GPUs to score on, by torchrun (1)")
     parser.add_argument("--timeout", type=float,
                         help="seconds that a re-score may take (10 times what is expected, 900 at least)")

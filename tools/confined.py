@@ -110,6 +110,11 @@ def software() -> list[str]:
     return [*SYSTEM, *filter(os.path.isabs, paths + packages)]
 
 
+def can_read(path: Path) -> bool:
+    """Whether a file lies among what every confined program can read."""
+    return any(path.resolve().is_relative_to(Path(folder).resolve()) for folder in software())
+
+
 def ruleset(folder: Path) -> int | None:
     """A Landlock ruleset, as a file descriptor, that closes all but a folder; None without Landlock."""
     version = libc.syscall(CREATE_RULESET, None, 0, 1) if sys.platform == "linux" else -1
