@@ -622,6 +622,7 @@ class RunLog:
         self.ranks.synchronize()
         phase.seconds = self.ranks.all_reduce_max(phase.elapsed())
         phase.graphs = compiled_graphs() - graphs_before
+        self.metrics("phase", name=name, clock=clock, seconds=phase.seconds)
 
     def spent(self, clock: str) -> float:
         """Seconds of all phases of a clock that have ended."""

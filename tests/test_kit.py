@@ -132,6 +132,9 @@ def metrics_rows(r: dict) -> list[dict]:
         reported = step if step <= 3 else min(r["steps"], -(-step // every) * every)
         rows.append({"kind": "step", "time": ran[5] + reported * a_step, "step": step, "loss": 3.0,
                      "seconds": (step - 1) * a_step})
+    for (name, seconds), ended in zip(r.get("phases", {}).items(), ran[1:]):
+        if name not in ("imports", "join"):
+            rows.append({"kind": "phase", "time": ended, "name": name, "seconds": seconds + 0.0002})
     rows += [{"kind": "of another script", "time": ran[-1]}, {"kind": "result", "time": ran[-1], **r}]
     if "phases" not in r:
         rows = [{name: value for name, value in row.items() if name != "time"} for row in rows]
@@ -524,6 +527,9 @@ def only_in_training(rows: list[dict], longer: float) -> list[dict]:
     (lambda rows: in_training(rows, 20.0), "the run took 1175.5 s by its own clock, 11"),
     (lambda rows: only_in_training(rows, 20.0), "up to step 150, training took 219.0 to 225.0 s by"),
     (lambda rows: only_in_training(rows, -20.0), "up to step 150, training took 219.0 to 225.0 s by"),
+    (lambda rows: moved_to_the_phase_before(rows, 20.0), "phase prepare adaptation took "),
+    (lambda rows: [row | {"seconds": 1.0} if row.get("name") == "adapt" else row for row in rows],
+     "1.000 by its row in metrics.jsonl"),
     (lambda rows: [{key: row[key] for key in row if key != "time"} for row in rows], "without `time`"),
     (lambda rows: [rows[0], rows[1] | {"time": "noon"}, *rows[2:]], "values of another kind"),
 ])
@@ -533,10 +539,17 @@ def test_clocks_that_are_not_the_walls_are_refused(change, words, tmp_path, refu
     assert words in refused(submission.main, "check", folder)
 
 
+def moved_to_the_phase_before(rows: list[dict], seconds: float) -> list[dict]:
+    """Adaptation that took longer, and its preparation that took less, than they say."""
+    return [row | {"time": row["time"] - seconds} if row.get("name") == "prepare adaptation" else row
+            for row in rows]
+
+
 @pytest.mark.parametrize("change", [
     lambda rows: slowed(rows, 1.009),
     lambda rows: slowed(rows, 0.991),
     lambda rows: in_training(rows, 6.0),
+    lambda rows: moved_to_the_phase_before(rows, 1.5),
     lambda rows: only_in_training(rows, 6.0),
     lambda rows: [row | {"time": row["time"] + 1e6} for row in rows],
 ])
@@ -820,8 +833,8 @@ def test_mixed_scripts_are_refused(tmp_path, refused):
     ("metrics.jsonl", '"step": 17,', '"step": 18,', "has not the 400 steps of its RESULT"),
     ("metrics.jsonl", '"kind": "settings"', '"kind": "setting"', "has to begin with the settings"),
     ("metrics.jsonl", '"kind": "of another script"', '"kind": "result"', "end with the only result"),
-    ("metrics.jsonl", '{"kind": "of another script"', "[3]\n{", "line 402: no JSON object, but [3]"),
-    ("metrics.jsonl", '{"kind": "of another script"', "[" * 99_999 + "\n{", "line 402: damaged, no JSON"),
+    ("metrics.jsonl", '{"kind": "of another script"', "[3]\n{", "line 417: no JSON object, but [3]"),
+    ("metrics.jsonl", '{"kind": "of another script"', "[" * 99_999 + "\n{", "line 417: damaged, no JSON"),
     ("result.json", "}", "", "damaged, no JSON object"),
     ("metrics.jsonl", '"val_bpb": 1.0581', '"val_bpb": 1.0481', "val_bpb not as in the RESULT line"),
     ("train_gpt_packed.py", "one", "two", "packed_sha256"),
@@ -844,7 +857,7 @@ def test_a_torn_last_row_is_refused(cut, tmp_path, refused):
     if cut == 1:
         assert finished_runs.load([folder]), "only the end of the line is missing"
     else:
-        assert f"{file}, line 403: damaged, no JSON object" in refused(submission.main, "check", folder)
+        assert f"{file}, line 418: damaged, no JSON object" in refused(submission.main, "check", folder)
 
 
 def test_bytes_that_are_no_text_are_refused_or_kept(tmp_path, refused):

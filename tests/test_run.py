@@ -98,13 +98,18 @@ def test_every_second_belongs_to_a_phase(tiny_data, tmp_path):
     assert 0 <= seconds - result["seconds"] < 3
 
 
-def test_rows_tell_the_time(finished):
+def test_rows_tell_the_time_and_when_phases_end(finished):
     rows = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
     times = [row["time"] for row in rows]
     assert times == sorted(times)
     last, first = rows[-1], rows[0]
     before_first = last["phases"]["imports"] + last["phases"]["join"]
     assert last["time"] - first["time"] == pytest.approx(last["seconds"] - before_first, abs=1)
+    phases = read_metrics(finished.folder, "phase")
+    assert {row["name"]: round(row["seconds"], 3) for row in phases} == {
+        name: seconds for name, seconds in last["phases"].items() if name not in ("imports", "join")}
+    for before, row in zip(phases, phases[1:]):
+        assert row["time"] - before["time"] == pytest.approx(row["seconds"], abs=0.5), row["name"]
 
 
 def test_a_result_names_its_data(finished, tiny_data):
@@ -406,13 +411,6 @@ def test_clocks_hold_what_the_rules_put_on_them(finished):
     assert table == [(phase, clock) for clock, phases in on_clocks.items() for phase in phases]
 
 
-def phases_hold_it_all(outcome, seconds):
-    """Whether phases hold all of a run's seconds but for what lies between them."""
-    phases = outcome.result["phases"]
-    held = sum(phases.values()) - phases["imports"]  # this process has begun long before
-    return 0.75 * seconds <= held <= seconds
-
-
 def test_ranks_begin_a_clock_together_and_the_slowest_is_counted():
     """A rank whose own seconds are few waits first, and then counts the seconds of another rank."""
     events = []
@@ -459,33 +457,6 @@ def test_nothing_is_trained_between_the_clock_and_the_checkpoint(run, monkeypatc
     trained, exported, saved = models
     for name, weight in trained.items():
         assert torch.equal(weight, exported[name]) and torch.equal(weight, saved[name]), name
-
-
-def test_clocks_do_not_lose_time(run):
-    began = time.perf_counter()
-    outcome = run()
-    assert phases_hold_it_all(outcome, time.perf_counter() - began)
-
-
-@pytest.mark.parametrize("phase,owner,name,sleep", [
-    ("train", tg.Optimizers, "step", 0.2), ("adapt", tg, "adapt", 0.1)], ids=["train", "adapt"])
-def test_a_clock_that_loses_time_is_noticed(run, monkeypatch, phase, owner, name, sleep):
-    """The clock of a phase goes at a fifth of its speed, while the phase takes long."""
-    honest_elapsed = tg.Phase.elapsed
-    quick_work = getattr(owner, name)
-
-    def slow_clock(self):
-        return honest_elapsed(self) / (5 if self.name == phase else 1)
-
-    def slow_work(*args):
-        time.sleep(sleep)  # on every step, in every round
-        return quick_work(*args)
-
-    monkeypatch.setattr(tg.Phase, "elapsed", slow_clock)
-    monkeypatch.setattr(owner, name, slow_work)
-    began = time.perf_counter()
-    outcome = run(**QUICK)
-    assert not phases_hold_it_all(outcome, time.perf_counter() - began)
 
 
 def test_steps_are_taken_in_training_and_warm_up_only(run, monkeypatch):

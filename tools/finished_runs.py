@@ -66,6 +66,24 @@ def load(paths: list[Path]) -> list[Run]:
 
 def read_run(path: Path) -> Run:
     """Read a finished run and check that all its files say the same."""
+    run = read_finished(path)
+    folder = path if path.is_dir() else None
+    artifact = read_if_there(folder, "final_model.int6.ptz")
+    run = run._replace(packed=read_if_there(folder, "train_gpt_packed.py"))
+    try:
+        if folder:
+            run = run._replace(verdicts=read_verdicts(folder, run.result, artifact))
+        check_adds_up(run, artifact)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise Refused(other_kind(run, error)) from error
+    return run
+
+
+def read_finished(path: Path) -> Run:
+    """What a finished run says of itself, in its log and in the copies of its result, which have to agree.
+
+    It may break the challenge's limits, as experiments do: `read_run` checks them.
+    """
     folder = path if path.is_dir() else None
     # 1) Take source and result from the log.
     log = folder / "log.txt" if folder else path
@@ -92,18 +110,12 @@ def read_run(path: Path) -> Run:
     if lacking:
         raise Refused(f"{log}: its RESULT lacks {', '.join(lacking)}: not a run that trained, "
                       "or one of another script")
+    return Run(log, text, source, result, packed=None, rows=rows, verdicts={})
 
-    # 3) Check that it fits the log, the scripts, the artifact and itself.
-    packed = read_if_there(folder, "train_gpt_packed.py")
-    artifact = read_if_there(folder, "final_model.int6.ptz")
-    try:
-        verdicts = read_verdicts(folder, result, artifact) if folder else {}
-        run = Run(log, text, source, result, packed, rows, verdicts)
-        check_adds_up(run, artifact)
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise Refused(f"{log}: its RESULT or metrics.jsonl hold values of another kind than a run's "
-                      f"({error!r:.120})") from error
-    return run
+
+def other_kind(run: Run, error: Exception) -> str:
+    """The line about a result whose values are of other kinds than a run's."""
+    return f"{run.log}: its RESULT or metrics.jsonl hold values of another kind than a run's ({error!r:.120})"
 
 
 def read_verdicts(folder: Path, result: dict, artifact: bytes | None) -> dict[str, str]:
@@ -418,6 +430,14 @@ def wall_faults(run: Run) -> Iterator[str]:
         if not least - slack(report.most) <= wall <= most + slack(report.most):
             yield (f"up to step {report.step}, training took {least:.1f} to {most:.1f} s by its own clock, "
                    f"{wall:.1f} by the times in metrics.jsonl")
+            return
+    # 3) Every phase after the first whose end was written; one begins where the one before has ended.
+    ends = [row for row in run.rows if row.get("kind") == "phase"]
+    for before, row in zip(ends, ends[1:]):
+        wall = row["time"] - before["time"]
+        if abs(wall - row["seconds"]) > slack(wall) or round(row["seconds"], 3) != phases[row["name"]]:
+            yield (f"phase {row['name']} took {phases[row['name']]} s by its RESULT, {row['seconds']:.3f} by "
+                   f"its row in metrics.jsonl, {wall:.1f} by the times there")
             return
 
 
