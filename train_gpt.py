@@ -499,7 +499,7 @@ def script_source() -> str:
 def say(text: str, stream: Any = None):
     """Print a line. A console that is full, gone or of another encoding costs no more than the line."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=stream or sys.stdout, flush=True)
+        print(text, file=stream, flush=True)
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
@@ -3230,8 +3230,7 @@ def open_tokenizer(run: Run, path: Path, manifest: Manifest, saved: Saved | None
     tokenizer = load_tokenizer(path, run.cfg.vocab_size)
     changes = ", ".join(tokenizer.normalises()) or "nothing"
     run.log(f"tokenizer: sha256:{tokenizer.sha256} changes in text: {changes}")
-    fault = manifest.fault(path, tokenizer.sha256)
-    if fault:
+    if fault := manifest.fault(path, tokenizer.sha256):
         raise UserError(f"{fault}: the shards were made with another one")
     if saved and not saved.tokenizer_sha256:
         run.log.caveat(f"EVAL_ONLY_PATH={run.cfg.eval_only_path} does not say which tokenizer it is for")
@@ -3294,8 +3293,7 @@ def hash_training_data(run: Run, loader: PackedLoader, manifest: Manifest) -> st
     lines = []
     for path, digest in loader.hashes_by_path().items():
         lines.append(f"{digest}  {path.name}\n")
-        fault = manifest.fault(path, digest)
-        if fault:
+        if fault := manifest.fault(path, digest):
             run.log.caveat(fault)
     run.log(f"training shards read: {len(lines)} of {len(loader.paths)}")
     return sha256("".join(lines).encode())
