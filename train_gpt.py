@@ -566,11 +566,10 @@ class RunLog:
             self.folder = Path(cfg.artifact_dir or Path("runs", cfg.run_id))
             self.folder.mkdir(parents=True, exist_ok=True)
         else:
-            Path("runs").mkdir(exist_ok=True)
             for number in itertools.count(2):
                 self.folder = Path("runs", self.run_id)
                 with contextlib.suppress(FileExistsError):
-                    self.folder.mkdir()
+                    self.folder.mkdir(parents=True)
                     break
                 self.run_id = f"{default_id}-{number}"
         for name in RUN_FILES:
@@ -709,7 +708,7 @@ class Manifest(NamedTuple):
     def check_train(self, paths: list[Path], tokens: int):
         """UserError if the training shards are all there but hold another number of tokens together."""
         made = [name for name in self.hashes if "_train_" in name]
-        if made and len(paths) == len(made) and tokens != self.train_tokens:
+        if len(made) == len(paths) and tokens != self.train_tokens:
             raise UserError(f"{paths[0].parent}: training shards hold {tokens} tokens, and by manifest.json "
                             f"{self.train_tokens}: make the data again")
 
