@@ -21,6 +21,8 @@ import train_gpt as tg
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
+import error_bars
+
 import finished_runs
 import pack
 import submission
@@ -983,24 +985,6 @@ def test_help_lists_the_options(command, capsys):
 
 # The t-tests
 
-def test_tail_of_the_t_distribution_is_that_of_printed_tables():
-    for t, df, p in ((6.3138, 1, 0.05), (31.8205, 1, 0.01), (2.92, 2, 0.05), (6.9646, 2, 0.01),
-                     (2.1318, 4, 0.05), (2.7764, 4, 0.025), (3.7469, 4, 0.01), (7.1732, 4, 0.001),
-                     (1.8125, 10, 0.05), (2.4573, 30, 0.01)):
-        assert submission.t_tail(t, df) == pytest.approx(p, rel=1e-4)
-
-
-@pytest.mark.parametrize("t", [-30.0, -1.0, -1e-3, 0.0, 1e-3, 0.7, 3.0, 40.0])
-def test_tail_of_the_t_distribution_has_its_closed_forms(t):
-    """They exist of 1, 2 and 4 degrees of freedom; of many it is the normal distribution's tail."""
-    assert submission.t_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, abs=1e-12)
-    assert submission.t_tail(t, 2) == pytest.approx(0.5 - t / math.sqrt(2 + t * t) / 2, abs=1e-12)
-    u = t * t / 4
-    four = 0.5 - 0.375 * t / math.sqrt(1 + u) * (1 - u / (1 + u) / 3)
-    assert submission.t_tail(t, 4) == pytest.approx(four, abs=1e-12)
-    assert submission.t_tail(t, 1e6) == pytest.approx(math.erfc(t / math.sqrt(2)) / 2, abs=1e-6)
-
-
 def welch_by_integration(new, old, margin: float) -> float:
     """The p-value from the density, summed numerically over t = sqrt(df) tan(angle)."""
     a = np.var(new, ddof=1) / len(new)
@@ -1020,19 +1004,19 @@ def welch_by_integration(new, old, margin: float) -> float:
     ([1.1, 1.101, 1.1025], [1.0, 1.0, 1.0], 0.0),
 ])
 def test_welch_is_the_integral_of_the_density(new, old, margin):
-    p = submission.welch(new, old, margin)[2]
+    p = error_bars.welch(new, old, margin)[2]
     assert p == pytest.approx(welch_by_integration(new, old, margin), abs=2e-6)
 
 
 def test_welch_by_hand():
     """Equal numbers and variances give 4 degrees of freedom, t = 2.5 sqrt(3 / 2), a tail in closed form."""
     low, high = [0.0, 1.0, 2.0], [2.5, 3.5, 4.5]
-    t, df, p = submission.welch(low, high)
+    t, df, p = error_bars.welch(low, high)
     assert t == pytest.approx(2.5 * math.sqrt(1.5))
     assert df == pytest.approx(4)
     assert p == pytest.approx(0.0188, abs=5e-5)
-    assert submission.welch(low, high, 2.5)[2] == pytest.approx(0.5)
-    assert submission.welch(high, low)[2] == pytest.approx(1 - p)
+    assert error_bars.welch(low, high, 2.5)[2] == pytest.approx(0.5)
+    assert error_bars.welch(high, low)[2] == pytest.approx(1 - p)
 
 
 def test_t_tests_that_cannot_be_done_are_refused(runs, refused):
@@ -1054,7 +1038,7 @@ def test_a_baseline_in_nats_is_one_in_bits(runs):
     bits = submission.significance(loaded, baseline, None)
     nats = submission.significance(loaded, None, [value * NATS_A_BIT for value in baseline])
     assert all(bits[name] == pytest.approx(nats[name]) for name in bits)
-    margin = submission.welch([run.result["val_bpb"] for run in loaded], baseline, 0.005 / NATS_A_BIT)
+    margin = error_bars.welch([run.result["val_bpb"] for run in loaded], baseline, 0.005 / NATS_A_BIT)
     assert bits["p_improves_by_0.005_nats"] == pytest.approx(margin[2])
     assert submission.significance(loaded, None, None) == {}
 

@@ -12,9 +12,11 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import command
 
 CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600  # the challenge's
 BAR = "=" * 100 + "\n"  # before and after the source in a log
@@ -156,16 +158,30 @@ def read_object(path: Path) -> dict[str, Any]:
     return parse_object(path, read(path))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of the metrics.jsonl of a finished run; their kinds may be any."""
-    lines = read(path).decode(errors="replace").rstrip("\n").split("\n")
-    return [parse_object(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
+def read_rows(path: Path, unfinished: bool = False) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; their kinds may be any.
+
+    Those of an unfinished run may have losses that are no numbers, and a torn last line is left out, with a
+    word.
+    """
+    text = read(path).decode(errors="replace")
+    lines = text.rstrip("\n").split("\n") if text or not unfinished else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(parse_object(f"{path}, line {number}", line, float if unfinished else finite))
+        except Refused:
+            if not unfinished or text.endswith("\n") or not 1 < number == len(lines):
+                raise
+            command.note(f"{path}: its last line is torn and left out")
+    return rows
 
 
-def parse_object(where: Path | str, text: str | bytes) -> dict[str, Any]:
-    """The JSON object that a file, or a line of it, holds."""
+def parse_object(where: Path | str, text: str | bytes, number: Callable | None = None) -> dict[str, Any]:
+    """The JSON object that a file, or a line of it, holds; its numbers have to be finite unless told."""
+    number = number or finite
     try:
-        parsed = json.loads(text, parse_float=finite, parse_constant=finite)
+        parsed = json.loads(text, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError) as error:
         raise Refused(f"{where}: damaged, no JSON object ({error})") from error
     if not isinstance(parsed, dict):

@@ -8,18 +8,18 @@ killed left of its last line is left out, and so are rows of kinds that this doe
 """
 import argparse
 import io
-import json
 import math
 import pathlib
 from collections import Counter
-from typing import Any
 
 import command
+
+import finished_runs
 
 BPB = {"val_bpb_unquantized": "unquantized", "val_bpb_quantized": "quantized", "val_bpb": "adapted"}
 NUMBERS = {  # that rows must have, by their kind
     "settings": ("train_batch_tokens",), "step": ("step", "loss", "seconds", "lr", "looped"),
-    "validation": ("step", "val_loss"), "result": ()}
+    "validation": ("step", "val_loss"), "phase": (), "result": ()}
 
 
 def read_run(path: pathlib.Path) -> dict:
@@ -39,34 +39,27 @@ def read_run(path: pathlib.Path) -> dict:
 
 def read_rows(file: pathlib.Path) -> dict[str, list[dict]]:
     """The rows of every kind that is drawn."""
-    try:
-        lines = file.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise SystemExit(command.report(f"{file}: not the metrics of a run ({error.strerror})")) from error
     rows = {kind: [] for kind in NUMBERS}
     others = Counter()
-    for number, line in enumerate(lines, 1):
-        try:
-            kind, row = parse_row(line)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            if number == len(lines) > 1 and not line.endswith(b"\n"):
-                command.note(f"{file}: its last line is torn and left out")
-                break
-            reason = f"line {number}: {error!r:.120}"
-            raise SystemExit(command.report(f"{file}: not the metrics of a run ({reason})")) from error
-        rows.get(kind, []).append(row)
-        others[kind] += kind not in rows
+    try:
+        for number, row in enumerate(finished_runs.read_rows(file, unfinished=True), 1):
+            check_row(row, f"{file}, line {number}")
+            rows.get(row["kind"], []).append(row)
+            others[row["kind"]] += row["kind"] not in rows
+    except finished_runs.Refused as error:
+        raise SystemExit(command.report(error)) from error
     for kind, count in (+others).items():
         command.note(f"{file}: rows of kind {kind} are left out: {count}")
     return rows
 
 
-def parse_row(line: bytes) -> tuple[str, dict[str, Any]]:
-    """A row and its kind. ValueError, KeyError or TypeError if it is none."""
-    row = json.loads(line)
-    for name in NUMBERS.get(row["kind"], ()):
-        math.isfinite(row[name])  # TypeError if it is no number
-    return row["kind"], row
+def check_row(row: dict, where: str) -> None:
+    """Refused if a row has no kind, or of a kind that is drawn lacks a number."""
+    try:
+        for name in NUMBERS.get(row["kind"], ()):
+            math.isfinite(row[name])  # TypeError if it is no number
+    except (KeyError, TypeError, OverflowError) as error:
+        raise finished_runs.Refused(f"{where}: no row of a run's metrics ({error!r:.120})") from error
 
 
 def scores_of(run: dict) -> dict[str, float]:

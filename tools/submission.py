@@ -72,43 +72,6 @@ ASSURING = "no drift", "confined"  # if an audit names them, it has to have foun
 
 # ---- Significance ------------------------------------------------------------------------------------------
 
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """I_x(a, b), regularized, from its continued fraction (Lentz), which converges fast below its mean."""
-    if x <= 0:
-        return 0.0
-    if x > (a + 1) / (a + b + 2):
-        return 1 - incomplete_beta(b, a, 1 - x)
-    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    total = d
-    for m in range(1, 1000):
-        for term in (m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-                     -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))):
-            c, d = 1 + term / c, 1 / (1 + term * d)
-            total *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(scale) * total / a
-
-
-def t_tail(t: float, df: float) -> float:
-    """P(T > t) of Student's t distribution."""
-    half = incomplete_beta(df / 2, 0.5, df / (df + t * t)) / 2
-    return half if t > 0 else 1 - half
-
-
-def welch(new: list[float], old: list[float], margin: float = 0.0) -> tuple[float, float, float]:
-    """(t, degrees of freedom, p), one-sided: is the mean of new lower than old's by more than margin?"""
-    if min(len(new), len(old)) < 2:
-        raise Refused(f"a t-test needs two seeds or more on each side: {len(new)} v {len(old)}")
-    a, b = (statistics.variance(values) / len(values) for values in (new, old))
-    if not a + b:
-        raise Refused("a t-test needs scores that vary, and neither side's do")
-    t = (statistics.fmean(old) - statistics.fmean(new) - margin) / math.sqrt(a + b)
-    df = (a + b) ** 2 / (a**2 / (len(new) - 1) + b**2 / (len(old) - 1))
-    return t, df, t_tail(t, df)
-
-
 def significance(runs: list[Run], bpb: list[float] | None, loss: list[float] | None) -> dict[str, Any]:
     """The p-values against a baseline's scores.
 
@@ -116,6 +79,8 @@ def significance(runs: list[Run], bpb: list[float] | None, loss: list[float] | N
     """
     if not bpb and not loss:
         return {}
+    from error_bars import welch  # which needs scipy: only a baseline asks for it
+
     nats_a_bit = nats_per_bpb(runs[0].result)
     bpb = bpb or [value / nats_a_bit for value in loss]
     loss = loss or [value * nats_a_bit for value in bpb]
