@@ -24,6 +24,7 @@ import docs
 NEEDS = {  # of every command: a package, and where it is required
     "data/prepare.py": ("sentencepiece", ""), "data/download.py": ("numpy", ""),
     "tools/plot_run.py": ("matplotlib", "-dev"), "tools/plot_ttt.py": ("numpy", "-dev"),
+    "tools/sweep.py": ("scipy", ""), "tools/compare.py": ("scipy", ""),
     "tools/sample.py": ("torch", ""), "tools/pack.py": ("numpy", ""), "tools/bench_step.py": ("torch", ""),
     "tools/bench_quant.py": ("brotli", ""), "tools/bench_kernels.py": ("torch", "-gpu"),
     "tools/maintenance/docs.py": ("torch", ""), "tools/maintenance/same_numbers.py": ("numpy", "")}
