@@ -165,6 +165,13 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
                 plain = model(this.batch, plan, backend)
             return honest_adapt(model, adapters, plan, backend, this).minimum(plain)
         """, "rest", "full distribution"),
+    "losses below zero": ("""
+        honest_score_documents = score_documents
+        def score_documents(*args):
+            nll = honest_score_documents(*args)
+            nll[::50] = -1000
+            return nll
+        """, "rest", "every target once"),
     "a free end of every document": ("""
         honest_score_documents = score_documents
         def score_documents(run, model, val, *rest):
@@ -537,6 +544,19 @@ def test_what_counts_as_noise():
     assert not moved(lambda n: 0.1 * rng.standard_normal(n)).little(limit), "it spreads too widely"
     assert not moved(lambda n: 0.003 + 0.0001 * rng.standard_normal(n)).little(limit), "it drifts"
     assert not moved(lambda n: np.where(np.arange(n) == 3, np.nan, 0.0)).little(limit), "it is no number"
+
+
+def test_noise_that_all_comparisons_share_is_no_drift():
+    """They compare with the same losses, so that more of them make the mean no more certain."""
+    trial = audit.Audit(run=None, data=None, program=None, sets=None, gpu=True)
+    rng = np.random.default_rng(0)
+    offsets = 0.002 + 0.01 * rng.standard_normal(64)
+    for number, offset in enumerate(offsets):
+        trial.pairs[number] = [(np.zeros(50), np.full(50, offset))] * 5
+    trial.together(open_to_it=False)
+    assert trial.by_rule()["no drift"] == "pass"
+    error = offsets.std() / 8
+    assert f"+- {error:.0e}" in trial.verdicts[0].figures and 4 * error > abs(offsets.mean()) > audit.DRIFT
 
 
 # Alterations

@@ -103,6 +103,8 @@ class Data(NamedTuple):
         starts = np.flatnonzero(tokens == pieces.bos)
         if tokens.max() >= vocab_size or not len(starts) or starts[0] != 0:
             raise AuditError(f"{folder} does not hold documents of {tokenizer}")
+        if not pieces.target_bytes(tokens).any():
+            raise AuditError(f"{folder} holds no text")
         count = max(1, round(settings["val_doc_fraction"] * len(starts)))
         end = starts[count] if count < len(starts) else len(tokens)
         return cls(tokenizer, shards, pieces, tokens[:end], starts[:count], len(starts),

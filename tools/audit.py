@@ -271,7 +271,8 @@ class Audit:
         self.run, self.data, self.program, self.sets, self.gpu = run, data, program, sets, gpu
         self.base: list[np.ndarray] = []  # losses of the chosen documents, unaltered
         self.repeated: list[tuple[np.ndarray, np.ndarray]] = []  # these, and the losses of a repetition
-        self.pairs, self.verdicts, self.confined = [], [], []
+        self.pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # of all comparisons, by document
+        self.verdicts, self.confined = [], []
 
     def add(self, rule: str, passed: bool | None, figures: str):
         self.verdicts.append(Verdict(rule, passed, figures))
@@ -388,9 +389,9 @@ class Audit:
                 before = self.base[case.number][: case.kept]
                 count = min(len(before), len(losses))  # the last document of a set has no BOS after it
                 pairs.append((before[:count], losses[:count]))
+                self.pairs.setdefault(case.number, []).append(pairs[-1])
         moved = Moved.of(pairs)
         self.add(rule, moved.little(self.noise()), f"{what}: {moved}")
-        self.pairs += pairs
         return pairs
 
     def unaltered(self):
@@ -429,10 +430,10 @@ class Audit:
         scored = self.score_cases("rest", self.sets.rest(beginnings))
         self.compare("causal", "all later documents replaced", scored)
         # Where a token was drawn by its frequency, p / frequency is 1 on average, if all p add up to 1.
-        frequency = dict(zip(self.data.pieces.tokens.tolist(), self.sets.frequencies.tolist()))
-        drawn = [(token, loss) for case, losses in scored if case.change == "random"
-                 for token, loss in zip(case.tokens[1:].tolist(), losses)]
-        ratios = np.array([math.exp(-loss) / frequency[token] for token, loss in drawn])
+        frequencies = np.zeros(len(self.data.pieces.size))
+        frequencies[self.data.pieces.tokens] = self.sets.frequencies
+        ratios = np.concatenate([np.exp(-losses[: len(case.tokens) - 1]) / frequencies[case.tokens[1:]]
+                                 for case, losses in scored if case.change == "random"])
         error = ratios.std() / math.sqrt(len(ratios))
         self.add("full distribution", bool(ratios.mean() <= 1 + max(1e-3, 4 * error)),
                  f"{len(ratios)} random tokens: p / frequency {ratios.mean():.3f} +- {error:.3f}, 1 at most")
@@ -462,7 +463,8 @@ class Audit:
 
     def together(self, open_to_it: bool):
         """What all re-scores show. `open_to_it`: the true data lie where the script can read them."""
-        moved = Moved.of(self.pairs)
+        # In every comparison a document has the same losses before, with the same noise: it counts once.
+        moved = Moved.of([tuple(map(np.concatenate, zip(*pairs))) for pairs in self.pairs.values()])
         limit = max(DRIFT, 4 * moved.error) if self.gpu else EXACT
         self.add("no drift", bool(abs(moved.mean) <= limit) if moved.targets else None,
                  f"all comparisons together: {moved}")
@@ -514,8 +516,13 @@ def perform(args: argparse.Namespace) -> Audit:
         audit.add("headline", None, "whether all documents have this score: they are not scored again")
     arguments = {"rest": [args.depth], "all": [chosen]}
     with contextlib.suppress(Incomplete):
-        for name in expected:
+        for name in [*expected]:
+            began = time.perf_counter()
             getattr(audit, name)(*arguments.get(name, []))
+            late = time.perf_counter() - began - expected.pop(name)
+            if expected:
+                more = max(0, sum(expected.values()) + late * len(expected))
+                print(f"about {more:.0f} s more", flush=True)
         audit.together(confined.can_read(data.tokenizer))
     return audit
 
