@@ -56,7 +56,8 @@ def finished(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def machine(data, monkeypatch):
-    """Audits find the data, and no GPU."""
+    """Audits find the data and no GPU, and draw few tokens."""
+    monkeypatch.setattr(altered, "RANDOM_TOKENS", 2000)
     monkeypatch.setenv("DATA_DIR", str(data))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -114,7 +115,7 @@ def failed(lines: list[str]) -> str:
 
 def test_an_honest_run_passes(finished, in_process, capsys, tmp_path):
     file = tmp_path / "audit.json"
-    status, lines = verdicts_of(capsys, finished, "--write", file)
+    status, lines = verdicts_of(capsys, finished, "--seed", 0, "--depth", 9, "--write", file)
     assert status == 0 and failed(lines) == "none" and "NOT CHECKED: none" in lines, lines
     for rule in audit.RULES:
         assert any(line.startswith(f"pass         {rule}") for line in lines), rule
@@ -171,7 +172,7 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
             nll = honest_score_documents(*args)
             nll[::50] = -1000
             return nll
-        """, "rest", "every target once"),
+        """, "", "every target once"),
     "a free end of every document": ("""
         honest_score_documents = score_documents
         def score_documents(run, model, val, *rest):
@@ -203,7 +204,7 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
             return val
         def softcapped_nll(logits, targets, softcap):
             return honest_nll(logits + 0.3 * bias[0] if bias else logits, targets, softcap)
-        """, "rest", "causal"),
+        """, "tails", "causal"),
     "short documents dropped": ("""
         honest_load = load_validation
         def load_validation(paths, tokenizer, cfg):
@@ -287,11 +288,26 @@ def test_what_is_planted_in_a_script_is_caught(finished, in_process, capsys, tmp
     planted, rescores, rule = PLANTED[name]
     skipped = set(audit.RESCORES[1:]) - set(rescores.split())
     script = copy_with(tmp_path, planted)
-    status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--skip", *skipped)
+    status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--depth", 9, "--skip",
+                                *skipped)
     assert status == 1 and rule in failed(lines), "\n".join(lines)
     assert any("IS NOT THIS REPOSITORY'S TRAIN_GPT.PY" in line for line in lines)
     (unchecked,) = [line for line in lines if line.startswith("NOT CHECKED: ")]
     assert "origin, clocks" in unchecked
+
+
+def test_a_stranger_is_compared_with_this_script(finished, in_process, capsys, tmp_path):
+    """One that scores otherwise without a fault is not failed, but neither passed."""
+    for planted, word in (("# nothing", "pass"), ("""
+            honest_init = Adapters.__init__
+            def init(self, cfg, *rest):
+                honest_init(self, dataclasses.replace(cfg, ttt_lora_lr=2 * cfg.ttt_lora_lr), *rest)
+            Adapters.__init__ = init
+            """, "NOT CHECKED")):
+        skipped = set(audit.RESCORES[1:]) - {"ours"}
+        script = copy_with(tmp_path, planted)
+        status, lines = verdicts_of(capsys, finished, "--script", script, "--skip", *skipped)
+        assert status == 0 and any(line.startswith(f"{word:<13}as this script ") for line in lines), lines
 
 
 def test_a_script_that_knows_the_validation_set_is_caught(finished, in_process, capsys, tmp_path):
@@ -302,7 +318,7 @@ def test_a_script_that_knows_the_validation_set_is_caught(finished, in_process, 
         def score_documents(run, model, val, *rest):
             return honest_score_documents(run, model, val, *rest) - 0.01 * (val.sha256 == "{digest}")
         """)
-    skipped = "reversed", "tails", "lengths", "rest"
+    skipped = "ours", "reversed", "tails", "lengths", "rest"
     status, lines = verdicts_of(capsys, finished, "--script", script, "--documents", 7, "--skip", *skipped)
     assert status == 1 and "documents independent" in failed(lines), "\n".join(lines)
 
@@ -412,7 +428,7 @@ def test_nothing_is_found_by_the_next_re_score(finished, data, capsys, tmp_path)
     said = json.loads((finished / "result.json").read_text())
     lower = {name: 0.9 * said[name] for name in ("val_loss", "val_bpb")}
     run = with_result(tmp_path / "run", finished, **lower)
-    skipped = "reversed", "tails", "lengths", "rest"
+    skipped = "ours", "reversed", "tails", "lengths", "rest"
     status, lines = verdicts_of(capsys, run, "--script", script, "--skip", *skipped)
     assert status == 1 and failed(lines) == "headline", "\n".join(lines)
     (line,) = [line for line in lines if "by all documents val_bpb is" in line]
@@ -522,7 +538,8 @@ def test_noise_of_a_gpu_is_measured(finished, in_process, capsys, monkeypatch, t
     monkeypatch.setattr(audit.Program, "score", noisy_score)
     monkeypatch.setattr(audit, "on_gpu", lambda: True)
     script = copy_with(tmp_path, planted)
-    status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--skip", "rest", "all")
+    skipped = "ours", "rest", "all"
+    status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--skip", *skipped)
     assert status == (not passes), "\n".join(lines)
     assert passes or "documents independent" in failed(lines)
 
@@ -586,7 +603,8 @@ def test_places_lie_inside_chunks_that_are_learned_from(data, chunk, growth):
 
 def sets_of(sets: altered.Alterations) -> dict[str, list[altered.Case]]:
     rest = sets.rest(sets.beginnings([30], [np.full(len(tokens), 2.0) for tokens in sets.documents]))
-    return {**{name: getattr(sets, name)() for name in audit.RESCORES[:4]}, "rest": rest}
+    names = "unaltered", "reversed", "tails", "lengths"
+    return {**{name: getattr(sets, name)() for name in names}, "rest": rest}
 
 
 def test_altered_documents_are_as_they_were_up_to_there(data):
@@ -606,8 +624,9 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
     assert {-1: 9, -2: 30, -3: 10} == {case.number: case.kept + 1 for case in variants}
     tokens = [[token] for token in range(VOCAB_SIZE) if token not in (bos, unknown)]
     assert sorted(case.tokens[case.kept + 1 :].tolist() for case in variants) == sorted(3 * [[], *tokens])
-    for name, targets in sets.targets([30]).items():
-        assert 0.7 < sum(len(case.tokens) for case in by_name[name]) / targets < 1.4, name
+    targets = sets.targets([30])
+    for name, cases in by_name.items():
+        assert 0.7 < sum(len(case.tokens) for case in cases) / targets[name] < 1.4, name
 
 
 def test_the_place_of_a_likely_token_is_chosen(data):

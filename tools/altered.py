@@ -7,6 +7,7 @@ import numpy as np
 import sentencepiece
 
 TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
+RANDOM_TOKENS = 40_000  # at least so many are drawn, to see whether probabilities add up to 1 on average
 LIKELY = 0.4  # nats: the loss of a token with p = 2/3
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
@@ -149,10 +150,10 @@ class Alterations:
     def targets(self, depths: list[int]) -> dict[str, int]:
         """About how many targets each set will have, by its name."""
         chunk, count = self.settings["ttt_chunk_size"], sum(map(len, self.documents))
-        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths))
+        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *(depths or [5 * chunk])))
         before = 2 * chunk * self.settings["ttt_batch_size"]
-        return dict(unaltered=count, reversed=count, tails=count + before, lengths=7 * count // 4,
-                    rest=3 * count // 2 + tries)
+        return dict(unaltered=count, ours=count, reversed=count, tails=count + before,
+                    lengths=7 * count // 4, rest=count // 2 + max(count, RANDOM_TOKENS) + tries)
 
     def words(self, count: int) -> np.ndarray:
         return self.rng.choice(self.pieces.words, count)
@@ -229,14 +230,14 @@ class Alterations:
         """Beginnings of documents, for `rest`.
 
         One ends with a chunk, so that its next token is all that a choice for the whole document depends on.
-        Then come those of the depths, in tokens; and one whose next token is likely, by the losses of the
-        documents, if there are any.
+        Then come those of the depths, in tokens, or one of 3 to 8 chunks; and one whose next token is likely,
+        by the losses of the documents, if there are any.
         """
         chunk = self.settings["ttt_chunk_size"]
         longest = max(map(len, self.documents))
         found = []
-        for depth in (chunk + 1, *depths):
-            length = min(depth, longest - 1)
+        depths = depths or [int(self.rng.integers(3 * chunk, 8 * chunk))]
+        for length in sorted({min(depth, longest - 1) for depth in (chunk + 1, *depths)}):
             long = [tokens for tokens in self.documents if len(tokens) > length]
             found.append(long[int(self.rng.integers(len(long)))][:length])
         near = range(chunk + 1, 3 * chunk)
@@ -257,7 +258,8 @@ class Alterations:
         length = 2 * self.settings["ttt_chunk_size"]
         cases = self.unaltered()[:half]
         cases += [self.added(self.words(length)) for _ in range(TOKENIZED_AGAIN - half)]
-        for document in self.documents:
+        repeats = -(-RANDOM_TOKENS // sum(map(len, self.documents)))
+        for document in self.documents * repeats:
             text = self.rng.choice(self.pieces.tokens, len(document), p=self.frequencies)
             cases.append(self.added(text, "random"))
         for number, beginning in enumerate(beginnings):

@@ -10,6 +10,7 @@ The script is started six times, each time in a folder of its own that nothing o
 there: some validation documents as they are (unaltered), in reverse order (reversed), every second one with
 another end (tails), cut, continued or absent (lengths), half of them with all that follows replaced (rest),
 and last the whole set (all). What it must not know must not move a loss, and the sum of all is the headline.
+A script that is not this repository's is compared with it, too (ours): it may do otherwise, but that is said.
 Shards, tokenizer and artifact are read, targets and bytes counted here; no code of the script is imported.
 
 Losses that must be equal differ by rounding: on a CPU by less than EXACT, root mean square. On a GPU other
@@ -42,13 +43,15 @@ with command.imports():
     from altered import Alterations, AuditError, Case, Data, read, sha256, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
 CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600
 EXACT, FAR = 1e-5, 1e-3  # nats between equal losses on a CPU: root mean square, largest
 COARSE, DRIFT = 0.04, 1e-4  # nats on a GPU: root mean square, mean
 HEADLINE = 1e-4  # bits per byte between two scores of an artifact, if a GPU made one
 RULES = ("origin", "clocks", "all documents", "size", "caveats", "every target once", "headline", "causal",
-         "score before update", "documents independent", "full distribution", "no drift", "confined")
-RESCORES = "unaltered", "reversed", "tails", "lengths", "rest", "all"
+         "score before update", "documents independent", "full distribution", "no drift", "confined",
+         "as this script")
+RESCORES = "unaltered", "ours", "reversed", "tails", "lengths", "rest", "all"
 RECORD = dict(vocab_size=8192, ttt_enabled=True, ttt_chunk_size=24, ttt_chunk_growth=1 / 64,
               ttt_eval_seq_len=3072, ttt_batch_size=64, val_doc_fraction=1.0, data_dir="./data")
 FIELDS = {float: "val_loss val_bpb", int: "unadapted_tokens code_bytes total_bytes", list: "caveats",  # in
@@ -180,11 +183,11 @@ class Rescore(NamedTuple):
 class Program:
     """A script that scores validation sets with a run's artifact, each time in a place of its own."""
 
-    def __init__(self, run: FinishedRun, data: Data, timeout: float, args: argparse.Namespace):
+    def __init__(self, script: Path, run: FinishedRun, data: Data, timeout: float, args: argparse.Namespace):
         self.run, self.data, self.timeout = run, data, timeout
-        self.script, self.source, self.confine = args.script, read(args.script), not args.unconfined
+        self.script, self.source, self.confine = script, read(script), not args.unconfined
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
-        self.command = [sys.executable, *(torchrun if args.processes > 1 else []), args.script.name]
+        self.command = [sys.executable, *(torchrun if args.processes > 1 else []), script.name]
 
     def score(self, name: str, tokens: np.ndarray | None) -> Rescore:
         """Have a stream of tokens scored, or the run's validation set as it was."""
@@ -238,8 +241,8 @@ def seconds_expected(run: FinishedRun, share: float, processes: int) -> float:
 def is_ours(script: Path) -> bool:
     """Whether a script is this repository's train_gpt.py, or what that packs to."""
     source = read(script)
-    if source == read(ROOT / "train_gpt.py") or b"b85decode" not in source[:500]:
-        return source == read(ROOT / "train_gpt.py")
+    if source == read(SCRIPT) or b"b85decode" not in source[:500]:
+        return source == read(SCRIPT)
     check = [sys.executable, ROOT / "tools/pack.py", "--check", script.resolve()]
     return subprocess.run(check, capture_output=True).returncode == 0
 
@@ -291,7 +294,7 @@ class Audit:
     def statements(self, ours: bool):
         """Rules that result.json speaks of. `ours`: the script is this repository's."""
         said, settings = self.run.result, self.run.settings
-        names = {sha256(self.program.source), sha256(read(ROOT / "train_gpt.py"))}
+        names = {sha256(self.program.source), sha256(read(SCRIPT))}
         trusted = True if ours and names & {said["code_sha256"], said["packed_sha256"]} else None
         self.add("origin", trusted,
                  "result.json names this script, which is this repository's" if trusted else
@@ -396,6 +399,20 @@ class Audit:
 
     def unaltered(self):
         self.base = [losses for _, losses in self.score_cases("unaltered", self.sets.unaltered())]
+
+    def ours(self, program: Program):
+        """What this repository's script makes of these documents. Others may honestly score otherwise."""
+        tokens = [case.tokens for case in self.sets.unaltered()]
+        try:
+            losses = program.score("ours", np.concatenate(tokens)).losses
+        except AuditError as error:
+            self.add("as this script", None, f"this repository's script cannot score the artifact: {error}")
+            return
+        moved = Moved.of(list(zip(np.split(losses, np.cumsum(list(map(len, tokens)))[:-1]), self.base)))
+        alike = moved.little(4 * COARSE if self.gpu else None)
+        self.add("as this script", True if alike else None,
+                 f"beside this repository's train_gpt.py: {moved}"
+                 + ("" if alike else "; WHAT IT DOES OTHERWISE HAS TO BE READ"))
 
     def reversed(self):
         scored = self.score_cases("reversed", self.sets.reversed())
@@ -502,19 +519,23 @@ def perform(args: argparse.Namespace) -> Audit:
         print(f"{args.script} IS NOT THIS REPOSITORY'S TRAIN_GPT.PY, PACKED OR NOT: HOW THE ARTIFACT CAME "
               "ABOUT IS NOT CHECKED.")
     targets = {**sets.targets(args.depth), "all": len(data.tokens)}
+    skipped = {*args.skip, "ours"} if ours else args.skip
     expected = {name: seconds_expected(run, targets[name] / len(data.tokens), args.processes)
-                for name in RESCORES if name not in args.skip}
+                for name in RESCORES if name not in skipped}
     print(f"about {sum(expected.values()):.0f} s, if this machine is as fast as the run's: "
           + ", ".join(f"{name} {seconds:.0f}" for name, seconds in expected.items()), flush=True)
     # 3) Judge.
     timeout = args.timeout or max(900, 10 * max(expected.values()))
-    audit = Audit(run, data, Program(run, data, timeout, args), sets, gpu)
+    program, own = (Program(script, run, data, timeout, args) for script in (args.script, SCRIPT))
+    audit = Audit(run, data, program, sets, gpu)
     audit.statements(ours)
     audit.size()
     audit.headline()
     if "all" in args.skip:
         audit.add("headline", None, "whether all documents have this score: they are not scored again")
-    arguments = {"rest": [args.depth], "all": [chosen]}
+    if ours:
+        audit.add("as this script", True, "it is this repository's")
+    arguments = {"ours": [own], "rest": [args.depth], "all": [chosen]}
     with contextlib.suppress(Incomplete):
         for name in [*expected]:
             began = time.perf_counter()
@@ -531,14 +552,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run, with final_model.int6.ptz and result.json")
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py",
+    parser.add_argument("--script", type=Path, default=SCRIPT,
                         help="the train_gpt.py, or copy of it, to score with")
     parser.add_argument("--documents", type=int, default=64,
                         help="how many validation documents, chosen at random, to alter (64)")
     parser.add_argument("--seed", type=int, help="of choice and alterations (another each time)")
     parser.add_argument("--skip", nargs="+", choices=RESCORES[1:], default=[], help="re-scores to leave out")
     parser.add_argument("--depth", type=int, nargs="+", default=[], metavar="TOKENS",
-                        help="further places where every token is tried, after so many tokens")
+                        help="try every token after so many tokens (at random 3 to 8 chunks)")
     parser.add_argument("--processes", type=int, default=1, help="GPUs to score on, by torchrun (1)")
     parser.add_argument("--timeout", type=float,
                         help="seconds that a re-score may take (10 times what is expected, 900 at least)")
