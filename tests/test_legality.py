@@ -82,6 +82,8 @@ class PhaseLog:
     def __call__(self, *args, **options):
         pass
 
+    metrics = __call__
+
 
 def make_run(cfg=CFG, ranks=None) -> tg.Run:
     ranks = ranks or tg.Ranks()

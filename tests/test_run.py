@@ -425,6 +425,7 @@ def test_ranks_begin_a_clock_together_and_the_slowest_is_counted():
     log = object.__new__(tg.RunLog)
     log.ranks = FastRank()
     log.phases = []
+    log.files = {}
     with log.phase("adapt", "scoring"):
         events.append("work")
     assert events == ["barrier", "work"] and log.spent("scoring") == 7.0
