@@ -131,9 +131,12 @@ def test_the_errors_of_documents_and_seeds_add_up_as_squares():
 def test_measures_are_those_of_the_run(run):
     found = measures.measure(run(0, 1.25, last=1.5, quantized=1.375, adapted=1.125, ms=80.0))
     assert found == {"last weights": 1.5, "average": 1.25, "quantized": 1.375, "adapted": 1.125, "gap": 0.125,
-                     "score": 1.125, "ms a step": 80.0, "bytes": 900_000}
+                     "score": 1.125, "ms a step": 80.0, "bytes": 900_000, "budget": 0.0}
     plain = measures.measure(run(1, 1.25, quantized=1.375))
     assert plain["score"] == 1.375 and math.isnan(plain["adapted"]) and math.isnan(plain["last weights"])
+    early = run(2, 1.25, last=1.5, steps=20)
+    early.rows[2]["step"] = 10  # the last weights were not validated
+    assert math.isnan(measures.measure(early)["last weights"])
 
 
 def test_time_is_bits_per_byte(run):
@@ -146,6 +149,9 @@ def test_time_is_bits_per_byte(run):
     assert found["time"].error == pytest.approx(0.0003)  # 4 and 2 %: over seeds
     assert found["adapted"].value == pytest.approx(-0.002)
     assert found["score + time"].value == pytest.approx(-0.002 + 3 * 0.0003)
+    clocks = {"training": {"seconds": 600.0, "budget": 600.0}}  # by the clock: the score has the time in it
+    (timed,) = by_card([run(seed, 1.1, ms=103.0, clocks=clocks) for seed in (0, 1)]).values()
+    assert not {"time", "score + time"} & set(differences(timed, theirs))
 
 
 def cells(lines: list[str], start: str) -> list[str]:

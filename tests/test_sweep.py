@@ -16,7 +16,7 @@ from conftest import ROOT, SMOKE, TINY, as_environment, read_result
 sys.path.insert(0, str(ROOT / "tools"))
 import command
 import sweep
-from sweep import Variant, read_table
+from variants import Variant, read_script, read_table
 
 from finished_runs import Refused
 
@@ -283,7 +283,7 @@ def test_a_killed_sweep_goes_on_in_a_copied_folder(place, capsys):
     # a kill while results were being copied leaves a part
     part = Path("runs/table/slow/.seed0.part")
     part.mkdir()
-    (part / "log.txt").write_text("torn")
+    (part / "scores.npz").write_text("torn")
     shutil.copytree("runs/table", "elsewhere")
     Path("script.py").unlink()
     Path("diary/hang").unlink()
@@ -291,7 +291,8 @@ def test_a_killed_sweep_goes_on_in_a_copied_folder(place, capsys):
     later = [f"{name}-seed{seed}" for seed in (1, 2) for name in ("base", "better", "slow")]
     assert [*diary()] == ["slow-seed0", *later]
     assert row(capsys.readouterr().out, "slow")[1] == "3"
-    assert not list(Path("elsewhere").glob("**/*.part"))
+    kept = {path.name for path in Path("elsewhere/slow").glob("**/*")}
+    assert kept == {"seed0", "seed1", "seed2", "train_gpt.py", "log.txt", "metrics.jsonl", "result.json"}
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -370,7 +371,7 @@ def test_runs_on_another_card_are_told_apart(call, monkeypatch):
     (TABLE + "new SCORES=2", "new: SCORES is not a setting of its script"),
     (TABLE.replace("script.py", "none.py"), "base: script=none.py is no file that can be read"),
     (TABLE.replace("script=script.py", "ref=none"), "base: ref=none is no commit with a train_gpt.py"),
-    (TABLE.replace("script.py", "table.txt"), "base: its script is unlike train_gpt.py: "),
+    (TABLE.replace("script.py", "table.txt"), "unlike train_gpt.py, or cannot be imported: SyntaxError"),
 ])
 def test_mistakes_are_one_line_and_leave_nothing(call, table, words):
     status, out, err = call(table)
@@ -404,8 +405,11 @@ def test_folders_of_something_else_are_refused(call):
     status, _, err = call(TABLE, "--out", "mine")
     assert status == 2 and "mine is there, and not the folder of a sweep" in err
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
-    call(TABLE, "--out", "ours")
-    for damage in ("[]", "{}", '{"variants": 5}', "torn"):
+    Path("ours").mkdir()
+    for name in (".lock", "sweep.json.123.part"):  # what a sweep that was killed at once leaves
+        (Path("ours") / name).touch()
+    assert call(TABLE, "--out", "ours")[0] == 0
+    for damage in ("[]", "{}", '{"variants": 5}', '{"variants": {"base": {}}}', "torn"):
         Path("ours/sweep.json").write_text(damage)
         status, _, err = call(TABLE, "--out", "ours")
         assert status == 2 and err.startswith("error: ours/sweep.json: ") and err.count("\n") == 1
@@ -427,9 +431,9 @@ def test_a_commit_has_its_script(tmp_path):
     head = subprocess.run(["git", "-C", str(ROOT), "show", "HEAD:train_gpt.py"], capture_output=True)
     if head.returncode:
         pytest.skip("no git history here")
-    assert sweep.read_script(variant, tmp_path, {}) == head.stdout
+    assert read_script(variant, tmp_path, {}) == head.stdout
     with pytest.raises(Refused):
-        sweep.read_script(Variant("old", "ref=HEAD:data", {}), tmp_path, {})
+        read_script(Variant("old", "ref=HEAD:data", {}), tmp_path, {})
 
 
 def test_variants_are_what_the_table_says(tmp_path):

@@ -169,9 +169,11 @@ def compare(args: argparse.Namespace) -> list[str]:
     lines += tables({"base": base, "runs": new})
     # 2) By document.
     files = files_of_scores(args)
-    pairs = sorted(set(ours) & set(theirs)) if files else []
+    pairs = sorted(set(ours) & set(theirs))
     rows = []
-    if pairs:
+    if files and not pairs:
+        command.note("the two sides share no seed: nothing is compared by document")
+    elif files:
         sides = []
         for runs, paths in ((new, args.runs), (base, args.against)):
             of_seed = {run.result["seed"]: (run, files[path]) for run, path in zip(runs, paths)}

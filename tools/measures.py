@@ -12,7 +12,8 @@ SCORES = "last weights", "average", "quantized", "adapted"
 COMPARED = *SCORES, "gap", "time", "score + time"
 LEGEND = ["+-: standard error of the mean difference, over pairs of one seed on one card (pairs none: of the "
           f"difference of means). *: p < {SIGNIFICANT}, two-sided t-test.",
-          f"time: 1 % = {BITS_A_PERCENT} bits per byte. score: adapted or, where nothing adapts, quantized."]
+          f"time: 1 % = {BITS_A_PERCENT} bits per byte, if steps are fixed. score: adapted or, if nothing "
+          "adapts, quantized."]
 Measures = dict[str, float]  # of a run, by name; NaN where it does not tell
 
 
@@ -29,6 +30,7 @@ def measure(run: Run) -> Measures:
                     "gap": r["val_bpb_quantized"] - r["val_bpb_unquantized"],
                     "score": r["val_bpb"],
                     "ms a step": 1000 * r.get("phases", {}).get("train", math.nan) / r["steps"],
+                    "budget": r["clocks"]["training"]["budget"],
                     "bytes": r["total_bytes"]}
         return {name: float(value) for name, value in measures.items()}
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
@@ -61,8 +63,11 @@ def differences(new: dict[int, Measures], base: dict[int, Measures]) -> dict[str
 
 
 def with_time(measures: Measures, usual: float) -> Measures:
-    """The measures, and what the time of a step is worth against the usual one."""
-    time = 100 * BITS_A_PERCENT * (measures["ms a step"] / usual - 1)
+    """The measures, and what the time of a step is worth against the usual one.
+
+    The score of a run that trained by the clock has the time in it.
+    """
+    time = math.nan if measures["budget"] else 100 * BITS_A_PERCENT * (measures["ms a step"] / usual - 1)
     return {**measures, "time": time, "score + time": measures["score"] + time}
 
 

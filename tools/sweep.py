@@ -17,18 +17,15 @@ table says otherwise, a run has as many steps as ITERATIONS says (MAX_WALLCLOCK_
 weights are validated, too. Runs of one seed see the same data in the same order. Seeds come one after the
 other, so that pairs are complete early. On a CPU one run follows the other.
 
-After every run its log, its result and metrics.jsonl (with --scores also the loss of every target) are copied
-to the folder, which has the scripts as well, and table.md: what has come out so far. So a sweep may be killed
-at any moment, and goes on by the same command. That tries again what has failed; a variant that fails does
-not stop the others. Variants and seeds may be added; a changed variant needs a new name.
+After every run its log, result.json and metrics.jsonl (with --scores the loss of every target) are copied to
+the folder, which holds the scripts as well, and table.md, the table so far. So a sweep may be killed at any
+moment, and the same command goes on. It tries again what has failed, which never stops the other variants.
+Variants and seeds may be added; a changed variant needs a new name.
 """
 import argparse
 import contextlib
 import ctypes
 import json
-import os
-import re
-import shlex
 import shutil
 import signal
 import statistics
@@ -41,42 +38,13 @@ from typing import Any, NamedTuple
 
 import command
 from measures import measure, tables
+from variants import Plan, Variant, last_line, plan_runs, read_script, read_table
 
-from finished_runs import Refused, Run, read, read_finished, read_object, sha256
+from finished_runs import Refused, Run, read_finished, read_object, sha256
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULTS = {"MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "1000000000"}  # validate at the end alone
-OF_THE_SWEEP = "SEED", "RUN_ID", "ARTIFACT_DIR", "SAVE_SCORES"
 KEPT = "log.txt", "metrics.jsonl", "scores.npz", "result.json"
+DEFINITION = {"source", "settings", "script"}  # what sweep.json has of a variant; of its script, the SHA-256
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-QUESTION = '''
-import dataclasses, json, runpy, sys
-
-script = runpy.run_path(sys.argv[1], run_name="script")
-torch = sys.modules.get("torch")
-answers = []
-for settings in json.load(sys.stdin):
-    try:
-        answers.append(["", script["Config"].from_env(settings).data_dir])
-    except script["UserError"] as error:
-        answers.append([str(error), ""])
-names = [field.name.upper() for field in dataclasses.fields(script["Config"])]
-print(json.dumps([names, torch.cuda.device_count() if torch else 0, answers]))
-'''  # names of all settings, GPUs, and of each variant what is wrong with it and its DATA_DIR
-
-
-class Variant(NamedTuple):
-    """A row of the table."""
-    name: str
-    source: str  # "script=FILE", "ref=COMMIT" or, for this repository's train_gpt.py, nothing
-    settings: dict[str, str]
-
-
-class Plan(NamedTuple):
-    """How runs of a variant are started."""
-    script: Path
-    cwd: Path
-    environment: dict[str, str]
 
 
 class Started(NamedTuple):
@@ -86,109 +54,6 @@ class Started(NamedTuple):
     gpu: str  # as CUDA_VISIBLE_DEVICES names it; nothing on a CPU
     place: Path
     process: subprocess.Popen
-    began: float
-
-
-# ---- Variants ----------------------------------------------------------------------------------------------
-
-def read_table(path: Path) -> tuple[list[Variant], list[int]]:
-    """(variants, seeds) of a table."""
-    # 1) Rows by name.
-    rows: dict[str, list[str]] = {}
-    for number, line in enumerate(read(path).decode(errors="replace").splitlines(), 1):
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise Refused(f"{path}, line {number}: {error}") from error
-        if words and words[0] in rows:
-            raise Refused(f"{path}, line {number}: {words[0]} is there twice")
-        if words and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", words[0]):
-            raise Refused(f"{path}, line {number}: {words[0]} is no name, of letters, digits, '.', '_', '-'")
-        if words:
-            rows[words[0]] = words[1:]
-    # 2) What they mean.
-    seeds = rows.pop("seeds", [])
-    if len(set(seeds)) < max(1, len(seeds)) or not all(re.fullmatch(r"\d{1,18}", seed) for seed in seeds):
-        raise Refused(f"{path}: needs a row `seeds` of whole numbers, each once")
-    common = rows.pop("common", [])
-    if not rows:
-        raise Refused(f"{path}: needs a row for each variant")
-    return [read_variant(path, name, common, own) for name, own in rows.items()], [*map(int, seeds)]
-
-
-def read_variant(path: Path, name: str, common: list[str], own: list[str]) -> Variant:
-    settings = {**DEFAULTS}
-    for words in (common, own):
-        given = dict(word.partition("=")[::2] for word in words)
-        wrong = [word for word in words if "=" not in word or word.partition("=")[0] in OF_THE_SWEEP]
-        if wrong or len(given) < len(words):
-            raise Refused(f"{path}, {name}: settings are NAME=VALUE, each once, and none of the sweep's own, "
-                          f"{', '.join(OF_THE_SWEEP)}: {' '.join(wrong or words)}")
-        settings |= given
-    sources = [f"{kind}={settings.pop(kind)}" for kind in ("script", "ref") if kind in settings]
-    if len(sources) > 1:
-        raise Refused(f"{path}, {name}: {' and '.join(sources)}: which of them?")
-    if "PRESET" not in settings and "ITERATIONS" not in settings and settings["MAX_WALLCLOCK_SECONDS"] == "0":
-        raise Refused(f"{path}, {name}: how long is a run? Set ITERATIONS, or MAX_WALLCLOCK_SECONDS")
-    return Variant(name, "".join(sources), settings)
-
-
-def read_script(variant: Variant, folder: Path, definitions: dict[str, Any]) -> bytes:
-    """The script of a variant. The folder's copy will do where the file or the commit is missing."""
-    kind, _, name = variant.source.partition("=")
-    show = ["git", "-C", str(ROOT), "show", f"{name}:train_gpt.py"]
-    try:
-        if kind == "ref":
-            return subprocess.run(show, check=True, capture_output=True).stdout
-        return Path(name or ROOT / "train_gpt.py").read_bytes()
-    except (OSError, subprocess.CalledProcessError) as error:
-        copy = folder / variant.name / "train_gpt.py"
-        if definitions.get(variant.name, {}).get("source") == variant.source and copy.exists():
-            return read(copy)
-        what = "commit with a train_gpt.py" if kind == "ref" else "file that can be read"
-        raise Refused(f"{variant.name}: {variant.source} is no {what}") from error
-
-
-def plan_runs(variants: list[Variant], scripts: dict[str, bytes],
-              work: Path) -> tuple[dict[str, Plan], list[str]]:
-    """(plans by variant, names of GPUs); Refused if a script does not take the settings of a variant."""
-    plans: dict[str, Plan] = {}
-    here = {"DATA_DIR": os.environ["DATA_DIR"]} if "DATA_DIR" in os.environ else {}
-    for script in dict.fromkeys(scripts.values()):
-        # 1) Ask the script.
-        file = work / f"{sha256(script)}.py"
-        file.write_bytes(script)
-        members = [variant for variant in variants if scripts[variant.name] == script]
-        asked = subprocess.run([sys.executable, "-c", QUESTION, str(file)], capture_output=True,
-                               input=json.dumps([here | variant.settings for variant in members]).encode())
-        if asked.returncode:
-            raise Refused(f"{members[0].name}: its script is unlike train_gpt.py: {last_line(asked.stderr)}")
-        settings, gpus, answers = json.loads(asked.stdout.splitlines()[-1])
-        for variant, (problem, _) in zip(members, answers):
-            unknown = [name for name in variant.settings if name not in settings]
-            if problem or unknown:
-                problem = problem or f"{unknown[0]} is not a setting of its script"
-                raise Refused(f"{variant.name}: {problem}")
-        # 2) Plan. What the environment sets would be in no table.
-        strays = [name for name in os.environ if name in settings and name not in here]
-        if strays:
-            command.note(f"left out, as settings come from the table: {', '.join(strays)} of the environment")
-        inherited = {name: value for name, value in os.environ.items() if name not in strays}
-        for variant, (_, data_dir) in zip(members, answers):
-            kind, _, name = variant.source.partition("=")
-            beside = Path(name).resolve().parent if kind == "script" else ROOT  # where data may be, too
-            cwd = Path.cwd() if Path(data_dir).is_dir() else beside
-            plans[variant.name] = Plan(file, cwd, inherited | variant.settings)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [*map(str, range(gpus))]
-    return plans, names[:gpus] or [""]
-
-
-def last_line(stderr: bytes) -> str:
-    """What a script said last before it failed, or the mistake that it named."""
-    lines = [line for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-    mistakes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return ["it said nothing", *lines, *mistakes][-1]
 
 
 # ---- The folder --------------------------------------------------------------------------------------------
@@ -196,14 +61,16 @@ def last_line(stderr: bytes) -> str:
 def read_definitions(folder: Path) -> dict[str, Any]:
     """What sweep.json in the folder says of each variant; Refused if the folder is something else."""
     file = folder / "sweep.json"
-    if not file.exists():
-        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise Refused(f"{folder} is there, and not the folder of a sweep: name another one by --out")
-        return {}
-    definitions = read_object(file).get("variants")
-    if not isinstance(definitions, dict):
-        raise Refused(f"{file}: damaged, it has no variants")
-    return definitions
+    if file.exists():
+        definitions = read_object(file).get("variants")
+        variants = definitions.values() if isinstance(definitions, dict) else [None]
+        if any(not isinstance(variant, dict) or variant.keys() != DEFINITION for variant in variants):
+            raise Refused(f"{file}: damaged, it does not define variants")
+        return definitions
+    others = folder.iterdir() if folder.exists() else []
+    if any(not path.match(".*") and not path.match("*.part") for path in others):  # a kill leaves these
+        raise Refused(f"{folder} is there, and not the folder of a sweep: name another one by --out")
+    return {}
 
 
 def define(variants: list[Variant], scripts: dict[str, bytes], folder: Path) -> None:
@@ -219,11 +86,11 @@ def define(variants: list[Variant], scripts: dict[str, bytes], folder: Path) -> 
         if changed:
             raise Refused(f"{name} is another variant in {folder}, by {', '.join(changed)}: give it another "
                           "name, or name another folder by --out")
+    text = json.dumps({"variants": definitions}, indent=1) + "\n"
+    command.write_whole(folder / "sweep.json", text.encode())
     for name, script in scripts.items():
         (folder / name).mkdir(exist_ok=True)
         command.write_whole(folder / name / "train_gpt.py", script)
-    text = json.dumps({"variants": definitions}, indent=1) + "\n"
-    command.write_whole(folder / "sweep.json", text.encode())
 
 
 def keep(run: Path, kept: Path) -> None:
@@ -316,9 +183,7 @@ class Sweep:
         seconds = [run.result["seconds"] for run in self.finished.values()]
         if not left or not seconds:
             return f"{left} to go"
-        usual = statistics.fmean(seconds)
-        spent = sum(min(usual, time.monotonic() - run.began) for run in self.at_work)
-        return f"{left} to go, about {(left * usual - spent) / parallel / 60:.1f} min"
+        return f"{left} to go, about {left * statistics.fmean(seconds) / parallel / 60:.1f} min"
 
     def table(self) -> list[str]:
         """What is finished, in tables, and why variants failed."""
@@ -328,6 +193,7 @@ class Sweep:
 
 
 def start(variant: str, seed: int, plan: Plan, gpu: str, work: Path, scores: bool) -> Started:
+    """Start a run in a folder of its own."""
     place = work / f"{variant}-seed{seed}"
     place.mkdir()
     own = {"SEED": str(seed), "RUN_ID": place.name, "ARTIFACT_DIR": str(place / "run")}
@@ -337,7 +203,7 @@ def start(variant: str, seed: int, plan: Plan, gpu: str, work: Path, scores: boo
         process = subprocess.Popen([sys.executable, str(plan.script)], cwd=plan.cwd, stderr=stderr,
                                    env=plan.environment | own, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL, preexec_fn=end_with_parent)
-    return Started(variant, seed, gpu, place, process, time.monotonic())
+    return Started(variant, seed, gpu, place, process)
 
 
 def end_with_parent() -> None:
