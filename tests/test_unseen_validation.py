@@ -2,7 +2,8 @@
 
 Two properties of a run are looked at from outside. Beside decoys of the validation shards it leaves the same
 weights and the same artifact, to the byte. And no process opens those shards before the artifact has its
-name, which the kernel tells and not Python. Copies of the script that train on validation break both.
+name, or writes to it afterwards, which the kernel tells and not Python. Copies of the script that train on
+validation break these.
 """
 import ctypes
 import mmap
@@ -23,8 +24,8 @@ from conftest import ARTIFACT, CHECKPOINT, SHALLOW, make_data, shards_of, smoke_
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs inotify, which Linux has")
 
-SETTINGS = dict(SHALLOW, QUANT_STATES=1, TTT_ENABLED=0, ITERATIONS=2)
-IN_OPEN, IN_MOVED_TO, IN_CREATE = 0x20, 0x80, 0x100  # of inotify(7)
+SETTINGS = dict(SHALLOW, QUANT_STATES=1, ITERATIONS=2)
+IN_MODIFY, IN_OPEN, IN_MOVED_TO, IN_CREATE = 0x2, 0x20, 0x80, 0x100  # of inotify(7)
 LIBC = ctypes.CDLL(None)
 OPEN_SHARD = tg.open_shard  # as it is before a cheat replaces it
 
@@ -59,12 +60,16 @@ class Watch:
 
     def __init__(self, files: list[Path], folder: Path):
         self.descriptor = LIBC.inotify_init1(os.O_NONBLOCK)
-        for path, events in (*((file, IN_OPEN) for file in files), (folder, IN_MOVED_TO | IN_CREATE)):
+        in_folder = IN_MODIFY | IN_MOVED_TO | IN_CREATE
+        for path, events in (*((file, IN_OPEN) for file in files), (folder, in_folder)):
             watched = LIBC.inotify_add_watch(self.descriptor, bytes(path), events)
             assert watched > 0, f"inotify cannot watch {path}"
 
     def events(self) -> list[str]:
-        """"" for a file that was opened; the name of what the folder has got. Ends the watch."""
+        """"" for a file that was opened; the name of what the folder got or what changed there.
+
+        Ends the watch.
+        """
         data = os.read(self.descriptor, 1 << 20)
         os.close(self.descriptor)
         names = []
@@ -76,10 +81,11 @@ class Watch:
 
 
 class Trained(NamedTuple):
-    """What a run has left, and whether validation was opened before the artifact was there."""
+    """What a run has left, and in which order."""
     artifact: bytes
     checkpoint: bytes
-    opened_early: bool
+    opened_early: bool  # validation, before the artifact was there
+    changed_late: bool  # the artifact or the checkpoint, once validation had been opened
 
 
 def train(run, data: Path, folder: Path) -> Trained:
@@ -90,7 +96,9 @@ def train(run, data: Path, folder: Path) -> Trained:
     events = watch.events()
     assert "" in events, "validation is opened at last"
     files = [(folder / name).read_bytes() for name in (ARTIFACT, CHECKPOINT)]
-    return Trained(*files, opened_early=events.index("") < events.index(ARTIFACT))
+    opened = events.index("")
+    return Trained(*files, opened_early=opened < events.index(ARTIFACT),
+                   changed_late=bool({ARTIFACT, CHECKPOINT} & set(events[opened:])))
 
 
 @pytest.fixture
@@ -110,7 +118,22 @@ def test_decoys_are_other_documents_of_the_same_sizes(beside):
 
 def test_training_does_not_see_validation(trained):
     by_truth, by_decoys = trained()
-    assert by_truth == by_decoys and not by_truth.opened_early
+    assert by_truth == by_decoys and not by_truth.opened_early and not by_truth.changed_late
+
+
+@pytest.mark.parametrize("name", [ARTIFACT, CHECKPOINT])
+def test_what_is_written_again_after_validation_is_caught(run, beside, tmp_path, monkeypatch, name):
+    """In place or by another file of that name; even if the bytes are the same."""
+    honest_score = tg.score
+
+    def score_and_write(this_run, *args):
+        scored = honest_score(this_run, *args)
+        path = this_run.log.folder / name
+        path.write_bytes(path.read_bytes())
+        return scored
+
+    monkeypatch.setattr(tg, "score", score_and_write)
+    assert train(run, beside.truth, tmp_path / "late").changed_late
 
 
 # ---- Cheats: each a way to get the bytes of a validation shard, with a place for a copy --------------------
