@@ -309,6 +309,7 @@ def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(place, sent):
     assert not list(Path("tmp").iterdir()) and Path("runs/table/better/seed0/result.json").exists()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_is_one_line_and_the_run_is_kept(place, capsys, monkeypatch):
     whole = command.write_whole
 
@@ -328,6 +329,10 @@ def test_a_full_disk_is_one_line_and_the_run_is_kept(place, capsys, monkeypatch)
     diary()
     (run,) = Path("tmp").glob("*/better-seed0/run")
     assert str(run) in err and not (run / "final_model.pt").exists()
+    with monkeypatch.context() as full:
+        full.setattr(command, "write_whole", lambda path, data: Path("/dev/full").write_bytes(data))
+        assert sweep.main(["table.txt", "--out", "b"]) == 2
+    assert capsys.readouterr().err == "error: cannot write b/sweep.json: No space left on device\n"
     run.rename("runs/table/better/seed0")
     assert sweep.main(["table.txt"]) == 0
     assert [*diary()] == ["base-seed1", "better-seed1"]

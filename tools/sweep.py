@@ -87,10 +87,18 @@ def define(variants: list[Variant], scripts: dict[str, bytes], folder: Path) -> 
             raise Refused(f"{name} is another variant in {folder}, by {', '.join(changed)}: give it another "
                           "name, or name another folder by --out")
     text = json.dumps({"variants": definitions}, indent=1) + "\n"
-    command.write_whole(folder / "sweep.json", text.encode())
+    write(folder / "sweep.json", text.encode())
     for name, script in scripts.items():
         (folder / name).mkdir(exist_ok=True)
-        command.write_whole(folder / name / "train_gpt.py", script)
+        write(folder / name / "train_gpt.py", script)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole, or not at all; Refused names it."""
+    try:
+        command.write_whole(path, data)
+    except OSError as error:
+        raise Refused(f"cannot write {path}: {error.strerror}") from error
 
 
 def keep(run: Path, kept: Path) -> None:
@@ -145,7 +153,7 @@ class Sweep:
                     self.at_work.remove(run)
                     gpus.append(run.gpu)
                     command.say(f"{run.variant} seed {run.seed}: {self.end(run)}; {self.to_go(parallel)}")
-                    command.write_whole(self.folder / "table.md", "\n".join([*self.table(), ""]).encode())
+                    write(self.folder / "table.md", "\n".join([*self.table(), ""]).encode())
         finally:
             for run in self.at_work:
                 run.process.terminate()
@@ -169,7 +177,7 @@ class Sweep:
             shutil.rmtree(run.place)
             self.failed[run.variant] = f"seed {run.seed}: {error}"
             self.to_come = [key for key in self.to_come if key[0] != run.variant]
-            command.write_whole(complaint, said)
+            write(complaint, said)
             return f"failed: {error}"
         keep(run.place / "run", kept)
         shutil.rmtree(run.place)
