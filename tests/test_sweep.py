@@ -309,7 +309,7 @@ def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(place, sent):
     assert not list(Path("tmp").iterdir()) and Path("runs/table/better/seed0/result.json").exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_one_line_and_the_run_is_kept(place, capsys, monkeypatch):
     whole = command.write_whole
 
