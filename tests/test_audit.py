@@ -115,7 +115,7 @@ def failed(lines: list[str]) -> str:
 
 def test_an_honest_run_passes(finished, in_process, capsys, tmp_path):
     file = tmp_path / "audit.json"
-    status, lines = verdicts_of(capsys, finished, "--seed", 0, "--depth", 9, "--write", file)
+    status, lines = verdicts_of(capsys, finished, "--seed", 0, "--depth", 12, "--write", file)
     assert status == 0 and failed(lines) == "none" and "NOT CHECKED: none" in lines, lines
     for rule in audit.RULES:
         assert any(line.startswith(f"pass         {rule}") for line in lines), rule
@@ -288,8 +288,7 @@ def test_what_is_planted_in_a_script_is_caught(finished, in_process, capsys, tmp
     planted, rescores, rule = PLANTED[name]
     skipped = set(audit.RESCORES[1:]) - set(rescores.split())
     script = copy_with(tmp_path, planted)
-    status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--depth", 9, "--skip",
-                                *skipped)
+    status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--skip", *skipped)
     assert status == 1 and rule in failed(lines), "\n".join(lines)
     assert any("IS NOT THIS REPOSITORY'S TRAIN_GPT.PY" in line for line in lines)
     (unchecked,) = [line for line in lines if line.startswith("NOT CHECKED: ")]

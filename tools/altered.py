@@ -150,7 +150,7 @@ class Alterations:
     def targets(self, depths: list[int]) -> dict[str, int]:
         """About how many targets each set will have, by its name."""
         chunk, count = self.settings["ttt_chunk_size"], sum(map(len, self.documents))
-        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *(depths or [5 * chunk])))
+        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths))
         before = 2 * chunk * self.settings["ttt_batch_size"]
         return dict(unaltered=count, ours=count, reversed=count, tails=count + before,
                     lengths=7 * count // 4, rest=count // 2 + max(count, RANDOM_TOKENS) + tries)
@@ -230,13 +230,12 @@ class Alterations:
         """Beginnings of documents, for `rest`.
 
         One ends with a chunk, so that its next token is all that a choice for the whole document depends on.
-        Then come those of the depths, in tokens, or one of 3 to 8 chunks; and one whose next token is likely,
-        by the losses of the documents, if there are any.
+        Then come those of the depths, in tokens; and one whose next token is likely, by the losses of the
+        documents, if there are any.
         """
         chunk = self.settings["ttt_chunk_size"]
         longest = max(map(len, self.documents))
         found = []
-        depths = depths or [int(self.rng.integers(3 * chunk, 8 * chunk))]
         for length in sorted({min(depth, longest - 1) for depth in (chunk + 1, *depths)}):
             long = [tokens for tokens in self.documents if len(tokens) > length]
             found.append(long[int(self.rng.integers(len(long)))][:length])

@@ -518,7 +518,9 @@ def perform(args: argparse.Namespace) -> Audit:
     if not ours:
         print(f"{args.script} IS NOT THIS REPOSITORY'S TRAIN_GPT.PY, PACKED OR NOT: HOW THE ARTIFACT CAME "
               "ABOUT IS NOT CHECKED.")
-    targets = {**sets.targets(args.depth), "all": len(data.tokens)}
+    chunk = run.settings["ttt_chunk_size"]
+    depths = args.depth or ([int(sets.rng.integers(3 * chunk, 8 * chunk))] if gpu else [])
+    targets = {**sets.targets(depths), "all": len(data.tokens)}
     skipped = {*args.skip, "ours"} if ours else args.skip
     expected = {name: seconds_expected(run, targets[name] / len(data.tokens), args.processes)
                 for name in RESCORES if name not in skipped}
@@ -535,7 +537,7 @@ def perform(args: argparse.Namespace) -> Audit:
         audit.add("headline", None, "whether all documents have this score: they are not scored again")
     if ours:
         audit.add("as this script", True, "it is this repository's")
-    arguments = {"ours": [own], "rest": [args.depth], "all": [chosen]}
+    arguments = {"ours": [own], "rest": [depths], "all": [chosen]}
     with contextlib.suppress(Incomplete):
         for name in [*expected]:
             began = time.perf_counter()
@@ -559,7 +561,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of choice and alterations (another each time)")
     parser.add_argument("--skip", nargs="+", choices=RESCORES[1:], default=[], help="re-scores to leave out")
     parser.add_argument("--depth", type=int, nargs="+", default=[], metavar="TOKENS",
-                        help="try every token after so many tokens (at random 3 to 8 chunks)")
+                        help="try every token after so many, too (on a GPU at random 3 to 8 chunks)")
     parser.add_argument("--processes", type=int, default=1, help="GPUs to score on, by torchrun (1)")
     parser.add_argument("--timeout", type=float,
                         help="seconds that a re-score may take (10 times what is expected, 900 at least)")
