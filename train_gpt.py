@@ -22,7 +22,7 @@ phases; `run_phases`, near the end of the file, calls them in this order. Two cl
     score quantized      plain score of these weights                                       |
     prepare adaptation   compile and capture every shape on random tokens
     adapt                score-first test-time training for each document: the headline     | scoring clock
-    report               sum up
+    report               add up the final score
 
 Three things make the score count. Validation files are opened after the artifact has been written. `adapt`
 scores a chunk of a document and only then learns from it. `Tally` ends the run if a target was scored twice,
@@ -84,7 +84,7 @@ from torch import Tensor, nn
 
 CAP_BYTES = 16_000_000  # code + model as files; decimal megabytes
 CLOCK_SECONDS = 600  # of training, and again of scoring
-MOST_PARAMETERS = 2**28  # more would have half a bit each; so that no damaged file fills the memory
+MOST_PARAMETERS = 2**28  # more would leave half a bit for each; also bounds what a damaged file unpacks to
 BUFFERS_PER_STEP = 8  # a step's tokens fill 8 buffers; more, if ranks cannot share 8 evenly: see split_step
 
 class UserError(Exception):
@@ -331,7 +331,7 @@ def parse_setting(name: str, value: Any, kind: type) -> Any:
     text = str(int(value)) if isinstance(value, bool) else str(value)
     with contextlib.suppress(KeyError, ValueError):
         parsed = {"0": False, "1": True}[text] if kind is bool else kind(text)
-        if kind is str or abs(parsed) < (math.inf if kind is float else 2**63):  # which NaN is not
+        if kind is str or abs(parsed) < (math.inf if kind is float else 2**63):  # false for NaN, too
             return parsed
     wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
     raise UserError(f"{name}={text!r} is not {wanted}")
@@ -441,8 +441,8 @@ def launcher_variables() -> tuple[int, int, int]:
         rank, world_size, local_rank = map(int, given)
         if 0 <= rank < world_size and local_rank >= 0:
             return rank, world_size, local_rank
-    raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK are {given}: torchrun sets all three, RANK below "
-                    "WORLD_SIZE; start by torchrun, or unset them")
+    raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK are {given}: torchrun sets all three, with RANK < "
+                    "WORLD_SIZE; start with torchrun, or unset them")
 
 def ceil_div(a, b):
     return -(-a // b)
@@ -486,9 +486,9 @@ def sha256(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 def sha256_of_file(path: Path) -> str:
-    """Of a file that is not empty; it is mapped, not read, and other threads run meanwhile."""
+    """Of a file, which is memory-mapped and hashed while other threads run."""
     try:
-        return sha256(np.memmap(path, dtype=np.uint8, mode="r"))
+        return sha256(np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else b"")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
@@ -540,6 +540,7 @@ class RunLog:
         self.ranks = ranks
         self.run_id = cfg.run_id
         self.folder = Path(cfg.artifact_dir)
+        self.is_new_folder = True
         self.files = {}
         self.caveats: list[str] = []
         problem = None
@@ -547,7 +548,7 @@ class RunLog:
             if ranks.is_main:
                 self.claim_folder(cfg)
         except OSError as error:
-            problem = f"ARTIFACT_DIR={self.folder} cannot be used: {error.strerror}"
+            problem = f"ARTIFACT_DIR={self.folder}, the run's folder, cannot be used: {error.strerror}"
         self.run_id, self.folder, problem = ranks.broadcast_object((self.run_id, self.folder, problem))
         if problem:
             raise UserError(problem)
@@ -555,7 +556,7 @@ class RunLog:
                        Phase("join", "", began, time.perf_counter() - began)]
 
     def claim_folder(self, cfg: Config):
-        """Take a folder for this run alone and create its log files; OSError if it is, or holds, another's.
+        """Take a folder for this run alone and create its log files; OSError if another run has files there.
 
         Of two runs that start at once one gets it, as files and folders are created only if they are not
         there. A default name that is taken gets a number.
@@ -564,12 +565,14 @@ class RunLog:
         self.run_id = cfg.run_id or default_id
         if cfg.artifact_dir or cfg.run_id:
             self.folder = Path(cfg.artifact_dir or Path("runs", cfg.run_id))
+            self.is_new_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
         else:
+            Path("runs").mkdir(exist_ok=True)
             for number in itertools.count(2):
                 self.folder = Path("runs", self.run_id)
                 with contextlib.suppress(FileExistsError):
-                    self.folder.mkdir(parents=True)
+                    self.folder.mkdir()
                     break
                 self.run_id = f"{default_id}-{number}"
         for name in RUN_FILES:
@@ -578,14 +581,19 @@ class RunLog:
         for name in ("log.txt", "metrics.jsonl"):
             self.files[name] = open(self.folder / name, "x", encoding="utf-8", errors="surrogateescape")
 
+    @property
+    def under_way(self) -> str:
+        """The phase that has begun and not ended."""
+        return next((phase.name for phase in reversed(self.phases) if not phase.seconds), "setup")
+
     def withdraw(self):
-        """Leave no trace of a run that a mistake ended before it began: the next can have its folder."""
-        if self.files and self.phases[-1].name in ("join", "setup", "open training data"):
+        """Take back the files of a run that a mistake ended before it began: the next can have its folder."""
+        if self.files and self.under_way in ("setup", "open training data"):
             for name in RUN_FILES:  # all this run's, as there were none
                 (self.folder / name).unlink(missing_ok=True)
-            self.files = {}
-            with contextlib.suppress(OSError):  # other files are in it
+            if self.is_new_folder:
                 self.folder.rmdir()
+            self.files = {}
 
     def write(self, name: str, line: str):
         if self.files:
@@ -611,7 +619,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def phase(self, name: str, clock: str = "") -> Iterator[Phase]:
-        """A phase of the run. The slowest rank ends it; on a clock it starts when all ranks are here."""
+        """A phase of the run. It ends when the slowest rank does; on a clock it starts when all are here."""
         if clock:
             self.ranks.barrier()
         phase = Phase(name, clock)
@@ -690,27 +698,28 @@ class Manifest(NamedTuple):
     def read(cls, path: Path, log: RunLog) -> "Manifest":
         """Read it; one of another tool is named in the log and then ignored."""
         if path.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            with contextlib.suppress(ArithmeticError, ValueError, KeyError, TypeError, RecursionError):
                 content = json.loads(read_file(path))
                 tokenizer, train, val = content["tokenizer"], content["train"], content["val"]
                 hashes = {tokenizer["file"]: tokenizer["sha256"], **train["shards"], **val["shards"]}
+                manifest = cls(hashes, int(train["tokens"]))
                 log(f"{path}: {len(hashes)} files are compared with it")
-                return cls(hashes, int(train["tokens"]))
+                return manifest
             log(f"{path} is not one of data/prepare.py: nothing is compared with it")
         return cls({}, 0)
 
     def fault(self, path: Path, digest: str) -> str:
         """What is wrong with a file of this SHA-256; nothing if it is as it was made."""
         if self.hashes and self.hashes.get(path.name) != digest:
-            return f"{path} does not have the sha256 that manifest.json gives it"
+            return f"{path} does not have the sha256 that it has by manifest.json, if that lists it"
         return ""
 
     def check_train(self, paths: list[Path], tokens: int):
-        """UserError if the training shards are all there but hold another number of tokens together."""
+        """UserError if the training shards are all there but do not add up to the manifest's tokens."""
         made = [name for name in self.hashes if "_train_" in name]
         if len(made) == len(paths) and tokens != self.train_tokens:
-            raise UserError(f"{paths[0].parent}: training shards hold {tokens} tokens, and by manifest.json "
-                            f"{self.train_tokens}: make the data again")
+            raise UserError(f"{paths[0].parent}: training shards hold {tokens} tokens, but "
+                            f"{self.train_tokens} by manifest.json: make the data again")
 
     def check_val(self, paths: list[Path]):
         """UserError if the validation shards are not all that were made, to the byte."""
@@ -763,8 +772,8 @@ class Tokenizer(NamedTuple):
         counts_space = self.leading_space[target] & ~self.is_special[before]
         return self.piece_bytes[target] + counts_space
 
-    def normalises(self) -> list[str]:
-        """What of a text it changes, by example; its bytes are those of the changed text."""
+    def changes(self) -> list[str]:
+        """Which kinds of text it changes; bytes are counted after that."""
         examples = {"compatibility characters": "\ufb01 \u00bd", "repeated spaces": "a  b",
                     "line breaks": "a\nb", "spaces at the end": "a "}
         return [name for name, text in examples.items()
@@ -779,20 +788,19 @@ class Tokenizer(NamedTuple):
             raise UserError(f"{path}: {same} of {len(ids)} documents come back when they are decoded and "
                             "encoded again: it is from another tokenizer")
 
-    def check_bytes(self, tokens, starts, lengths, path: Path):
-        """UserError if the text of a document, decoded, has other bytes than target_bytes says.
+    def check_bytes(self, documents: Iterable, path: Path):
+        """UserError if the text of a document (BOS first), decoded, has other bytes than target_bytes says.
 
-        Documents are given by their BOS and their number of targets, as in Validation. One may begin with a
-        space, which is not counted; and broken UTF-8, which decodes to U+FFFD, has bytes that no text has.
+        It may begin with a space, which does not count. Broken UTF-8, which decodes to U+FFFD, has bytes that
+        no text has.
         """
-        for start, length in zip(starts.tolist(), lengths.tolist()):
-            document = tokens[start : start + length + 1]
+        for document in documents:
             counted = int(self.target_bytes(document).sum())
             text = self.processor.decode(document[1:].tolist())
-            size = len(text.encode()) - text.startswith(" ")
-            if size != counted and "\ufffd" not in text:
-                raise UserError(f"{path}: a document of {size} bytes has {counted} by the table of pieces: "
-                                "its tokenizer breaks the challenge's rule of bytes")
+            size = len(text.encode())
+            if counted not in (size, size - text.startswith(" ")) and "\ufffd" not in text:
+                raise UserError(f"{path}: the document that begins {text[:40]!r} has {size} bytes, but "
+                                f"{counted} by the table of pieces: this tokenizer breaks the rule of bytes")
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """Read a SentencePiece model. UserError if it is damaged, of another size or breaks the byte rule."""
@@ -954,18 +962,24 @@ class PackedLoader:
                 most = max(most, len(bounds) - 1)
         return most
 
-    def sample_documents(self) -> list:
-        """Four documents from the beginning of each of some 16 shards; UserError if there are none."""
-        documents = []
-        for shard in self.shards[:: ceil_div(len(self.shards), 16)]:
+    def check_documents(self, tokenizer: Tokenizer):
+        """UserError if this tokenizer did not make the first documents of a shard, or miscounts their bytes.
+
+        Looks at some 16 shards. One may lie inside a document and have no BOS, but not all of them.
+        """
+        found = 0
+        step = ceil_div(len(self.shards), 16)
+        for path, shard in zip(self.paths[::step], self.shards[::step]):
             beginning = shard[:1_000_000]
-            starts = np.flatnonzero(beginning == self.bos)
-            bounds = starts if len(starts) > 1 else np.append(starts, len(beginning))  # whole ones, if any
-            documents += [shard[lo:hi] for lo, hi in zip(bounds[:4], bounds[1:])]
-        if not documents:
+            check_tokens(beginning, self.cfg.vocab_size, path)
+            parts = np.split(beginning, np.flatnonzero(beginning == self.bos)[:11])[1:]
+            documents = parts[:-1] or parts  # the last part may be cut
+            found += len(documents)
+            tokenizer.check_source(documents, path)
+            tokenizer.check_bytes(documents, path)
+        if not found:
             raise UserError(f"{self.paths[0]} and others have no BOS (id {self.bos}) in their first million "
                             "tokens: they are from another tokenizer")
-        return documents
 
     def read_stream(self, start: int, count: int) -> tuple[np.ndarray, list[int]]:
         """`count` tokens of the endless stream from `start` on, and where among them shards begin."""
@@ -1021,8 +1035,9 @@ class PackedLoader:
         latest = self.latest
         if latest is None or latest[0] != step_index:
             latest = self.latest = step_index, self.pack_step(step_index)
-            for index in self.shards_read - self.hashes.keys() if self.hasher else ():
-                self.hashes[index] = self.hasher.submit(sha256_of_file, self.paths[index])
+            if self.hasher:
+                for index in self.shards_read - self.hashes.keys():
+                    self.hashes[index] = self.hasher.submit(sha256_of_file, self.paths[index])
         return latest[1]
 
     def buffer(self, buffer_index: int) -> Batch:
@@ -1051,10 +1066,6 @@ class PackedLoader:
                  for path, shard in zip(self.paths, self.shards)]
         return sha256(repr(parts).encode())
 
-    def hashes_by_path(self) -> dict[Path, str]:
-        """SHA-256 of the whole of every shard that was read, in the order of their names; waits for them."""
-        return {self.paths[index]: self.hashes[index].result() for index in sorted(self.hashes)}
-
 class Validation(NamedTuple):
     """The validation stream in its own order. Target j is token j + 1.
 
@@ -1067,6 +1078,11 @@ class Validation(NamedTuple):
     lengths: np.ndarray  # (documents,) targets of each
     begin_with_space: int  # documents whose first byte is not counted
     sha256: str = ""  # of the tokens in all files
+
+    def documents(self, first: int, step: int) -> Iterator:
+        """Every step-th document from the first on: its tokens from its BOS to its last target."""
+        for start, length in zip(self.starts[first::step], self.lengths[first::step]):
+            yield self.tokens[start : start + length + 1]
 
 def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Validation:
     """Read all validation shards as one stream. UserError if they are not documents of this tokenizer."""
@@ -2718,7 +2734,7 @@ def read_saved(path: Path) -> Saved:
     with parsing(f"EVAL_ONLY_PATH={path}"):
         if data.startswith(ARTIFACT_MAGIC):
             header, _ = unpack_artifact(data, path)
-            return Saved(header["settings"], header.get("tokenizer_sha256", ""), artifact=data)
+            return Saved(header["settings"], str(header.get("tokenizer_sha256", "")), artifact=data)
         archive = zipfile.ZipFile(io.BytesIO(data))
         if sum(member.file_size for member in archive.infolist()) > len(data):
             raise ValueError("compressed, which torch.save does not do")
@@ -2728,7 +2744,7 @@ def read_saved(path: Path) -> Saved:
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if checkpoint["steps"] < 1:
             raise UserError(f"EVAL_ONLY_PATH={path} was saved before the first step: it is not trained")
-        return Saved(dict(checkpoint["settings"]), checkpoint.get("tokenizer_sha256", ""),
+        return Saved(dict(checkpoint["settings"]), str(checkpoint.get("tokenizer_sha256", "")),
                      weights=checkpoint["weights"], steps=int(checkpoint["steps"]))
 
 def check_saved_settings(run: Run, saved: Saved):
@@ -3227,7 +3243,7 @@ def open_run(run: Run) -> Result:
 def open_tokenizer(run: Run, path: Path, manifest: Manifest, saved: Saved | None) -> Tokenizer:
     """UserError if shards or the saved model were made with another tokenizer than this one."""
     tokenizer = load_tokenizer(path, run.cfg.vocab_size)
-    changes = ", ".join(tokenizer.normalises()) or "nothing"
+    changes = ", ".join(tokenizer.changes()) or "nothing"
     run.log(f"tokenizer: sha256:{tokenizer.sha256} changes in text: {changes}")
     if fault := manifest.fault(path, tokenizer.sha256):
         raise UserError(f"{fault}: the shards were made with another one")
@@ -3236,7 +3252,7 @@ def open_tokenizer(run: Run, path: Path, manifest: Manifest, saved: Saved | None
     elif saved and saved.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(f"EVAL_ONLY_PATH={run.cfg.eval_only_path} is for the tokenizer of sha256 "
                         f"{saved.tokenizer_sha256:.12}..., but {path} has {tokenizer.sha256:.12}...: put "
-                        "that one there")
+                        "the model's tokenizer there")
     return tokenizer
 
 def check_disk(run: Run, parameters: int):
@@ -3259,7 +3275,7 @@ def produce(run: Run, model: GPT, steps: int, files: DataFiles, tokenizer: Token
         local_buffers, buffer_tokens = split_step(cfg, ranks.world_size)
         loader = PackedLoader(files.train, tokenizer.bos, cfg, buffer_tokens, hash_shards=ranks.is_main)
         manifest.check_train(files.train, loader.epoch_tokens)
-        check_training_documents(loader, tokenizer)
+        loader.check_documents(tokenizer)
         result.train_sha256 = loader.digest()
     averaged = model
     needs_training = steps == 0
@@ -3278,19 +3294,12 @@ def produce(run: Run, model: GPT, steps: int, files: DataFiles, tokenizer: Token
             result.train_data_sha256 = hash_training_data(run, loader, manifest)
     return averaged, artifact
 
-def check_training_documents(loader: PackedLoader, tokenizer: Tokenizer):
-    """UserError if some first documents were not made with this tokenizer, or it miscounts their bytes."""
-    documents = loader.sample_documents()
-    path = loader.paths[0]
-    tokenizer.check_source(documents, path)
-    starts = np.zeros(1, dtype=np.int64)
-    for document in documents:
-        tokenizer.check_bytes(document.astype(np.int64), starts, np.array([len(document) - 1]), path)
-
 def hash_training_data(run: Run, loader: PackedLoader, manifest: Manifest) -> str:
-    """The hash over all shards that were read. One that the manifest knows otherwise is a caveat."""
+    """One hash of all shards that were read; waits for theirs. One unlike the manifest's is a caveat."""
     lines = []
-    for path, digest in loader.hashes_by_path().items():
+    for index in sorted(loader.hashes):
+        path = loader.paths[index]
+        digest = loader.hashes[index].result()
         lines.append(f"{digest}  {path.name}\n")
         if fault := manifest.fault(path, digest):
             run.log.caveat(fault)
@@ -3445,8 +3454,7 @@ def run_phases(run: Run, saved: Saved | None):
         log(f"validation: documents:{len(val.starts)} tokens:{len(val.token_bytes)} "
             f"bytes:{val.token_bytes.sum()} documents_a_byte_short:{val.begin_with_space} (a space first)")
     with log.phase("count bytes"):
-        own = slice(ranks.rank, None, ranks.world_size)
-        tokenizer.check_bytes(val.tokens, val.starts[own], val.lengths[own], files.val[0])
+        tokenizer.check_bytes(val.documents(ranks.rank, ranks.world_size), files.val[0])
     if averaged is not None:
         with log.phase("score unquantized"):
             unquantized = validate(averaged, plan)
@@ -3489,7 +3497,7 @@ def read_settings(env: Mapping[str, str], ranks: Ranks) -> tuple[Config, Saved |
 def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> int:
     """Run; returns the exit status: 2 after a user's mistake, with one line that says what to change."""
     if arguments and arguments[0] in ("-h", "--help"):
-        print(settings_help())
+        say(settings_help())
         return 0
     began = time.perf_counter()
     log = None
@@ -3504,13 +3512,13 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
         return 0
     except UserError as error:
         message = str(error)
-        if log:
-            log.withdraw()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = (f"out of memory in phase {log.phases[-1].name if log else None}: lower TRAIN_BATCH_TOKENS "
+        message = (f"out of memory in phase {log.under_way if log else None}: lower TRAIN_BATCH_TOKENS "
                    "(training), VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
+    if log:
+        log.withdraw()
     report_mistake(message)
     return 2
 

@@ -113,14 +113,45 @@ def test_shards_of_another_tokenizer_are_refused(run, finished, tiny_data, tmp_p
     assert "from another tokenizer" in error and "fineweb_val_000000.bin" in error
 
 
-def test_whole_documents_come_back_of_the_bundled_shards():
-    tokenizer = tg.load_tokenizer(SMOKE / TOKENIZER, 1024)
+def test_the_bundled_shards_are_of_their_tokenizer():
     loader = tg.PackedLoader(shards_of(SMOKE, "train"), BOS, tiny_config(), 128)
-    documents = loader.sample_documents()
-    assert len(documents) == 12, "four of each shard"
-    assert all(document[0] == BOS and BOS not in document[1:] for document in documents)
-    for document in documents:
-        tokenizer.check_source([document], loader.paths[0])
+    loader.check_documents(tg.load_tokenizer(SMOKE / TOKENIZER, 1024))
+
+
+def test_one_shard_of_another_tokenizer_among_many_is_found(tmp_path, strange_tokenizer):
+    """And named. Its documents are the first ones of the text, encoded by the other tokenizer."""
+    own = tg.load_tokenizer(SMOKE / TOKENIZER, 1024)
+    sentencepiece = tg.lazy_import("sentencepiece").SentencePieceProcessor()
+    sentencepiece.LoadFromSerializedProto(strange_tokenizer)
+    text = smoke_tokens("train")[:4000]
+    shards = [text] * 20
+    foreign = [[BOS, *sentencepiece.encode(own.processor.decode(document.tolist()))]
+               for document in np.split(text, np.flatnonzero(text == BOS)[1:])]
+    shards[4] = np.concatenate(foreign)
+    data = make_data(tmp_path / "data", shards, [text])
+    loader = tg.PackedLoader(shards_of(data, "train"), BOS, tiny_config(), 128)
+    with pytest.raises(tg.UserError, match="fineweb_train_000004.bin: 0 of"):
+        loader.check_documents(own)
+
+
+def test_training_documents_are_counted_before_training(run, monkeypatch):
+    def miscount(self, tokens):
+        return np.zeros(len(tokens) - 1, dtype=np.int64)
+
+    monkeypatch.setattr(tg.Tokenizer, "target_bytes", miscount)
+    outcome = run(**QUICK)
+    assert "breaks the rule of bytes" in outcome.error and "step:" not in outcome.out
+
+
+@pytest.mark.parametrize("damage,says", [
+    (lambda tokens: tokens[:0], "is empty"),
+    (lambda tokens: np.append(tokens[:-1], 5000), "token 5000, but VOCAB_SIZE=1024")])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_damage_beside_a_manifest_is_one_line(run, with_manifest, split, damage, says):
+    path = shards_of(with_manifest, split)[0]
+    write_shard(path, damage(np.array(tg.open_shard(path))))
+    error = run(**QUICK, DATA_DIR=with_manifest).error
+    assert path.name in error and (says in error or "is not as manifest.json says" in error)
 
 
 def test_shards_may_begin_and_go_on_inside_a_document(run, tmp_path):
@@ -137,13 +168,13 @@ def test_a_table_that_miscounts_a_piece_is_refused(tiny_data):
     """Each of the commonest pieces in turn counted a byte too long, as by a tokenizer without U+2581."""
     tokenizer = tg.load_tokenizer(SMOKE / TOKENIZER, 1024)
     val = tg.load_validation(shards_of(SMOKE, "val"), tokenizer, tiny_config())
-    tokenizer.check_bytes(val.tokens, val.starts, val.lengths, SMOKE)
+    tokenizer.check_bytes(val.documents(0, 1), SMOKE)
     for piece in np.argsort(-np.bincount(val.tokens))[1:6]:
         piece_bytes = tokenizer.piece_bytes.copy()
         piece_bytes[piece] += 1
         wrong = tokenizer._replace(piece_bytes=piece_bytes)
-        with pytest.raises(tg.UserError, match="breaks the challenge's rule of bytes"):
-            wrong.check_bytes(val.tokens, val.starts, val.lengths, SMOKE)
+        with pytest.raises(tg.UserError, match="breaks the rule of bytes"):
+            wrong.check_bytes(val.documents(0, 1), SMOKE)
 
 
 def test_a_tokenizer_that_marks_no_spaces_is_refused_before_training(run, tmp_path):
@@ -159,26 +190,32 @@ def test_a_tokenizer_that_marks_no_spaces_is_refused_before_training(run, tmp_pa
 def test_the_known_exceptions_are_no_fault(text):
     tokenizer = tg.load_tokenizer(SMOKE / TOKENIZER, 1024)
     document = np.array([BOS, *tokenizer.processor.encode(text)])
-    tokenizer.check_bytes(document, np.array([0]), np.array([len(document) - 1]), SMOKE)
+    tokenizer.check_bytes([document], SMOKE)
 
 
 def test_broken_utf_8_is_no_fault():
     tokenizer = tg.load_tokenizer(SMOKE / TOKENIZER, 1024)
     byte_pieces = [i for i in range(1024) if tokenizer.processor.is_byte(i)]
     document = np.array([BOS, byte_pieces[0xC3], byte_pieces[0x41]])
-    tokenizer.check_bytes(document, np.array([0]), np.array([2]), SMOKE)
+    tokenizer.check_bytes([document], SMOKE)
 
 
-def test_ranks_count_all_documents_together(run, tiny_data, tmp_path, monkeypatch):
-    """The byte that is wrong stands in the last document alone."""
+def test_ranks_count_all_documents_together():
+    tokenizer = tg.load_tokenizer(SMOKE / TOKENIZER, 1024)
+    val = tg.load_validation(shards_of(SMOKE, "val"), tokenizer, tiny_config())
+    of_ranks = [document for rank in range(3) for document in val.documents(rank, 3)]
+    ends = [*val.starts[1:], len(val.tokens) - 1]
+    expected = [val.tokens[start : end + 1].tobytes() for start, end in zip(val.starts, ends)]
+    assert sorted(document.tobytes() for document in of_ranks) == sorted(expected)
+
+
+def test_a_document_that_is_miscounted_ends_the_run(run, tmp_path, monkeypatch):
+    """The last one alone; the artifact is there by then."""
     honest_load = tg.load_validation
 
     def load_miscounted(*args):
         val = honest_load(*args)
-        tokens = val.tokens.copy()
-        byte_pieces = [3 + i for i in range(1, 257)]
-        assert 3 < tokens[-2] < 1024 and tokens[-2] not in byte_pieces
-        return val._replace(tokens=np.append(tokens[:-1], 3))  # unknown: no bytes, but decodes to some
+        return val._replace(tokens=np.append(val.tokens[:-1], 3))  # unknown: no bytes, but decodes to some
 
     monkeypatch.setattr(tg, "load_validation", load_miscounted)
     outcome = run(**QUICK)
@@ -189,8 +226,8 @@ def test_what_a_tokenizer_changes_is_logged(finished):
     log = (finished.folder / "log.txt").read_text()
     assert f"tokenizer: sha256:{finished.result['tokenizer_sha256']} changes in text: nothing\n" in log
     published = ROOT / "tests/golden/tokenizer_8192.model"
-    assert tg.load_tokenizer(SMOKE / TOKENIZER, 1024).normalises() == []
-    assert set(tg.load_tokenizer(published, 8192).normalises()) <= {
+    assert tg.load_tokenizer(SMOKE / TOKENIZER, 1024).changes() == []
+    assert set(tg.load_tokenizer(published, 8192).changes()) <= {
         "compatibility characters", "repeated spaces", "line breaks", "spaces at the end"}
 
 
@@ -233,7 +270,7 @@ def test_a_flipped_bit_of_training_is_a_caveat(run, with_manifest):
     path = shards_of(with_manifest, "train")[0]
     with_flipped_bit(path, 5000)
     caveats = run(**QUICK, DATA_DIR=with_manifest).result["caveats"]
-    assert f"{path} does not have the sha256 that manifest.json gives it" in caveats
+    assert f"{path} does not have the sha256 that it has by manifest.json" in caveats[0]
 
 
 def test_other_tokenizers_and_counts_are_found_before_training(run, with_manifest):
@@ -241,7 +278,7 @@ def test_other_tokenizers_and_counts_are_found_before_training(run, with_manifes
     whole = path.read_bytes()
     write_shard(path, np.array(tg.open_shard(path))[:-1])
     outcome = run(**QUICK, DATA_DIR=with_manifest)
-    assert "training shards hold 14999 tokens, and by manifest.json 15000" in outcome.error
+    assert "training shards hold 14999 tokens, but 15000 by manifest.json" in outcome.error
     path.write_bytes(whole)
     tokenizer = with_manifest / TOKENIZER
     tokenizer.write_bytes(other_piece(tokenizer.read_bytes()))
@@ -266,7 +303,7 @@ def test_an_unknown_manifest_is_named_and_skipped(run, with_manifest, content):
 # ---- What was trained on -----------------------------------------------------------------------------------
 
 
-def test_the_hash_of_training_data_is_that_of_the_shards_that_were_read(run, finished, tiny_data, tmp_path):
+def test_the_hash_of_training_data_is_that_of_the_shards_that_were_read(run, finished, tiny_data):
     """6 steps of 1024 tokens and calibration read one of the two shards, 20 steps both."""
     command = "sha256sum {} | sha256sum"
     paths = shards_of(tiny_data, "train")
@@ -299,7 +336,7 @@ def test_batches_do_not_wait_for_hashes(tiny_data, monkeypatch):
     batches = list(loader.buffers(iter(range(200)), torch.device("cpu")))
     assert len(batches) == 200 and not any(future.done() for future in loader.hashes.values())
     may_hash.set()
-    assert loader.hashes_by_path() == {path: "hash" for path in paths}
+    assert {future.result() for future in loader.hashes.values()} == {"hash"} and len(loader.hashes) == 2
 
 
 def test_targets_left_out_are_counted(run, tmp_path):

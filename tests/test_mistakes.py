@@ -47,6 +47,14 @@ def test_help_lists_every_setting_with_its_default_and_meaning(capfd, argument):
         assert line.split()[: len(shown)] == shown and len(line.split()) > len(shown), line
 
 
+def test_help_goes_through_a_pipe():
+    command = f"set -o pipefail; {sys.executable} {SCRIPT} --help"
+    through = subprocess.run(["bash", "-c", f"{command} | cat"], capture_output=True, text=True)
+    assert through.returncode == 0 and "TTT_BATCH_SIZE" in through.stdout
+    closed = subprocess.run(["bash", "-c", f"{command} | head -c 1"], capture_output=True, text=True)
+    assert closed.returncode == 0 and closed.stderr == ""
+
+
 def test_any_other_argument_is_a_mistake(tmp_path):
     command = [sys.executable, str(SCRIPT), "--seed=3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -352,11 +360,49 @@ def test_default_names_are_never_shared(tmp_path, monkeypatch):
     assert "of another run" in claim(tg.Config(run_id=first))
 
 
-def test_a_mistake_leaves_no_folder(run, tmp_path):
+def test_a_mistake_leaves_no_folder_but_the_user_s(run, tmp_path):
     """What is wrong before a run begins leaves its folder to the next."""
-    for settings in (dict(VOCAB_SIZE=512), dict(DATA_DIR="/nowhere"), dict(SAVE_SCORES="/nowhere/s.npz")):
-        assert run(**settings).error and not (tmp_path / "run").exists()
+    damaged = short_data(tmp_path / "data")
+    shards_of(damaged, "train")[0].write_bytes(b"")  # which is found once training data are opened
+    mistakes = (dict(VOCAB_SIZE=512), dict(DATA_DIR="/nowhere"), dict(SAVE_SCORES="/nowhere/s.npz"),
+                dict(DATA_DIR=damaged))
+    folder = tmp_path / "run"
+    for settings in mistakes:
+        assert run(**settings).error and not folder.exists()
+    folder.mkdir()
+    for settings in mistakes:
+        assert run(**settings).error and list(folder.iterdir()) == []
     assert run(**QUICK).status == 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_a_mistake(run, tmp_path, monkeypatch, error):
+    """In setup it leaves no folder, later it names the phase: that under way, not one inside it."""
+    def raise_error(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "GPT", raise_error)
+        assert "out of memory in phase setup: lower TRAIN_BATCH_TOKENS" in run(**QUICK).error
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(tg.Trainer, "report_validation", lambda self, score: None)
+    monkeypatch.setattr(tg.Ema, "update", raise_error)
+    outcome = run(**QUICK, VAL_LOSS_EVERY=1)
+    assert "out of memory in phase train" in outcome.err and (tmp_path / "run/log.txt").exists()
+
+
+def test_any_other_error_is_no_mistake(run, monkeypatch):
+    monkeypatch.setattr(tg, "calibrate", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(**QUICK)
+
+
+def test_a_folder_for_runs_that_leads_nowhere(tmp_path, monkeypatch):
+    """As a link to a disk that is not mounted: it used to be tried for ever."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("/nowhere/at/all")
+    assert "cannot be used" in claim(tg.Config())
 
 
 # ---- Launchers and consoles --------------------------------------------------------------------------------
@@ -372,7 +418,7 @@ def test_variables_of_no_launcher(run, monkeypatch, variables):
     monkeypatch.setattr(tg.time, "sleep", lambda seconds: None)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert "start by torchrun, or unset them" in run(**QUICK).error
+    assert "start with torchrun, or unset them" in run(**QUICK).error
 
 
 def test_a_port_that_is_taken(monkeypatch, run):
@@ -461,25 +507,31 @@ def one_matrix(rows: int, columns: int) -> bytes:
 
 
 def with_setting(name: str, value) -> bytes:
-    header = {"settings": {**tiny_config().to_save(), name: value}, "tensors": []}
-    return artifact_of(streams_of(header))
+    """An artifact without tensors, of a model with this setting."""
+    return tg.pack_artifact({"settings": {**tiny_config().to_save(), name: value}}, {})
 
 
-@pytest.mark.parametrize("blob", [
-    artifact_of(bytes(400_000_000)), artifact_of(b""), artifact_of(b"\xff" * 8), one_matrix(20_000, 20_000),
-    artifact_of(b"\xff\xff\xff\x7f" + b"[" * 100_000), artifact_of(streams_of({"a": "[" * 100_000})),
-    tg.ARTIFACT_MAGIC + tg.digest_of(b"\xff" * 9) + b"\xff" * 9,
-    *(with_setting(*setting) for setting in (
-        ("model_dim", 10**9), ("model_dim", 10**400), ("num_layers", 999), ("mlp_mult", 1e300),
-        ("mlp_mult", float("nan")), ("ttt_eval_seq_len", 10**15), ("vocab_size", "1\n2"),
-        ("model_dim", [[1]]), ("surprise\x1b[2J\n", 1)))], ids=range(16))
-def test_hostile_artifacts_end_in_one_line(run, tmp_path, blob):
+@pytest.mark.parametrize("blob,says", [
+    (artifact_of(bytes(400_000_000)), "too long"), (artifact_of(b""), "damaged"),
+    (artifact_of(b"\xff" * 8), "damaged"), (one_matrix(20_000, 20_000), "too large"),
+    (artifact_of(b"\xff\xff\xff\x7f" + b"[" * 100_000), "damaged"),
+    (artifact_of(streams_of({"a": "[" * 100_000})), "damaged"),
+    (tg.ARTIFACT_MAGIC + tg.digest_of(b"\xff" * 9) + b"\xff" * 9, "decoder failed"),
+    (with_setting("model_dim", 10**9), "parameters, too many"),
+    (with_setting("model_dim", 10**400), "not a whole number"),
+    (with_setting("num_layers", 999), "embed.rows"), (with_setting("mlp_mult", 1e300), "out of range"),
+    (with_setting("mlp_mult", float("nan")), "not a number"),
+    (with_setting("ttt_eval_seq_len", 10**15), "out of range"),
+    (with_setting("vocab_size", "1\n2"), "not a whole number"),
+    (with_setting("model_dim", [[1]]), "not a whole number"),
+    (with_setting("surprise\x1b[2J\n", 1), "what is surprise")], ids=range(16))
+def test_hostile_artifacts_end_in_one_line(run, tmp_path, blob, says):
     """Some kilobytes that stand for gigabytes, or settings that would fill the memory."""
     path = tmp_path / ARTIFACT
     path.write_bytes(blob)
     settings = {name: None for name in TINY}
     error = run(EVAL_ONLY_PATH=path, **settings).error
-    assert error.isprintable()
+    assert error.isprintable() and says in error
 
 
 def test_damage_under_a_right_checksum_ends_in_one_line(finished, tmp_path):
@@ -503,8 +555,10 @@ def test_a_compressed_checkpoint_is_refused(run, finished, tmp_path):
     with zipfile.ZipFile(finished.checkpoint) as honest, \
             zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         for name in honest.namelist():
-            bomb.writestr(name, honest.read(name) + bytes(10_000_000))
-    assert "x.pt" in run(EVAL_ONLY_PATH=tmp_path / "x.pt").error
+            bomb.writestr(name, honest.read(name))
+        bomb.writestr("archive/zeros", bytes(10_000_000))
+    error = run(EVAL_ONLY_PATH=tmp_path / "x.pt").error
+    assert "x.pt" in error and "compressed" in error
 
 
 def test_names_cannot_write_on_the_console(run, tmp_path):
