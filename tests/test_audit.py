@@ -57,7 +57,7 @@ def finished(data, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def machine(data, monkeypatch):
     """Audits find the data and no GPU, and draw few tokens."""
-    monkeypatch.setattr(altered, "RANDOM_TOKENS", 2000)
+    monkeypatch.setattr(altered, "RANDOM_TOKENS", 1000)
     monkeypatch.setenv("DATA_DIR", str(data))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -470,6 +470,37 @@ def test_what_is_left_in_shared_memory_is_named(tmp_path):
         assert ended.left == [str(file)] and ended.status == 0 and ended.last_words == "said"
     finally:
         file.unlink()
+
+
+def test_a_link_and_a_change_in_shared_memory_are_named(tmp_path):
+    """A link leads nowhere, and a file that was there keeps its name, size and date."""
+    files = [Path(f"/dev/shm/{tmp_path.parent.name}-{tmp_path.name}-{name}") for name in ("file", "link")]
+    files[0].write_text("before")
+    try:
+        ended = started(tmp_path, f"""
+            import os
+            date = os.stat({str(files[0])!r}).st_mtime_ns
+            open({str(files[0])!r}, "w").write("behind")
+            os.utime({str(files[0])!r}, ns=(date, date))
+            os.symlink("/nowhere", {str(files[1])!r})
+            """)
+        assert ended.left == list(map(str, files))
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def test_what_a_program_wrote_is_read_only_if_it_is_a_file(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    ended = started(tmp_path, "import os; os.remove('err.txt'); os.symlink('../secret', 'err.txt'); 1 / 0")
+    assert ended.status == 1 and ended.last_words == ""
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "folder/err.txt", "folder", "none"):
+        with pytest.raises(OSError):
+            confined.read_regular(tmp_path / name)
+    with pytest.raises(OSError, match="too large"):
+        confined.read_regular(tmp_path / "secret", 5)
+    assert confined.read_regular(tmp_path / "secret") == b"secret"
 
 
 # Mistakes

@@ -25,7 +25,6 @@ import math
 import os
 import re
 import shutil
-import site
 import subprocess
 import sys
 import tempfile
@@ -169,7 +168,7 @@ def environment_in(place: Path) -> dict[str, str]:
     folders = dict(HOME="home", TMPDIR="tmp", DATA_DIR="data", EVAL_ONLY_PATH="model/final_model.int6.ptz",
                    ARTIFACT_DIR="run", SAVE_SCORES="scores.npz")
     kept |= {name: str(place / folder) for name, folder in folders.items()}
-    return {**kept, "PYTHONUSERBASE": site.getuserbase(), "EVAL_MAX_SECONDS": "0"}
+    return {**kept, "EVAL_MAX_SECONDS": "0"}
 
 
 class Rescore(NamedTuple):

@@ -1,13 +1,18 @@
 """Run a foreign program so that nothing of it stays: its time is limited, and all its processes are ended.
 
-On Linux with Landlock the program can write in its own folder only, and read nothing but that and what the
-machine's software is made of. It cannot find the files that it was not given, nor leave any for its next run.
+On Linux with Landlock the program can create files in its own folder and in shared memory only, and open
+nothing but these, the devices and what the machine's software is made of. What it leaves in shared memory is
+reported. Landlock does not close the network, System V shared memory and queues, the kernel's keyrings, and
+the metadata of files: their names, sizes and times can be seen, and those of its own user's files changed. By
+these a program could still leave word for its next run, and find what somebody put among the software before.
 """
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import site
+import stat
 import struct
 import subprocess
 import sys
@@ -63,8 +68,26 @@ def run(command: list, environment: Mapping[str, str], folder: Path, timeout: fl
     finally:
         if rules is not None:
             os.close(rules)
-    lines = (folder / "err.txt").read_text(errors="replace").strip().splitlines()
-    return Ended(status, lines[-1] if lines else "", sorted(shared_files() - shared), rules is not None)
+    left = sorted({path for path, *_ in shared_files() - shared})
+    return Ended(status, last_line(folder / "err.txt"), left, rules is not None)
+
+
+def read_regular(path: Path, most: int = 1 << 32) -> bytes:
+    """The bytes of a file that a foreign program wrote; OSError if it is none, but a link, pipe or device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        kind = os.fstat(descriptor)
+        if not stat.S_ISREG(kind.st_mode) or kind.st_size > most:
+            raise OSError(errno.EINVAL, "it is not a file, or too large", str(path))
+        return file.read(most)
+
+
+def last_line(path: Path) -> str:
+    """The last line of a text that a foreign program wrote, if it can be read."""
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = read_regular(path).decode(errors="replace").strip().splitlines()
+    return lines[-1][:1000] if lines else ""
 
 
 def end_all(process: subprocess.Popen, before: set[int]):
@@ -92,21 +115,27 @@ def children() -> set[int]:
     return found
 
 
-def shared_files() -> set[str]:
-    """This user's files in shared memory."""
+def shared_files() -> set[tuple[str, int, int]]:
+    """All that is in shared memory, links and folders too: path, time of change in ns, bytes."""
     found = set()
-    for file in SHARED_MEMORY.glob("*"):
-        with contextlib.suppress(OSError):
-            if file.stat().st_uid == os.getuid():
-                found.add(str(file))
+    for folder, folders, files in os.walk(SHARED_MEMORY):
+        for name in folders + files:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                status = os.lstat(path)
+                found.add((path, status.st_ctime_ns, status.st_size))
     return found
 
 
 def software() -> list[str]:
-    """Folders of the machine's software: the system's, this Python's, and what the search paths name."""
+    """Folders of the machine's software: the system's, this Python's, and what the search paths name.
+
+    What the user installed for themselves alone is none: a program could know that folder.
+    """
     paths = [path for name in ("PATH", "LD_LIBRARY_PATH") for path in os.environ.get(name, "").split(":")]
-    packages = [path for path in sys.path if path and Path(path) != Path(__file__).parent]
-    paths += [sys.prefix, sys.base_prefix, site.getuserbase()]
+    left_out = str(Path(__file__).parent), site.getusersitepackages()
+    packages = [path for path in sys.path if path and path not in left_out]
+    paths += [sys.prefix, sys.base_prefix]
     return [*SYSTEM, *filter(os.path.isabs, paths + packages)]
 
 
