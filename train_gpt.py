@@ -584,11 +584,12 @@ class RunLog:
     @property
     def under_way(self) -> str:
         """The phase that has begun and not ended."""
-        return next((phase.name for phase in reversed(self.phases) if not phase.seconds), "setup")
+        return next((phase.name for phase in reversed(self.phases) if not phase.seconds), "none")
 
     def withdraw(self):
         """Take back the files of a run that a mistake ended before it began: the next can have its folder."""
-        if self.files and self.under_way in ("setup", "open training data"):
+        has_begun = {phase.name for phase in self.phases} - {"imports", "join", "setup", "open training data"}
+        if self.files and not has_begun:
             for name in RUN_FILES:  # all this run's, as there were none
                 (self.folder / name).unlink(missing_ok=True)
             if self.is_new_folder:
