@@ -581,10 +581,9 @@ class RunLog:
         for name in ("log.txt", "metrics.jsonl"):
             self.files[name] = open(self.folder / name, "x", encoding="utf-8", errors="surrogateescape")
 
-    @property
     def under_way(self) -> str:
-        """The phase that has begun and not ended."""
-        return next((phase.name for phase in reversed(self.phases) if not phase.seconds), "none")
+        """The phases that have begun and not ended."""
+        return ", ".join(phase.name for phase in self.phases if not phase.seconds)
 
     def withdraw(self):
         """Take back the files of a run that a mistake ended before it began: the next can have its folder."""
@@ -3516,7 +3515,7 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = (f"out of memory in phase {log.under_way if log else None}: lower TRAIN_BATCH_TOKENS "
+        message = (f"out of memory in phase {log.under_way() if log else None}: lower TRAIN_BATCH_TOKENS "
                    "(training), VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
     if log:
         log.withdraw()
