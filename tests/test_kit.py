@@ -341,6 +341,18 @@ def test_whether_an_older_run_scored_fineweb_is_not_known(tmp_path):
         assert made["corpus"] == "50,000 validation documents; unknown validation set"
 
 
+@pytest.mark.parametrize("call", ['with log.phase("report"):', "with A.phase('report'):"])
+def test_a_new_run_cannot_pass_for_an_older_one(call, tmp_path, refused):
+    """Its source, whose hash is checked, says what its result has to have."""
+    source = f"{SOURCE}\n{call}\n    pass\n"
+    r = result_of_seed(0) | {"code_sha256": sha256(source.encode())}
+    assert finished_runs.load([write_run(tmp_path / "new", r, source)])
+    without_report = r | {"phases": {name: r["phases"][name] for name in PHASES if name != "report"}}
+    for name, result in (("older", older(r)), ("without report", without_report)):
+        folder = write_run(tmp_path / name, result, source)
+        assert "its script writes a phase `report`" in refused(submission.main, "check", folder)
+
+
 # What no log can show
 
 def test_what_no_log_can_show_is_null(tmp_path, capsys):

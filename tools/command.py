@@ -45,7 +45,7 @@ def silence() -> None:
 
 
 def interrupted() -> NoReturn:
-    """End the process at once, whatever its other threads are at."""
+    """End the process at once, whatever other threads are doing."""
     report("interrupted")
     os._exit(130)
 
@@ -69,7 +69,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     status = None
     try:
-        status = main()
+        try:
+            status = main()
+        except SystemExit as end:  # argparse's, after --help or a wrong argument
+            status = end.code
         sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted()
@@ -119,7 +122,7 @@ def claim(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        problem = "another prepare.py or download.py is at work there (if none is, remove .lock)"
+        problem = "another prepare.py or download.py is at work there"
         raise BlockingIOError(errno.EAGAIN, problem, str(folder)) from None
     try:
         yield

@@ -213,6 +213,8 @@ def file_faults(run: Run, artifact: bytes | None) -> Iterator[str]:
     r = run.result
     if sha256(run.source.encode()) != r["code_sha256"]:
         yield "the source in it does not have the code_sha256 of its RESULT"
+    if re.search(r"""\.phase\((["'])report\1\)""", run.source) and not has_report(r):
+        yield "its script writes a phase `report`, and its RESULT has none"
     if run.packed is not None and sha256(run.packed) != r["packed_sha256"]:
         yield "train_gpt_packed.py beside it does not have the packed_sha256 of its RESULT"
     if artifact is None:
@@ -497,7 +499,7 @@ def validation_cut(r: dict) -> int:
 
 
 def check_belongs_with(first: Run, run: Run) -> None:
-    """Refused if two runs are not of one script, machine, data and settings."""
+    """Refused unless two runs share one script, machine, data and settings."""
     theirs, ours = shared_facts(first.result), shared_facts(run.result)
     for name in {**theirs, **ours}:
         if ours.get(name) != theirs.get(name):
