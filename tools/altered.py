@@ -3,9 +3,11 @@ import hashlib
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
+import confined
 import numpy as np
 import sentencepiece
 
+FINEWEB_BYTES = {40_540_160: 151_078_222, 47_851_520: 151_074_499}  # of its first targets, as published
 TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
 RANDOM_TOKENS = 40_000  # at least so many are drawn, to see whether probabilities add up to 1 on average
 LIKELY = 0.4  # nats: the loss of a token with p = 2/3
@@ -17,8 +19,9 @@ class AuditError(Exception):
 
 
 def read(path: Path) -> bytes:
+    """The bytes of a file, which a link may lead to, but no pipe or device."""
     try:
-        return path.read_bytes()
+        return confined.read_regular(path.resolve())
     except OSError as error:
         raise AuditError(f"cannot read {path}: {error.strerror}") from error
 
@@ -89,6 +92,11 @@ class Data(NamedTuple):
     starts: np.ndarray  # of these documents
     available: int  # documents that there are
     sha256: str  # of the tokens in all shards
+
+    def known(self) -> bool:
+        """Whether this is FineWeb's validation set, by the bytes of text up to the challenge's cut."""
+        cut = max((cut for cut in FINEWEB_BYTES if cut < len(self.tokens)), default=0)
+        return cut > 0 and int(self.pieces.target_bytes(self.tokens[: cut + 1]).sum()) == FINEWEB_BYTES[cut]
 
     @classmethod
     def read(cls, root: Path, settings: dict[str, Any]) -> "Data":

@@ -20,6 +20,7 @@ no pass. Exit status: 0 if no rule fails, 1 if one does, 2 after an error.
 """
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import command
 import confined
@@ -45,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600
 EXACT, FAR = 1e-5, 1e-3  # nats between equal losses on a CPU: root mean square, largest
-COARSE, DRIFT = 0.04, 1e-4  # nats on a GPU: root mean square, mean
+COARSE, DRIFT, MOST_DRIFT = 0.04, 1e-4, 1e-3  # nats on a GPU: root mean square, mean if exact, if noisy
 HEADLINE = 1e-4  # bits per byte between two scores of an artifact, if a GPU made one
 RULES = ("origin", "clocks", "all documents", "size", "caveats", "every target once", "headline", "causal",
          "score before update", "documents independent", "full distribution", "no drift", "confined",
@@ -53,11 +54,37 @@ RULES = ("origin", "clocks", "all documents", "size", "caveats", "every target o
 RESCORES = "unaltered", "ours", "reversed", "tails", "lengths", "rest", "all"
 RECORD = dict(vocab_size=8192, ttt_enabled=True, ttt_chunk_size=24, ttt_chunk_growth=1 / 64,
               ttt_eval_seq_len=3072, ttt_batch_size=64, val_doc_fraction=1.0, data_dir="./data")
+RANGES = dict(vocab_size=(2, 1 << 16), ttt_chunk_size=(1, 1 << 14), ttt_chunk_growth=(-1, 100),
+              ttt_eval_seq_len=(1, 1 << 20), ttt_batch_size=(1, 1 << 12), val_doc_fraction=(1e-9, 1))
+MOST_BYTES = 1 << 26  # of what a script wrote, beside its losses
 FIELDS = {float: "val_loss val_bpb", int: "unadapted_tokens code_bytes total_bytes", list: "caveats",  # in
           dict: "settings phases clocks", str: "hardware code_sha256 packed_sha256 val_sha256"}  # result.json
 KEPT_VARIABLES = ("PATH LD_LIBRARY_PATH PYTHONPATH VIRTUAL_ENV CC CXX LANG TZ USER LOGNAME OMP_NUM_THREADS "
                   "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH").split()
 KEPT_BEGINNINGS = "LC_", "NVIDIA_", "NCCL_"
+
+
+def say(text: Any):
+    """Print in one line; an audit goes on, and writes its file, when the console is gone or full."""
+    try:
+        command.say(command.one_line(text))
+    except OSError as error:
+        command.report(error)
+        command.silence()
+
+
+def number(kind: type, low: float, high: float = 1e8) -> Callable[[str], Any]:
+    """A type of arguments: numbers between two limits."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:g} to {high:g}")
+        return value
+
+    return parse
 
 
 class Incomplete(Exception):
@@ -103,7 +130,12 @@ class Moved(NamedTuple):
             return None
         if noise is None:
             return bool(self.rms <= EXACT and self.largest <= FAR)
-        return bool(self.rms <= max(EXACT, noise) and abs(self.mean) <= max(DRIFT, 4 * self.error))
+        return bool(self.rms <= max(EXACT, noise) and abs(self.mean) <= self.shift())
+
+    def shift(self) -> float:
+        """How far the mean may lie from 0 on a GPU: there is a limit to what a script's own noise excuses."""
+        few = 4 * COARSE / math.sqrt(max(1, self.targets))  # the mean of few targets is as uncertain
+        return max(DRIFT, min(4 * self.error, max(MOST_DRIFT, few)))
 
     def __str__(self) -> str:
         if not self.targets:
@@ -140,21 +172,25 @@ class FinishedRun(NamedTuple):
                         raise ValueError(f"{name} is {result[name]!r:.50}")
             phases = {name: float(seconds) for name, seconds in result["phases"].items()}
             clocks = {name: float(result["clocks"][name]["seconds"]) for name in ("training", "scoring")}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            for name, seconds in phases.items():
+                if not 0 <= seconds <= 1e7:
+                    raise ValueError(f"{name:.50} took {seconds} s")
+        except Exception as error:  # whatever foreign bytes lead to
             raise AuditError(f"{file} is not what a finished run leaves: {error!r:.200}") from error
         settings = {**RECORD, **result["settings"], **saved_settings(artifact)}
         for name, value in RECORD.items():
-            if not isinstance(settings[name], type(value)):
-                raise AuditError(f"{file}: {name} is {settings[name]!r:.50}")
+            low, high = RANGES.get(name, (None, None))
+            if not isinstance(settings[name], type(value)) or low and not low <= settings[name] <= high:
+                raise AuditError(f"{file} and its artifact: {name} is {settings[name]!r:.50}")
         return cls(folder, artifact, result, settings, phases, clocks)
 
 
 def saved_settings(artifact: bytes) -> dict[str, Any]:
     """The settings in an artifact's header, by docs/artifact.md; none if it is of another format."""
-    with contextlib.suppress(brotli.error, ValueError, KeyError, TypeError):
+    with contextlib.suppress(Exception):  # whatever foreign bytes lead to
         if artifact.startswith(b"PGOLF"):
             size = int.from_bytes(artifact[24:28], "little")
-            head = brotli.decompress(artifact[28 : 28 + size])
+            head = brotli.Decompressor().process(artifact[28 : 28 + size], output_buffer_limit=MOST_BYTES)
             return dict(json.loads(head[4 : 4 + int.from_bytes(head[:4], "little")])["settings"])
     return {}
 
@@ -201,11 +237,11 @@ class Program:
             if ended.status is None:
                 raise AuditError(f"{self.script} had not scored {name} after {self.timeout:.0f} s, and was "
                                  "ended; --timeout gives it more")
+            targets = len(self.data.tokens if tokens is None else tokens) - 1
             try:
-                with np.load(place / "scores.npz") as scores:
-                    losses = np.asarray(scores["nll"], dtype=np.float64).ravel()
-                result = dict(json.loads(read(place / "run/result.json")))
-            except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, AuditError):
+                losses = saved_losses(written(place, "scores.npz", 64 * targets), targets)
+                result = dict(json.loads(written(place, "run/result.json")))
+            except Exception:  # whatever foreign bytes lead to: they are no scores
                 ended = ended._replace(status=ended.status or "0, without scores")
             if ended.status:
                 raise AuditError(f"{self.script} ended with status {ended.status} when it was to score "
@@ -228,11 +264,30 @@ class Program:
             write_shard(shards / "fineweb_val_000000.bin", tokens)
 
 
+def written(place: Path, name: str, most: int = 0) -> bytes:
+    """What a script wrote as a file, and not as a link, in its place; OSError if it is none, or too large."""
+    if (place / name).resolve() != place / name:
+        raise OSError(f"{name} is a link")
+    return confined.read_regular(place / name, most + MOST_BYTES)
+
+
+def saved_losses(data: bytes, targets: int) -> np.ndarray:
+    """The losses of scores.npz in fp64; ValueError, among others, if it is none for about so many targets."""
+    with zipfile.ZipFile(io.BytesIO(data)) as members:
+        if sum(member.file_size for member in members.infolist()) > 64 * targets + MOST_BYTES:
+            raise ValueError("it would fill the memory")
+    with np.load(io.BytesIO(data)) as scores:
+        losses = scores["nll"]
+    if losses.dtype.kind != "f":
+        raise ValueError(f"losses of the kind {losses.dtype}")
+    return losses.astype(np.float64).ravel()
+
+
 def seconds_expected(run: FinishedRun, share: float, processes: int) -> float:
     """Of scoring a share of the run's targets, by its phases: those of every start, and those of scoring."""
     starting = "imports", "join", "setup", "open validation", "open artifact", "prepare adaptation", "report"
     scoring = "count bytes", "score quantized", "adapt"
-    ranks = int(re.match(r"\d*", run.result["hardware"])[0] or 1)
+    ranks = int(re.match(r"[0-9]{0,4}", run.result["hardware"])[0] or 1)
     once, shared = (sum(run.phases.get(name, 0) for name in names) for names in (starting, scoring))
     return once + shared * share * ranks / processes
 
@@ -278,7 +333,7 @@ class Audit:
 
     def add(self, rule: str, passed: bool | None, figures: str):
         self.verdicts.append(Verdict(rule, passed, figures))
-        print(self.verdicts[-1], flush=True)
+        say(self.verdicts[-1])
 
     def by_rule(self) -> dict[str, str]:
         """The worst word on every rule."""
@@ -309,6 +364,11 @@ class Audit:
         due = {"training took": "training" in late, "scoring took": "scoring" in late,
                "plain score": unadapted, "VAL_DOC_FRACTION": fraction < 1,
                "bytes of": said["total_bytes"] > CAP_BYTES}
+        if "report" in self.run.phases:  # older scripts did not state these
+            due |= {"unknown validation set": not self.data.known(),
+                    "not on 8 GPUs": not said["hardware"].startswith("8 x NVIDIA"),
+                    "preset": settings.get("preset"), "VAL_LOSS_EVERY": settings.get("val_loss_every"),
+                    "recompilations": said.get("recompilations")}
         stated = "; ".join(map(str, said["caveats"])) or "none"
         missing = [text for text, holds in due.items() if holds and text not in stated]
         self.add("caveats", not missing, stated + "".join(f"; not stated: {text}" for text in missing))
@@ -357,8 +417,7 @@ class Audit:
         began = time.perf_counter()
         losses, said, left, closed = self.program.score(name, None if name == "all" else tokens)
         targets = len(tokens) - 1
-        print(f"scored {name}: {len(starts)} documents, {targets} targets, "
-              f"{time.perf_counter() - began:.1f} s", flush=True)
+        say(f"scored {name}: {len(starts)} documents, {targets} targets, {time.perf_counter() - began:.1f} s")
         good = int((np.isfinite(losses) & (losses > -EXACT)).sum())
         self.add("every target once", good == len(losses) == targets,
                  f"{name}: {targets} targets, {len(losses)} losses, {good} of them possible")
@@ -486,7 +545,7 @@ class Audit:
                  f"all comparisons together: {moved}")
         closed = all(self.confined) and not open_to_it
         self.add("confined", True if closed else None,
-                 "it could write in its own folder only, and not read the true data" if closed else
+                 "it could create files in its own folder only, and not read the true data" if closed else
                  "it could read the true data or write elsewhere: without Landlock, or among the software")
 
 
@@ -513,18 +572,18 @@ def perform(args: argparse.Namespace) -> Audit:
     # 2) Say what comes.
     gpu, ours = on_gpu(), is_ours(args.script)
     device = "GPU" if gpu else "CPU"
-    print(f"{args.run} on a {device}: {count} of {len(data.starts)} documents, --seed {seed}")
+    say(f"{args.run} on a {device}: {count} of {len(data.starts)} documents, --seed {seed}")
     if not ours:
-        print(f"{args.script} IS NOT THIS REPOSITORY'S TRAIN_GPT.PY, PACKED OR NOT: HOW THE ARTIFACT CAME "
-              "ABOUT IS NOT CHECKED.")
+        say(f"{args.script} IS NOT THIS REPOSITORY'S TRAIN_GPT.PY, PACKED OR NOT: HOW THE ARTIFACT CAME "
+            "ABOUT IS NOT CHECKED.")
     chunk = run.settings["ttt_chunk_size"]
     depths = args.depth or ([int(sets.rng.integers(3 * chunk, 8 * chunk))] if gpu else [])
     targets = {**sets.targets(depths), "all": len(data.tokens)}
     skipped = {*args.skip, "ours"} if ours else args.skip
     expected = {name: seconds_expected(run, targets[name] / len(data.tokens), args.processes)
                 for name in RESCORES if name not in skipped}
-    print(f"about {sum(expected.values()):.0f} s, if this machine is as fast as the run's: "
-          + ", ".join(f"{name} {seconds:.0f}" for name, seconds in expected.items()), flush=True)
+    say(f"about {sum(expected.values()):.0f} s, if this machine is as fast as the run's: "
+        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in expected.items()))
     # 3) Judge.
     timeout = args.timeout or max(900, 10 * max(expected.values()))
     program, own = (Program(script, run, data, timeout, args) for script in (args.script, SCRIPT))
@@ -543,30 +602,35 @@ def perform(args: argparse.Namespace) -> Audit:
             getattr(audit, name)(*arguments.get(name, []))
             late = time.perf_counter() - began - expected.pop(name)
             if expected:
-                more = max(0, sum(expected.values()) + late * len(expected))
-                print(f"about {more:.0f} s more", flush=True)
+                more = sum(expected.values()) + max(0, late) * len(expected)  # a cold start comes each time
+                say(f"about {more:.0f} s more")
         audit.together(confined.can_read(data.tokenizer))
     return audit
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False)
     parser.add_argument("run", type=Path, help="folder of a run, with final_model.int6.ptz and result.json")
     parser.add_argument("--script", type=Path, default=SCRIPT,
                         help="the train_gpt.py, or copy of it, to score with")
-    parser.add_argument("--documents", type=int, default=64,
+    parser.add_argument("--documents", type=number(int, 1), default=64,
                         help="how many validation documents, chosen at random, to alter (64)")
-    parser.add_argument("--seed", type=int, help="of choice and alterations (another each time)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63),
+                        help="of choice and alterations (another each time)")
     parser.add_argument("--skip", nargs="+", choices=RESCORES[1:], default=[], help="re-scores to leave out")
-    parser.add_argument("--depth", type=int, nargs="+", default=[], metavar="TOKENS",
+    parser.add_argument("--depth", type=number(int, 1), nargs="+", default=[], metavar="TOKENS",
                         help="try every token after so many, too (on a GPU at random 3 to 8 chunks)")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs to score on, by torchrun (1)")
-    parser.add_argument("--timeout", type=float,
+    parser.add_argument("--processes", type=number(int, 1, 1024), default=1,
+                        help="GPUs to score on, by torchrun (1)")
+    parser.add_argument("--timeout", type=number(float, 0.1),
                         help="seconds that a re-score may take (10 times what is expected, 900 at least)")
     parser.add_argument("--unconfined", action="store_true", help="let the script read and write everywhere")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the verdicts, as JSON")
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        return command.report(error)
     try:
         audit = perform(args)
         if args.write:
@@ -576,10 +640,10 @@ def main(argv: list[str] | None = None) -> int:
     by_rule = audit.by_rule()
     for word in ("FAIL", "NOT CHECKED"):
         rules = [rule for rule in RULES if by_rule[rule] == word]
-        print(f"{word}: {', '.join(rules) or 'none'}")
+        say(f"{word}: {', '.join(rules) or 'none'}")
     words = [verdict.word for verdict in audit.verdicts]
-    print(f"{words.count('pass')} checks passed, {words.count('FAIL')} failed, "
-          f"{words.count('NOT CHECKED')} were not made")
+    say(f"{words.count('pass')} checks passed, {words.count('FAIL')} failed, not made: "
+        f"{words.count('NOT CHECKED')}")
     return int("FAIL" in words)
 
 
