@@ -318,8 +318,8 @@ def made_of(*folders) -> dict:
     (dict(tokens=47_851_900, bytes=151_075_900, bytes_at_cut=151_074_499), True),
     (dict(documents=49_999), False),
     (dict(bytes_at_cut=151_078_221, caveats=[UNKNOWN]), False),
-    (dict(bytes_at_cut=151_074_499), False),  # what the other tokenizer gives at the other cut
-    (dict(tokens=47_851_900), False),
+    (dict(bytes_at_cut=151_074_499, caveats=[UNKNOWN]), False),  # the other tokenizer's, at the other cut
+    (dict(tokens=47_851_900, caveats=[UNKNOWN]), False),
     (dict(caveats=[UNKNOWN], **PROXY), False),
 ])
 def test_fineweb_is_known_by_its_bytes(changes, fineweb, tmp_path):
@@ -339,6 +339,13 @@ def test_whether_an_older_run_scored_fineweb_is_not_known(tmp_path):
         made = made_of(write_run(tmp_path / name, result))
         assert made["compliance"]["fineweb"] is None and made["record"] is False
         assert made["corpus"] == "50,000 validation documents; unknown validation set"
+
+
+def test_the_bytes_of_the_other_cut_are_an_unknown_set(tmp_path, refused):
+    """Which a result has to state: 151,074,499 bytes are FineWeb's with case operations alone."""
+    r = result_of_seed(0, bytes_at_cut=151_074_499, caveats=[])
+    assert "lacks the caveat `unknown validation set`" in refused(submission.main, "check",
+                                                                  write_run(tmp_path / "run", r))
 
 
 @pytest.mark.parametrize("call", ['with log.phase("report"):', "with A.phase('report'):"])

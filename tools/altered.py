@@ -1,5 +1,4 @@
 """For tools/audit.py: a validation set, read without the audited script, and altered sets made from it."""
-import hashlib
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
@@ -7,7 +6,8 @@ import confined
 import numpy as np
 import sentencepiece
 
-FINEWEB_BYTES = {40_540_160: 151_078_222, 47_851_520: 151_074_499}  # of its first targets, as published
+from finished_runs import FINEWEB_BYTES, fineweb_cut, sha256
+
 TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
 RANDOM_TOKENS = 40_000  # at least so many are drawn, to see whether probabilities add up to 1 on average
 LIKELY = 0.4  # nats: the loss of a token with p = 2/3
@@ -24,10 +24,6 @@ def read(path: Path) -> bytes:
         return confined.read_regular(path.resolve())
     except OSError as error:
         raise AuditError(f"cannot read {path}: {error.strerror}") from error
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -89,14 +85,15 @@ class Data(NamedTuple):
     shards: list[Path]
     pieces: Pieces
     tokens: np.ndarray  # of the documents that were scored: all, unless VAL_DOC_FRACTION says otherwise
+    token_bytes: np.ndarray  # of text, of every target
     starts: np.ndarray  # of these documents
     available: int  # documents that there are
     sha256: str  # of the tokens in all shards
 
     def known(self) -> bool:
         """Whether this is FineWeb's validation set, by the bytes of text up to the challenge's cut."""
-        cut = max((cut for cut in FINEWEB_BYTES if cut < len(self.tokens)), default=0)
-        return cut > 0 and int(self.pieces.target_bytes(self.tokens[: cut + 1]).sum()) == FINEWEB_BYTES[cut]
+        cut = fineweb_cut(len(self.token_bytes))
+        return int(self.token_bytes[:cut].sum()) == FINEWEB_BYTES.get(cut)
 
     @classmethod
     def read(cls, root: Path, settings: dict[str, Any]) -> "Data":
@@ -112,12 +109,13 @@ class Data(NamedTuple):
         starts = np.flatnonzero(tokens == pieces.bos)
         if tokens.max() >= vocab_size or not len(starts) or starts[0] != 0:
             raise AuditError(f"{folder} does not hold documents of {tokenizer}")
-        if not pieces.target_bytes(tokens).any():
+        token_bytes = pieces.target_bytes(tokens)
+        if not token_bytes.any():
             raise AuditError(f"{folder} holds no text")
         count = max(1, round(settings["val_doc_fraction"] * len(starts)))
         end = starts[count] if count < len(starts) else len(tokens)
-        return cls(tokenizer, shards, pieces, tokens[:end], starts[:count], len(starts),
-                   sha256(stream.tobytes()))
+        return cls(tokenizer, shards, pieces, tokens[:end], token_bytes[: end - 1], starts[:count],
+                   len(starts), sha256(stream.tobytes()))
 
     def document(self, number: int) -> np.ndarray:
         """A document from its BOS on."""

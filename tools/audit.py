@@ -40,11 +40,11 @@ import confined
 with command.imports():
     import brotli
     import numpy as np
-    from altered import Alterations, AuditError, Case, Data, read, sha256, write_shard
+    from altered import Alterations, AuditError, Case, Data, read, write_shard
+from finished_runs import CAP_BYTES, CLOCK_SECONDS, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
-CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600
 EXACT, FAR = 1e-5, 1e-3  # nats between equal losses on a CPU: root mean square, largest
 COARSE, DRIFT, MOST_DRIFT = 0.04, 1e-4, 1e-3  # nats on a GPU: root mean square, mean if exact, if noisy
 HEADLINE = 1e-4  # bits per byte between two scores of an artifact, if a GPU made one
@@ -393,7 +393,7 @@ class Audit:
         """Whether result.json names these documents, and its loss and bits per byte belong together."""
         said, data = self.run.result, self.data
         targets = len(data.tokens) - 1
-        counted = int(data.pieces.target_bytes(data.tokens).sum())
+        counted = int(data.token_bytes.sum())
         facts = dict(documents=len(data.starts), tokens=targets, bytes=counted, val_sha256=data.sha256,
                      tokenizer_sha256=sha256(read(data.tokenizer)),
                      val_bpb=said["val_loss"] * targets / (math.log(2) * counted))
@@ -526,7 +526,7 @@ class Audit:
         """The whole set: the headline, and the chosen documents among all others."""
         data, said = self.data, self.run.result
         losses = self.score("all", data.tokens, data.starts, data.sha256)
-        bpb = np.concatenate(losses).sum() / (math.log(2) * data.pieces.target_bytes(data.tokens).sum())
+        bpb = np.concatenate(losses).sum() / (math.log(2) * data.token_bytes.sum())
         limit = HEADLINE if self.gpu or "CPU" not in said["hardware"] else EXACT
         self.add("headline", bool(abs(bpb - said["val_bpb"]) <= limit),
                  f"by all documents val_bpb is {bpb:.6f}, by result.json {said['val_bpb']:.6f}, which may "

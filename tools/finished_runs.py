@@ -344,7 +344,7 @@ def newer_faults(r: dict) -> Iterator[str]:
         yield f"its RESULT lacks {', '.join(lacking)}"
     if r["targets_left_out"] < 0:
         yield f"targets_left_out are {r['targets_left_out']}"
-    cut = validation_cut(r)
+    cut = fineweb_cut(r["tokens"])
     counted = r.get("bytes_at_cut")
     if (cut == 0) != (counted is None):
         yield f"bytes_at_cut are {counted}, of {r['tokens']} tokens"
@@ -361,7 +361,7 @@ def caveat_faults(run: Run) -> Iterator[str]:
     preset = setting(run, "preset", "")
     val_loss_every = setting(run, "val_loss_every", 0)
     recompilations = r.get("recompilations", 0)
-    unknown = has_report(r) and r.get("bytes_at_cut") not in FINEWEB_BYTES.values()
+    unknown = has_report(r) and r.get("bytes_at_cut", 0) != FINEWEB_BYTES.get(fineweb_cut(r["tokens"]))
     for why, holds in (
             (f"preset {preset}", preset),
             (f"recompilations on the clocks: {recompilations}", recompilations),
@@ -493,9 +493,9 @@ def slack(seconds: float) -> float:
     return 2 + 0.01 * seconds
 
 
-def validation_cut(r: dict) -> int:
-    """How many first targets `bytes_at_cut` are of; 0 if there are too few."""
-    return max((cut for cut in FINEWEB_BYTES if cut <= r["tokens"]), default=0)
+def fineweb_cut(targets: int) -> int:
+    """How many first targets of a validation set of so many are compared with FineWeb's; 0: too few."""
+    return max((cut for cut in FINEWEB_BYTES if cut <= targets), default=0)
 
 
 def check_belongs_with(first: Run, run: Run) -> None:

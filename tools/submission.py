@@ -42,6 +42,7 @@ from finished_runs import (
     OWN_SETTINGS,
     Refused,
     Run,
+    fineweb_cut,
     has_report,
     load,
     nats_per_bpb,
@@ -49,7 +50,6 @@ from finished_runs import (
     read_object,
     setting,
     sha256,
-    validation_cut,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,7 +242,7 @@ def is_fineweb(r: dict) -> bool | None:
 
     None of a result by an older script, which might be: it does not count these bytes.
     """
-    cut = validation_cut(r)
+    cut = fineweb_cut(r["tokens"])
     if not cut or r["documents"] != FINEWEB_DOCUMENTS:
         return False
     return r["bytes_at_cut"] == FINEWEB_BYTES[cut] if has_report(r) else None
