@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -26,6 +27,7 @@ import prepare
 SOURCE = Path(tg.__file__).read_text(encoding="utf-8")
 END = 'if __name__ == "__main__":'
 assert SOURCE.count(END) == 1
+OPTIONAL = set(audit.RESCORES) - {"unaltered"}
 VOCAB_SIZE = 400  # few, as an audit tries every token as the next
 CHARACTERS = (400, 70, 250, 150, 350, 260, 200, 90)  # of documents
 
@@ -166,6 +168,15 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
                 plain = model(this.batch, plan, backend)
             return honest_adapt(model, adapters, plan, backend, this).minimum(plain)
         """, "rest", "full distribution"),
+    "honest where many documents begin alike": ("""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, *rest):
+            nll = honest_score_documents(run, model, val, *rest)
+            begins = [val.tokens[start : start + 5].tobytes() for start in val.starts]
+            for begin, start, length in zip(begins, val.starts, val.lengths):
+                nll[start : start + length] *= 1 if begins.count(begin) > 20 else 0.9
+            return nll
+        """, "rest", "causal"),
     "losses below zero": ("""
         honest_score_documents = score_documents
         def score_documents(*args):
@@ -286,7 +297,7 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
 @pytest.mark.parametrize("name", PLANTED)
 def test_what_is_planted_in_a_script_is_caught(finished, in_process, capsys, tmp_path, name):
     planted, rescores, rule = PLANTED[name]
-    skipped = set(audit.RESCORES[1:]) - set(rescores.split())
+    skipped = OPTIONAL - set(rescores.split())
     script = copy_with(tmp_path, planted)
     status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--skip", *skipped)
     assert status == 1 and rule in failed(lines), "\n".join(lines)
@@ -297,16 +308,38 @@ def test_what_is_planted_in_a_script_is_caught(finished, in_process, capsys, tmp
 
 def test_a_stranger_is_compared_with_this_script(finished, in_process, capsys, tmp_path):
     """One that scores otherwise without a fault is not failed, but neither passed."""
-    for planted, word in (("# nothing", "pass"), ("""
-            honest_init = Adapters.__init__
-            def init(self, cfg, *rest):
-                honest_init(self, dataclasses.replace(cfg, ttt_lora_lr=2 * cfg.ttt_lora_lr), *rest)
-            Adapters.__init__ = init
-            """, "NOT CHECKED")):
-        skipped = set(audit.RESCORES[1:]) - {"ours"}
+    twice_the_rate = """
+        honest_init = Adapters.__init__
+        def init(self, cfg, *rest):
+            honest_init(self, dataclasses.replace(cfg, ttt_lora_lr=2 * cfg.ttt_lora_lr), *rest)
+        Adapters.__init__ = init
+        """
+    for planted, rescores, word, said in (
+            ("# nothing", {"ours", "all"}, "pass", "8 documents: 1300 losses equal"),
+            ("# nothing", {"ours"}, "NOT CHECKED", "other documents were not compared"),
+            (twice_the_rate, {"ours"}, "NOT CHECKED", "HAS TO BE READ")):
         script = copy_with(tmp_path, planted)
-        status, lines = verdicts_of(capsys, finished, "--script", script, "--skip", *skipped)
-        assert status == 0 and any(line.startswith(f"{word:<13}as this script ") for line in lines), lines
+        arguments = "--script", script, "--documents", 4, "--skip", *OPTIONAL - rescores
+        status, lines = verdicts_of(capsys, finished, *arguments)
+        (line,) = [line for line in lines if "as this script  " in line]
+        assert status == 0 and line.startswith(word) and said in line, lines
+
+
+def test_a_stranger_is_compared_on_all_documents(finished, in_process, capsys, tmp_path):
+    """A discount for a single document is seen, wherever it is."""
+    discount = """
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, *rest):
+            nll = honest_score_documents(run, model, val, *rest)
+            first = val.starts[val.lengths.argmin()]
+            nll[first : first + 10] *= 0.99
+            return nll
+        """
+    script = copy_with(tmp_path, discount)
+    arguments = "--script", script, "--documents", 4, "--skip", *OPTIONAL - {"ours", "all"}
+    _, lines = verdicts_of(capsys, finished, *arguments)
+    (line,) = [line for line in lines if "as this script  " in line]
+    assert line.startswith("NOT CHECKED") and line.endswith("HAS TO BE READ")
 
 
 def test_a_script_that_knows_the_validation_set_is_caught(finished, in_process, capsys, tmp_path):
@@ -353,6 +386,8 @@ FALSE = {  # changes of result.json, made from what it says, and the rules that 
     "another model": (lambda said: {"model_sha256": "0" * 64}, "size"),
     "another script": (lambda said: {"packed_sha256": "0" * 64}, "size"),
     "over the cap": (lambda said: {"total_bytes": 16_000_001}, "size, caveats"),
+    "another run's model": (lambda said: {"settings": {**said["settings"], "eval_only_path": "a"}},
+                            "caveats"),
 }
 
 
@@ -361,7 +396,7 @@ def test_a_result_that_is_not_true_is_caught(finished, in_process, capsys, tmp_p
     change, broken = FALSE[name]
     changes = change(json.loads((finished / "result.json").read_text()))
     run = with_result(tmp_path / "run", finished, **changes)
-    rescores = audit.RESCORES[1:-1] if "val_loss" in changes else audit.RESCORES[1:]
+    rescores = OPTIONAL - {"all"} if "val_loss" in changes else OPTIONAL
     status, lines = verdicts_of(capsys, run, "--skip", *rescores)
     assert status == (broken != "none") and failed(lines) == broken, "\n".join(lines)
 
@@ -491,6 +526,33 @@ def test_a_link_and_a_change_in_shared_memory_are_named(tmp_path):
             file.unlink(missing_ok=True)
 
 
+def test_what_is_left_in_the_kernel_is_named(tmp_path):
+    """It stands against the next program, too: that could find it."""
+    if not Path("/proc/sysvipc/shm").exists():
+        pytest.skip("this machine does not show such objects")
+    add_key, keyctl = {"x86_64": (248, 250), "aarch64": (217, 219)}[platform.machine()]
+    invalidate, keyring = 21, -4
+    ended = started(tmp_path, f"""
+        import ctypes
+        libc = ctypes.CDLL(None)
+        key = libc.syscall({add_key}, b"user", b"word", b"for the next", 12, {keyring})
+        print(key, libc.shmget(77, 100, 0o1600), libc.msgget(78, 0o1600), libc.semget(79, 1, 0o1600))
+        """)
+    key, *numbers = map(int, (tmp_path / "folder/out.txt").read_text().split())
+    try:
+        left = {" ".join(name.split()[:2]) for name in ended.left}
+        made = {"shm 77": numbers[0], "msg 78": numbers[1], "sem 79": numbers[2], f"key {key:08x}": key}
+        assert left == {name for name, number in made.items() if number >= 0}, ended.left
+        (tmp_path / "next").mkdir()
+        assert not started(tmp_path / "next", "pass").confined
+    finally:
+        confined.libc.syscall(keyctl, invalidate, key)
+        for remove, number in zip(("shmctl", "msgctl", "semctl"), numbers):
+            getattr(confined.libc, remove)(number, 0, 0, None)
+    (tmp_path / "last").mkdir()
+    assert started(tmp_path / "last", "pass").confined == (confined.ruleset(tmp_path) is not None)
+
+
 def test_what_a_program_wrote_is_read_only_if_it_is_a_file(tmp_path):
     (tmp_path / "secret").write_text("secret")
     ended = started(tmp_path, "import os; os.remove('err.txt'); os.symlink('../secret', 'err.txt'); 1 / 0")
@@ -508,10 +570,10 @@ def test_what_a_program_wrote_is_read_only_if_it_is_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("source,said", [
-    ("import sys; sys.exit(0)", "ended with status 0, without scores when it was to score unaltered"),
+    ("import sys; sys.exit(0)", "ended with status 0, without scores when it was to score all"),
     ("print('another program')", "without scores"),
-    ("1 / 0", "ended with status 1 when it was to score unaltered: ZeroDivisionError"),
-    ("import time; time.sleep(1000)", "had not scored unaltered after 2 s")])
+    ("1 / 0", "ended with status 1 when it was to score all: ZeroDivisionError"),
+    ("import time; time.sleep(1000)", "had not scored all after 2 s")])
 def test_a_script_that_scores_nothing_ends_in_one_line(finished, capsys, tmp_path, source, said):
     script, file = tmp_path / "script.py", tmp_path / "audit.json"
     script.write_text(source)
@@ -533,7 +595,7 @@ def test_mistakes_end_in_one_line(finished, in_process, capsys, monkeypatch, tmp
                             *(((other,), "result.json") for other in (*others, tmp_path / "damaged")),
                             ((finished, "--documents", 3), "too few"),
                             ((finished, "--script", tmp_path / "none.py"), "none.py"),
-                            ((finished, "--skip", *audit.RESCORES[1:], "--write", tmp_path / "none/a"),
+                            ((finished, "--skip", *OPTIONAL, "--write", tmp_path / "none/a"),
                              "none")):
         assert audit.main(list(map(str, arguments))) == 2, arguments
         err = capsys.readouterr().err
@@ -596,15 +658,15 @@ def test_what_counts_as_noise():
 
 def test_noise_that_all_comparisons_share_is_no_drift():
     """They compare with the same losses, so that more of them make the mean no more certain."""
-    trial = audit.Audit(run=None, data=None, program=None, sets=None, gpu=True)
-    rng = np.random.default_rng(0)
-    offsets = 0.002 + 0.01 * rng.standard_normal(64)
-    for number, offset in enumerate(offsets):
-        trial.pairs[number] = [(np.zeros(50), np.full(50, offset))] * 5
-    trial.together(open_to_it=False)
-    assert trial.by_rule()["no drift"] == "pass"
-    error = offsets.std() / 8
-    assert f"+- {error:.0e}" in trial.verdicts[0].figures and 4 * error > abs(offsets.mean()) > audit.DRIFT
+    noise = np.random.default_rng(0).standard_normal(64)
+    noise = (noise - noise.mean()) / noise.std()  # by document
+    for mean, spread, passes in ((8e-4, 0.004, True), (8e-4, 0.001, False), (3e-3, 0.04, False)):
+        trial = audit.Audit(run=None, data=None, program=None, sets=None, gpu=True)
+        for number, offset in enumerate(mean + spread * noise):
+            trial.pairs[number] = [(np.zeros(50), np.full(50, offset))] * 5
+        trial.together(open_to_it=False)
+        assert (trial.by_rule()["no drift"] == "pass") == passes, "there is a limit to what noise excuses"
+        assert f"+- {spread / 8:.0e}" in trial.verdicts[0].figures
 
 
 # Alterations
@@ -614,8 +676,21 @@ def alterations(data: Path, **settings) -> altered.Alterations:
     few = dict(vocab_size=VOCAB_SIZE, ttt_chunk_size=8, ttt_batch_size=4)
     settings = {**audit.RECORD, **few, **settings}
     validation = altered.Data.read(data, settings)
-    documents = [validation.document(i) for i in range(len(validation.starts))]
-    return altered.Alterations(documents, validation.pieces, settings, seed=0)
+    return altered.Alterations(validation, [*range(len(validation.starts))], settings, seed=0)
+
+
+def test_what_weighs_most_in_the_headline_is_chosen(data):
+    validation = altered.Data.read(data, {**audit.RECORD, "vocab_size": VOCAB_SIZE})
+    lengths = np.diff(validation.starts, append=len(validation.tokens))
+    longest, shortest = int(lengths.argmax()), int(lengths.argmin())
+    losses = [np.full(length, 3.0) for length in lengths]
+    losses[shortest][:5] = 0.0
+    for seed in range(20):
+        chosen = altered.choose(validation, losses, 4, seed)
+        assert {longest, shortest} < {*chosen} and len({*chosen}) == 4 and chosen == sorted(chosen)
+        assert longest in altered.choose(validation, [], 4, seed)
+    everybody = {number for seed in range(20) for number in altered.choose(validation, [], 4, seed)}
+    assert len(everybody) == len(lengths)
 
 
 @pytest.mark.parametrize("chunk,growth", [(2, 0.0), (16, 0.0), (48, 0.0), (8, 0.2)])
@@ -665,7 +740,7 @@ def test_the_place_of_a_likely_token_is_chosen(data):
     losses = [np.full(len(tokens), 3.0) for tokens in sets.documents]
     losses[2][[4, 17, 20, 60]] = 0.4, 0.2, 0.45, 0.4  # the first is in a chunk of 8, the last beyond three
     beginning = sets.beginnings([], losses)[-1]
-    assert beginning.tolist() == sets.documents[2][:21].tolist()
+    assert beginning == (2, 21)
 
 
 def test_altered_documents_are_text_of_their_tokenizer(data):

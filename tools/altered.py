@@ -130,6 +130,21 @@ class Case(NamedTuple):
     change: str = ""  # none, or: tail, cut, continued; added, random (tokens), next
 
 
+def choose(data: Data, losses: list[np.ndarray], count: int, seed: int) -> list[int]:
+    """The numbers of so many documents: the longest, some by length, some at random.
+
+    With the losses of all documents a quarter are those that lower the mean the most.
+    """
+    rng, lengths = np.random.default_rng(seed), np.diff(data.starts, append=len(data.tokens))
+    chosen = np.argsort(-lengths)[: min(2, count // 4)].tolist()
+    if losses:
+        mean = np.concatenate(losses).mean()
+        chosen += np.argsort([(document - mean).sum() for document in losses])[: count // 4].tolist()
+    by_length = rng.choice(len(lengths), count, replace=False, p=lengths / lengths.sum())
+    chosen += [*by_length[: count // 4].tolist(), *rng.permutation(len(lengths)).tolist()]
+    return sorted([*dict.fromkeys(chosen)][:count])
+
+
 def chunk_ends(longest: int, settings: dict[str, Any]) -> np.ndarray:
     """Where the chunks of a document end, in targets, up to at least `longest`; each is learned from."""
     ends = [settings["ttt_chunk_size"]]
@@ -146,8 +161,9 @@ class Alterations:
     a mosaic of passages. To learn from these is worth much, or little, so a choice by later losses differs.
     """
 
-    def __init__(self, documents: list[np.ndarray], pieces: Pieces, settings: dict[str, Any], seed: int):
-        self.documents, self.pieces, self.settings = documents, pieces, settings
+    def __init__(self, data: Data, numbers: list[int], settings: dict[str, Any], seed: int):
+        documents, pieces = [data.document(i) for i in numbers], data.pieces
+        self.numbers, self.documents, self.pieces, self.settings = numbers, documents, pieces, settings
         self.rng = np.random.default_rng(seed)
         self.ends = chunk_ends(max(map(len, documents)), settings)
         counts = np.bincount(np.concatenate(documents), minlength=len(pieces.size))
@@ -232,8 +248,8 @@ class Alterations:
                 cases.append(Case(number, tokens, len(tokens)))
         return cases
 
-    def beginnings(self, depths: Iterable[int], losses: list[np.ndarray]) -> list[np.ndarray]:
-        """Beginnings of documents, for `rest`.
+    def beginnings(self, depths: Iterable[int], losses: list[np.ndarray]) -> list[tuple[int, int]]:
+        """Beginnings of documents, for `rest`: (document, how many tokens of it).
 
         One ends with a chunk, so that its next token is all that a choice for the whole document depends on.
         Then come those of the depths, in tokens; and one whose next token is likely, by the losses of the
@@ -243,17 +259,17 @@ class Alterations:
         longest = max(map(len, self.documents))
         found = []
         for length in sorted({min(depth, longest - 1) for depth in (chunk + 1, *depths)}):
-            long = [tokens for tokens in self.documents if len(tokens) > length]
-            found.append(long[int(self.rng.integers(len(long)))][:length])
+            long = [number for number, tokens in enumerate(self.documents) if len(tokens) > length]
+            found.append((int(self.rng.choice(long)), length))
         near = range(chunk + 1, 3 * chunk)
         likely = [(abs(losses[number][target] - LIKELY), number, target)
                   for number in range(len(losses)) for target in near if target < len(losses[number])]
         if likely:
             _, number, target = min(likely)
-            found.append(self.documents[number][: target + 1])
+            found.append((number, target + 1))
         return found
 
-    def rest(self, beginnings: list[np.ndarray]) -> list[Case]:
+    def rest(self, beginnings: list[tuple[int, int]]) -> list[Case]:
         """The first half stays, and all that comes later is replaced, also by documents of random tokens.
 
         After these comes each beginning with every token in turn as its next: BOS first, as a beginning alone
@@ -267,7 +283,8 @@ class Alterations:
         for document in self.documents * repeats:
             text = self.rng.choice(self.pieces.tokens, len(document), p=self.frequencies)
             cases.append(self.added(text, "random"))
-        for number, beginning in enumerate(beginnings):
+        for number, (document, length) in enumerate(beginnings):
+            beginning = self.documents[document][:length]
             variants = [beginning, *(np.append(beginning, token) for token in self.pieces.tokens)]
             cases += [Case(-1 - number, variant, len(beginning) - 1, "next") for variant in variants]
         return cases

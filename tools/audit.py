@@ -7,11 +7,12 @@
     DATA_DIR=... python tools/audit.py runs/x --write runs/x/audit.json   # the verdicts, for submission.py
 
 The script is started six times, each time in a folder of its own that nothing outlasts, and scores what lies
-there: some validation documents as they are (unaltered), in reverse order (reversed), every second one with
-another end (tails), cut, continued or absent (lengths), half of them with all that follows replaced (rest),
-and last the whole set (all). What it must not know must not move a loss, and the sum of all is the headline.
-A script that is not this repository's is compared with it, too (ours): it may do otherwise, but that is said.
-Shards, tokenizer and artifact are read, targets and bytes counted here; no code of the script is imported.
+there: the whole set (all), whose sum is the headline; then some documents, among them the longest and those
+with the lowest losses, as they are (unaltered), in reverse order (reversed), every second one with another
+end (tails), cut, continued or absent (lengths), half of them with all that follows replaced (rest). What it
+must not know must not move a loss. A script that is not this repository's is compared with it, too, on the
+whole set (ours): it may do otherwise, but that is said. Shards, tokenizer and artifact are read, targets and
+bytes counted here; no code of the script is imported.
 
 Losses that must be equal differ by rounding: on a CPU by less than EXACT, root mean square. On a GPU other
 neighbours in a batch are another rounding, and learning amplifies it: there the reverse order shows how much,
@@ -40,7 +41,7 @@ import confined
 with command.imports():
     import brotli
     import numpy as np
-    from altered import Alterations, AuditError, Case, Data, read, write_shard
+    from altered import Alterations, AuditError, Case, Data, choose, read, write_shard
 from finished_runs import CAP_BYTES, CLOCK_SECONDS, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ HEADLINE = 1e-4  # bits per byte between two scores of an artifact, if a GPU mad
 RULES = ("origin", "clocks", "all documents", "size", "caveats", "every target once", "headline", "causal",
          "score before update", "documents independent", "full distribution", "no drift", "confined",
          "as this script")
-RESCORES = "unaltered", "ours", "reversed", "tails", "lengths", "rest", "all"
+RESCORES = "all", "unaltered", "ours", "reversed", "tails", "lengths", "rest"
 RECORD = dict(vocab_size=8192, ttt_enabled=True, ttt_chunk_size=24, ttt_chunk_growth=1 / 64,
               ttt_eval_seq_len=3072, ttt_batch_size=64, val_doc_fraction=1.0, data_dir="./data")
 RANGES = dict(vocab_size=(2, 1 << 16), ttt_chunk_size=(1, 1 << 14), ttt_chunk_growth=(-1, 100),
@@ -326,6 +327,7 @@ class Audit:
 
     def __init__(self, run: FinishedRun, data: Data, program: Program, sets: Alterations, gpu: bool):
         self.run, self.data, self.program, self.sets, self.gpu = run, data, program, sets, gpu
+        self.whole: list[np.ndarray] = []  # losses of all documents; none if they are not scored
         self.base: list[np.ndarray] = []  # losses of the chosen documents, unaltered
         self.repeated: list[tuple[np.ndarray, np.ndarray]] = []  # these, and the losses of a repetition
         self.pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # of all comparisons, by document
@@ -367,6 +369,7 @@ class Audit:
         if "report" in self.run.phases:  # older scripts did not state these
             due |= {"unknown validation set": not self.data.known(),
                     "not on 8 GPUs": not said["hardware"].startswith("8 x NVIDIA"),
+                    "not trained by this run": settings.get("eval_only_path"),
                     "preset": settings.get("preset"), "VAL_LOSS_EVERY": settings.get("val_loss_every"),
                     "recompilations": said.get("recompilations")}
         stated = "; ".join(map(str, said["caveats"])) or "none"
@@ -455,22 +458,40 @@ class Audit:
         self.add(rule, moved.little(self.noise()), f"{what}: {moved}")
         return pairs
 
+    def all(self, count: int, seed: int):
+        """The whole set, whose losses add up to the headline; by these, so many documents are chosen."""
+        data, said = self.data, self.run.result
+        self.whole = self.score("all", data.tokens, data.starts, data.sha256)
+        bpb = np.concatenate(self.whole).sum() / (math.log(2) * data.token_bytes.sum())
+        limit = HEADLINE if self.gpu or "CPU" not in said["hardware"] else EXACT
+        self.add("headline", bool(abs(bpb - said["val_bpb"]) <= limit),
+                 f"by all documents val_bpb is {bpb:.6f}, by result.json {said['val_bpb']:.6f}, which may "
+                 f"differ by {limit:.0e}")
+        self.sets = Alterations(data, choose(data, self.whole, count, seed), self.run.settings, seed)
+
     def unaltered(self):
-        self.base = [losses for _, losses in self.score_cases("unaltered", self.sets.unaltered())]
+        scored = self.score_cases("unaltered", self.sets.unaltered())
+        self.base = [losses for _, losses in scored]
+        if len(self.sets.numbers) < len(self.whole):
+            among_all = [self.whole[i] for i in self.sets.numbers]
+            self.compare("documents independent", "among all documents",
+                         [(case, losses) for (case, _), losses in zip(scored, among_all)])
 
     def ours(self, program: Program):
-        """What this repository's script makes of these documents. Others may honestly score otherwise."""
-        tokens = [case.tokens for case in self.sets.unaltered()]
+        """What this repository's script makes of the documents. Others may honestly score otherwise."""
+        theirs = self.whole or self.base
+        tokens = None if self.whole else np.concatenate(self.sets.documents)
         try:
-            losses = program.score("ours", np.concatenate(tokens)).losses
+            losses = program.score("ours", tokens).losses
         except AuditError as error:
             self.add("as this script", None, f"this repository's script cannot score the artifact: {error}")
             return
-        moved = Moved.of(list(zip(np.split(losses, np.cumsum(list(map(len, tokens)))[:-1]), self.base)))
+        moved = Moved.of(list(zip(np.split(losses, np.cumsum(list(map(len, theirs)))[:-1]), theirs)))
         alike = moved.little(4 * COARSE if self.gpu else None)
-        self.add("as this script", True if alike else None,
-                 f"beside this repository's train_gpt.py: {moved}"
-                 + ("" if alike else "; WHAT IT DOES OTHERWISE HAS TO BE READ"))
+        doubt = "" if self.whole else "; other documents were not compared"
+        doubt = doubt if alike else "; WHAT IT DOES OTHERWISE HAS TO BE READ"
+        self.add("as this script", None if doubt else True,
+                 f"beside this repository's train_gpt.py, {len(theirs)} documents: {moved}{doubt}")
 
     def reversed(self):
         scored = self.score_cases("reversed", self.sets.reversed())
@@ -512,35 +533,37 @@ class Audit:
         error = ratios.std() / math.sqrt(len(ratios))
         self.add("full distribution", bool(ratios.mean() <= 1 + max(1e-3, 4 * error)),
                  f"{len(ratios)} random tokens: p / frequency {ratios.mean():.3f} +- {error:.3f}, 1 at most")
-        for number, beginning in enumerate(beginnings):
-            length = len(beginning)
-            p = np.exp([-losses[case.kept] for case, losses in scored if case.number == -1 - number
-                        and case.change == "next"])
-            limit = 1e-4
-            if self.gpu:
-                limit = 1e-3 + self.noise(length) * math.sqrt((p**2).sum())  # each p has its own noise
-            self.add("full distribution", bool(-0.01 <= p.sum() - 1 <= limit),  # one token is not among them
-                     f"each of {len(p)} tokens after {length}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}")
+        for number, (document, length) in enumerate(beginnings):
+            tries = {self.token(case.tokens, length): losses[:length] for case, losses in scored
+                     if case.number == -1 - number}
+            self.every_next_token(document, length, tries)
 
-    def all(self, chosen: list[int]):
-        """The whole set: the headline, and the chosen documents among all others."""
-        data, said = self.data, self.run.result
-        losses = self.score("all", data.tokens, data.starts, data.sha256)
-        bpb = np.concatenate(losses).sum() / (math.log(2) * data.token_bytes.sum())
-        limit = HEADLINE if self.gpu or "CPU" not in said["hardware"] else EXACT
-        self.add("headline", bool(abs(bpb - said["val_bpb"]) <= limit),
-                 f"by all documents val_bpb is {bpb:.6f}, by result.json {said['val_bpb']:.6f}, which may "
-                 f"differ by {limit:.0e}")
-        if len(chosen) < len(data.starts):
-            cases = [Case(number, data.document(i), len(losses[i])) for number, i in enumerate(chosen)]
-            self.compare("documents independent", "among all documents",
-                         list(zip(cases, [losses[i] for i in chosen])))
+    def token(self, document: np.ndarray, number: int) -> int:
+        """A token of a document, which is followed by a BOS."""
+        return int(np.append(document, self.data.pieces.bos)[number])
+
+    def every_next_token(self, number: int, length: int, tries: dict[int, np.ndarray]):
+        """Judge the beginning of a document with each token in turn as its next: `tries`, losses by it.
+
+        Its probabilities add up to 1, and what has a loss in the whole document has it here, too.
+        """
+        p = np.exp([-losses[-1] for losses in tries.values()])
+        limit = 1e-4
+        if self.gpu:
+            limit = 1e-3 + self.noise(length) * math.sqrt((p**2).sum())  # each p has its own noise
+        self.add("full distribution", bool(-0.01 <= p.sum() - 1 <= limit),  # one token is not among them
+                 f"each of {len(p)} tokens after {length}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}")
+        losses = np.mean(list(tries.values()), axis=0)
+        losses[-1] = tries[self.token(self.sets.documents[number], length)][-1]
+        moved = Moved.of([(self.base[number][:length], losses)])
+        self.add("causal", moved.little(self.noise(length)),
+                 f"before the token after {length}, whatever it is, and at the true one: {moved}")
 
     def together(self, open_to_it: bool):
         """What all re-scores show. `open_to_it`: the true data lie where the script can read them."""
         # In every comparison a document has the same losses before, with the same noise: it counts once.
         moved = Moved.of([tuple(map(np.concatenate, zip(*pairs))) for pairs in self.pairs.values()])
-        limit = max(DRIFT, 4 * moved.error) if self.gpu else EXACT
+        limit = moved.shift() if self.gpu else EXACT
         self.add("no drift", bool(abs(moved.mean) <= limit) if moved.targets else None,
                  f"all comparisons together: {moved}")
         closed = all(self.confined) and not open_to_it
@@ -567,8 +590,7 @@ def perform(args: argparse.Namespace) -> Audit:
     if count < 4:
         raise AuditError(f"{count} documents are too few to compare: 4 at least")
     seed = int.from_bytes(os.urandom(3), "little") if args.seed is None else args.seed
-    chosen = np.sort(np.random.default_rng(seed).choice(len(data.starts), count, replace=False)).tolist()
-    sets = Alterations([data.document(i) for i in chosen], data.pieces, run.settings, seed)
+    sets = Alterations(data, choose(data, [], count, seed), run.settings, seed)
     # 2) Say what comes.
     gpu, ours = on_gpu(), is_ours(args.script)
     device = "GPU" if gpu else "CPU"
@@ -578,8 +600,10 @@ def perform(args: argparse.Namespace) -> Audit:
             "ABOUT IS NOT CHECKED.")
     chunk = run.settings["ttt_chunk_size"]
     depths = args.depth or ([int(sets.rng.integers(3 * chunk, 8 * chunk))] if gpu else [])
-    targets = {**sets.targets(depths), "all": len(data.tokens)}
-    skipped = {*args.skip, "ours"} if ours else args.skip
+    skipped = {*args.skip, "ours"} if ours else {*args.skip}
+    targets = {"all": len(data.tokens), **sets.targets(depths)}
+    if "all" not in skipped:
+        targets["ours"] = targets["all"]
     expected = {name: seconds_expected(run, targets[name] / len(data.tokens), args.processes)
                 for name in RESCORES if name not in skipped}
     say(f"about {sum(expected.values()):.0f} s, if this machine is as fast as the run's: "
@@ -591,11 +615,11 @@ def perform(args: argparse.Namespace) -> Audit:
     audit.statements(ours)
     audit.size()
     audit.headline()
-    if "all" in args.skip:
+    if "all" in skipped:
         audit.add("headline", None, "whether all documents have this score: they are not scored again")
     if ours:
         audit.add("as this script", True, "it is this repository's")
-    arguments = {"ours": [own], "rest": [depths], "all": [chosen]}
+    arguments = {"all": [count, seed], "ours": [own], "rest": [depths]}
     with contextlib.suppress(Incomplete):
         for name in [*expected]:
             began = time.perf_counter()
@@ -615,10 +639,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--script", type=Path, default=SCRIPT,
                         help="the train_gpt.py, or copy of it, to score with")
     parser.add_argument("--documents", type=number(int, 1), default=64,
-                        help="how many validation documents, chosen at random, to alter (64)")
+                        help="how many validation documents to alter (64)")
     parser.add_argument("--seed", type=number(int, 0, 2**63),
                         help="of choice and alterations (another each time)")
-    parser.add_argument("--skip", nargs="+", choices=RESCORES[1:], default=[], help="re-scores to leave out")
+    optional = [name for name in RESCORES if name != "unaltered"]
+    parser.add_argument("--skip", nargs="+", choices=optional, default=[], help="re-scores to leave out")
     parser.add_argument("--depth", type=number(int, 1), nargs="+", default=[], metavar="TOKENS",
                         help="try every token after so many, too (on a GPU at random 3 to 8 chunks)")
     parser.add_argument("--processes", type=number(int, 1, 1024), default=1,

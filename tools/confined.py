@@ -1,10 +1,11 @@
 """Run a foreign program so that nothing of it stays: its time is limited, and all its processes are ended.
 
 On Linux with Landlock the program can create files in its own folder and in shared memory only, and open
-nothing but these, the devices and what the machine's software is made of. What it leaves in shared memory is
-reported. Landlock does not close the network, System V shared memory and queues, the kernel's keyrings, and
-the metadata of files: their names, sizes and times can be seen, and those of its own user's files changed. By
-these a program could still leave word for its next run, and find what somebody put among the software before.
+nothing but these, the devices and what the machine's software is made of. What it leaves in shared memory, in
+System V memory, queues and semaphores or in the kernel's keyrings is reported; if there is something in these
+beforehand, the program is not confined. Landlock does not close the network and the metadata of files: their
+names, sizes and times can be seen, and those of its own user's files changed. By these a program could still
+leave word for its next run, and find what somebody put among the software before.
 """
 import contextlib
 import ctypes
@@ -36,14 +37,14 @@ class Ended(NamedTuple):
     """How a program ended."""
     status: int | None  # None: it ran out of time
     last_words: str  # the last line of what it wrote to stderr
-    left: list[str]  # files that it left where its next run could find them
+    left: list[str]  # files and objects of the kernel that it left where its next run could find them
     confined: bool
 
 
 def run(command: list, environment: Mapping[str, str], folder: Path, timeout: float,
         confine: bool = True) -> Ended:
     """Run a command in a folder, where its output will be in out.txt and err.txt; ends what it started."""
-    before, shared = children(), shared_files()
+    before, shared, objects = children(), shared_files(), kernel_objects()
     if sys.platform == "linux":
         libc.prctl(CHILD_SUBREAPER, 1, 0, 0, 0)  # processes that lose their parent become this one's children
     rules = ruleset(folder) if confine else None
@@ -68,8 +69,8 @@ def run(command: list, environment: Mapping[str, str], folder: Path, timeout: fl
     finally:
         if rules is not None:
             os.close(rules)
-    left = sorted({path for path, *_ in shared_files() - shared})
-    return Ended(status, last_line(folder / "err.txt"), left, rules is not None)
+    left = {path for path, *_ in shared_files() - shared} | (kernel_objects() - objects)
+    return Ended(status, last_line(folder / "err.txt"), sorted(left), rules is not None and not objects)
 
 
 def read_regular(path: Path, most: int = 1 << 32) -> bytes:
@@ -125,6 +126,23 @@ def shared_files() -> set[tuple[str, int, int]]:
                 status = os.lstat(path)
                 found.add((path, status.st_ctime_ns, status.st_size))
     return found
+
+
+def kernel_objects() -> set[str]:
+    """What programs keep in the kernel: System V memory, queues and semaphores, and keys."""
+    found = set()
+    for kind in "shm", "msg", "sem":
+        found |= {f"{kind} {' '.join(row[:2])}" for row in rows(f"/proc/sysvipc/{kind}")[1:]}
+    keys = [row for row in rows("/proc/keys") if not set("RDi") & set(row[1])]  # neither revoked nor dead
+    words = [row for row in keys if row[7] != "keyring" or row[8][0] not in "._"]  # those are the kernel's
+    return found | {f"key {row[0]} {row[8]}" for row in words}
+
+
+def rows(path: str) -> list[list[str]]:
+    """The words of every line of a file; none if there is no such file."""
+    with contextlib.suppress(OSError):
+        return [line.split() for line in Path(path).read_text(errors="replace").splitlines()]
+    return []
 
 
 def software() -> list[str]:
