@@ -1762,7 +1762,7 @@ class Muon(torch.optim.Optimizer):
 
     Rows are normed before orthogonalization as in MuonEq-R, https://arxiv.org/abs/2603.28254. Every rank owns
     a contiguous slice of each bank. A step has three phases:
-      1. send() sends the gradient of a bank out (reduce-scatter, sum), while the backward pass goes on;
+      1. send() sends the gradients of all banks out (reduce-scatter, sum);
       2. step() orthogonalizes the rank's slice of each bank and sends the update back (all-gather), while
          the next bank is computed;
       3. step() applies the updates.
@@ -1784,14 +1784,12 @@ class Muon(torch.optim.Optimizer):
             self.state[bank]["momentum"] = torch.zeros_like(own, dtype=torch.float32)
 
     @torch.no_grad()
-    def send(self, bank):
-        """Phase 1, for a bank whose gradient is complete; does nothing if that has been sent already."""
-        shard = self.shards[bank]
-        if shard.pending is not None:
-            return
-        shard.full[: len(bank)] = bank.grad
-        if self.ranks.world_size > 1:
-            shard.pending = dist.reduce_scatter_tensor(shard.own, shard.full, async_op=True)
+    def send(self):
+        """Phase 1, once a backward pass is over."""
+        for bank, shard in self.shards.items():
+            shard.full[: len(bank)] = bank.grad
+            if self.ranks.world_size > 1:
+                shard.pending = dist.reduce_scatter_tensor(shard.own, shard.full, async_op=True)
 
     @torch.no_grad()
     def squared_norm(self):
@@ -1860,9 +1858,8 @@ class Optimizers:
         for p in (*self.muon.shards, *self.replicated):
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        # 2) Reduce over ranks: the banks that have not been sent yet, and all other gradients as one tensor.
-        for bank in self.muon.shards:
-            self.muon.send(bank)
+        # 2) Reduce over ranks: each bank for itself, and all other gradients as one tensor.
+        self.muon.send()
         grads = [p.grad.view(-1) for p in self.replicated]
         if self.ranks.world_size > 1:
             packed = self.ranks.all_reduce_(torch.cat(grads))
@@ -1886,11 +1883,8 @@ class Optimizers:
         return (limit / (total + 1e-6)).clamp(max=1.0)
 
     def zero_grad(self):
-        """Forget all gradients, also those that are on their way."""
         self.muon.zero_grad()
         self.adamw.zero_grad()
-        for shard in self.muon.shards.values():
-            shard.wait()
 
 class Ema:
     """Exponential moving average of all weights, which is what gets exported.
@@ -1982,27 +1976,16 @@ class Trainer:
         """One optimizer step; returns this rank's part of its mean loss, (), still on the device."""
         loss = torch.zeros((), device=self.ranks.device)
         buffers = self.local_buffers * self.ranks.world_size
-        for n, batch in enumerate(batches):
-            is_last = n == self.local_buffers - 1
+        for batch in batches:
             nll = self.model(batch, plan, self.backend)
             counted = (batch.targets != IGNORE).sum()
             self.targets += counted
             # Parts add up to the mean over the buffers of all ranks.
             part = nll.sum() / counted.clamp(min=1) / buffers
-            with self.banks_sent_early() if is_last else contextlib.nullcontext():
-                part.backward()
+            part.backward()
             loss += part.detach()
         self.optimizers.step(lr_scale, momentum)
         return loss
-
-    @contextlib.contextmanager
-    def banks_sent_early(self) -> Iterator[None]:
-        """During the last backward pass of a step, send each bank off once its gradient is complete."""
-        muon = self.optimizers.muon
-        with contextlib.ExitStack() as hooks:
-            for bank in muon.shards if self.ranks.world_size > 1 else ():
-                hooks.enter_context(bank.register_post_accumulate_grad_hook(muon.send))
-            yield
 
     def warm_up(self):
         """Compile and run the plans with and without loops on random tokens, and leave no trace of it."""

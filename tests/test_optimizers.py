@@ -197,7 +197,6 @@ def test_a_gradient_is_applied_once(monkeypatch):
     assert squared_norms[-1] > 0
     trainer.optimizers.step(1.0, MOMENTUM)
     assert squared_norms[-1] == 0
-    # The gradient of the embedding comes last, when all banks have been sent.
     handle = trainer.model.embed.register_post_accumulate_grad_hook(lambda p: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         take_step(trainer, 1)
@@ -310,50 +309,7 @@ def test_ranks_train_as_one(world_size, tmp_path):
         assert losses == first_losses
 
 
-def sends_of_two_steps(buffers):
-    """(embedding was still to come, bank was complete) when a bank was sent, for every one that was."""
-    torch.set_num_threads(1)
-    trainer = make_trainer(tg.Ranks.join())
-    trainer.local_buffers = buffers
-    optimizers = trainer.optimizers
-    shards = optimizers.muon.shards
-    embed = trainer.model.embed
-    plain_reduce, plain_step = tg.dist.reduce_scatter_tensor, optimizers.step
-    sends = []  # (bank, what was sent, the gradient of the embedding by then) of the step
-    verdicts = []
-
-    def noting_reduce(out, sent, **options):
-        (bank,) = [bank for bank, shard in shards.items() if shard.full is sent]
-        sends.append((bank, sent.clone(), None if embed.grad is None else embed.grad.clone()))
-        return plain_reduce(out, sent, **options)
-
-    def judging_step(*args):
-        """All gradients are complete when a step begins; it sends what has not been sent by then."""
-        complete = {p: p.grad.clone() for p in (embed, *shards)}
-        plain_step(*args)
-        for bank, sent, embed_grad in sends:
-            to_come = embed_grad is None or not torch.equal(embed_grad, complete[embed])
-            verdicts.append((to_come, torch.equal(sent[: len(bank)], complete[bank])))
-        sends.clear()
-
-    tg.dist.reduce_scatter_tensor = noting_reduce
-    optimizers.step = judging_step
-    for step in range(2):
-        batches = [draw_batch(8 * step + i) for i in range(buffers)]
-        trainer.step(batches, trainer.plans[1], 1.0, MOMENTUM)
-    return verdicts
-
-
-@pytest.mark.parametrize("buffers", [1, 3])
-def test_banks_leave_during_backward_and_only_when_they_are_whole(buffers, tmp_path):
-    for verdicts in launch(2, sends_of_two_steps, buffers, folder=tmp_path):
-        assert len(verdicts) == 2 * len(tg.Optimizers.MUON), "each once a step"
-        assert all(complete for _, complete in verdicts), "with the last buffer's gradient in it"
-        assert all(to_come for to_come, _ in verdicts), "while the gradient of the embedding is still to come"
-
-
 def optimizer_of_a_rank_outlives_its_trainer():
-    """The same where hooks send banks."""
     return optimizer_outlives_its_trainer(tg.Ranks.join())
 
 
