@@ -85,7 +85,6 @@ from torch import Tensor, nn
 CAP_BYTES = 16_000_000  # code + model as files; decimal megabytes
 CLOCK_SECONDS = 600  # of training, and again of scoring
 MOST_PARAMETERS = 2**28  # more would leave half a bit for each; also bounds what a damaged file unpacks to
-BUFFERS_PER_STEP = 8  # a step's tokens fill 8 buffers; more, if ranks cannot share 8 evenly: see split_step
 
 class UserError(Exception):
     """A mistake in settings, files or machine. Its text is one line that names what to change."""
@@ -118,6 +117,9 @@ PRESETS = {  # sets of defaults; any variable overrides them
         MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08, MUON_MOMENTUM=0.9,
         MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8,
         TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004, TTT_SITES="qkv,attn,mlp,head"),
+    "single_gpu": dict(  # some two minutes of one Hopper GPU, to compare changes; by tools/sweep.py
+        TRAIN_BATCH_TOKENS=196_608, TRAIN_BUFFERS=2, ITERATIONS=400, MAX_WALLCLOCK_SECONDS=0, MATRIX_LR=0.013,
+        TIED_EMBED_LR=0.015, SCALAR_LR=0.01, TRAIN_LOG_EVERY=50, TTT_ENABLED=0),
 }
 DROPPED = {  # settings of earlier scripts of this lineage that would change nothing here, and so are refused
     "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE",
@@ -154,7 +156,7 @@ class Config:
     """Every setting. The field train_seq_len is the environment variable TRAIN_SEQ_LEN, and so on."""
 
     # the run
-    preset: str = knob("", kind="run")  # smoke: tiny settings for a CPU; any variable overrides them
+    preset: str = knob("", kind="run")  # smoke: tiny settings for a CPU; single_gpu: short runs to compare
     seed: int = knob(1337, 0, 2**63 - 1, kind="model quantization")  # weights, shard order, initial adapters
     run_id: str = knob("", kind="run")  # name of the run; default: date, time and seed
     artifact_dir: str = knob("", kind="run")  # folder for the run's files; default: runs/RUN_ID
@@ -165,6 +167,7 @@ class Config:
     # data and batches
     vocab_size: int = knob(8192, 1, 65536, kind="model")  # pieces of the tokenizer; part of data file names
     train_batch_tokens: int = knob(786_432, 8, kind="quantization")  # tokens of an optimizer step, all ranks
+    train_buffers: int = knob(8, 1, kind="quantization")  # micro-batches that these fill, or more: split_step
     train_seq_len: int = knob(2048, 1, 2**24, kind="quantization")  # longest span seen as one context
     val_batch_tokens: int = knob(524_288, 1)  # plain evaluation: a forward takes this / max(8, ranks)
     eval_seq_len: int = knob(2048, 1, 2**24)  # longest span of a document in plain evaluation
@@ -249,7 +252,7 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_setting(field, getattr(self, field.name))
-        buffer = self.train_batch_tokens // BUFFERS_PER_STEP
+        buffer = self.train_batch_tokens // self.train_buffers
         sites = self.ttt_sites.split(",")
         for wrong, names, why in (
             (self.model_dim % self.num_heads or self.num_heads % self.num_kv_heads,
@@ -263,8 +266,9 @@ class Config:
              self.loop_start <= self.loop_end < min(self.num_layers, self.parallel_start_layer),
              "loop_start loop_end num_layers parallel_start_layer",
              "need LOOP_START <= LOOP_END < min(NUM_LAYERS, PARALLEL_START_LAYER)"),
-            (self.train_batch_tokens % BUFFERS_PER_STEP or self.train_seq_len > buffer,
-             "train_batch_tokens train_seq_len", "a step must be 8 buffers of at least a span each"),
+            (self.train_batch_tokens % self.train_buffers or self.train_seq_len > buffer,
+             "train_batch_tokens train_buffers train_seq_len",
+             "a step must be that many buffers of at least a span each"),
             (self.eval_seq_len > self.val_batch_tokens, "val_batch_tokens eval_seq_len",
              "a batch must hold a span"),
             (self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_eval_seq_len ttt_chunk_size",
@@ -1930,15 +1934,16 @@ def muon_momentum(step: int, progress: float, cfg: Config) -> float:
 def split_step(cfg: Config, world_size: int) -> tuple[int, int]:
     """(buffers that a rank computes in a step, tokens of a buffer). UserError if ranks cannot share a step.
 
-    A buffer is an eighth of a step where the number of ranks divides 8, so that 1, 2, 4 and 8 ranks see the
-    same data. Else it is the largest part, no more than an eighth, that gives every rank whole buffers.
+    With 8 train_buffers, a buffer is an eighth of a step where the number of ranks divides 8, so that 1, 2, 4
+    and 8 ranks see the same data. Else it is the largest part, no more than an eighth, that gives every rank
+    whole buffers.
     """
     if cfg.train_batch_tokens % world_size:
         fits = ", ".join(str(n) for n in range(1, 65) if cfg.train_batch_tokens % n == 0)
         raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} cannot be shared by {world_size} "
                         f"ranks: --nproc_per_node times --nnodes may be {fits}")
     rank_tokens = cfg.train_batch_tokens // world_size
-    fewest = ceil_div(BUFFERS_PER_STEP, world_size)
+    fewest = ceil_div(cfg.train_buffers, world_size)
     buffers = next(n for n in range(fewest, rank_tokens + 1) if rank_tokens % n == 0)
     buffer_tokens = rank_tokens // buffers
     if buffer_tokens < cfg.train_seq_len:
@@ -2882,7 +2887,7 @@ def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
     for start, length in zip(val.starts[own].tolist(), val.lengths[own].tolist()):
         end = start + length
         spans.extend((lo, min(lo + cfg.eval_seq_len, end)) for lo in range(start, end, cfg.eval_seq_len))
-    batch_tokens = cfg.val_batch_tokens // max(ranks.world_size, BUFFERS_PER_STEP)
+    batch_tokens = cfg.val_batch_tokens // max(ranks.world_size, 8)  # up to 8 ranks compute the same batches
     while spans:
         packed = []
         room = max(cfg.eval_seq_len, batch_tokens)
@@ -3498,8 +3503,8 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = (f"out of memory in phase {log.under_way() if log else None}: lower TRAIN_BATCH_TOKENS "
-                   "(training), VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
+        message = (f"out of memory in phase {log.under_way() if log else None}: raise TRAIN_BUFFERS "
+                   "(training), lower VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
     if log:
         log.withdraw()
     report_mistake(message)

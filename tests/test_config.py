@@ -43,6 +43,12 @@ def test_any_variable_overrides_the_preset():
     assert wider == dataclasses.replace(smoke, model_dim=128) != smoke
 
 
+def test_a_preset_compares_changes_at_the_buffers_of_a_record():
+    cfg = tg.Config.from_env({"PRESET": "single_gpu"})
+    assert tg.split_step(cfg, 1)[1] == tg.split_step(tg.Config(), 8)[1]
+    assert (cfg.model_dim, cfg.max_wallclock_seconds, cfg.ttt_enabled) == (512, 0, False)
+
+
 def test_an_empty_variable_is_unset():
     smoke = tg.Config.from_env({"PRESET": "smoke"})
     assert tg.Config.from_env({"PRESET": "smoke", "DATA_DIR": "", "MODEL_DIM": ""}) == smoke

@@ -384,7 +384,7 @@ def test_too_little_memory_is_a_mistake(run, tmp_path, monkeypatch, error):
 
     with monkeypatch.context() as patch:
         patch.setattr(tg, "GPT", raise_error)
-        assert "out of memory in phase setup: lower TRAIN_BATCH_TOKENS" in run(**QUICK).error
+        assert "out of memory in phase setup: raise TRAIN_BUFFERS" in run(**QUICK).error
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(tg.Trainer, "report_validation", lambda self, score: None)
     monkeypatch.setattr(tg.Ema, "update", raise_error)

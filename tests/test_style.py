@@ -40,14 +40,14 @@ SECTIONS = """1 Settings; 2 Processes, log, files; 3 Data; 4 Model; 5 Hooks: cal
 A Appendix: attention backends and Triton kernels"""
 
 SETTINGS = """preset seed run_id artifact_dir data_dir eval_only_path save_scores attention vocab_size
-train_batch_tokens train_seq_len val_batch_tokens eval_seq_len val_doc_fraction num_layers model_dim num_heads
-num_kv_heads mlp_mult rope_dims rope_base qk_gain_init logit_softcap tied_embed_init_std num_loops loop_start
-loop_end enable_looping_at parallel_start_layer iterations max_wallclock_seconds warmup_steps warmdown_frac
-min_lr train_log_every val_loss_every matrix_lr muon_momentum muon_momentum_warmup_start
-muon_momentum_warmup_steps muon_backend_steps muon_wd tied_embed_lr embed_wd scalar_lr adam_wd beta1 beta2
-adam_eps grad_clip_norm ema_decay quant_states gptq_calibration_batches gptq_reserve_seconds ttt_enabled
-ttt_sites ttt_lora_rank ttt_lora_lr ttt_chunk_size ttt_chunk_growth ttt_eval_seq_len ttt_batch_size
-ttt_weight_decay ttt_beta2 eval_max_seconds""".split()
+train_batch_tokens train_buffers train_seq_len val_batch_tokens eval_seq_len val_doc_fraction num_layers
+model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base qk_gain_init logit_softcap tied_embed_init_std
+num_loops loop_start loop_end enable_looping_at parallel_start_layer iterations max_wallclock_seconds
+warmup_steps warmdown_frac min_lr train_log_every val_loss_every matrix_lr muon_momentum
+muon_momentum_warmup_start muon_momentum_warmup_steps muon_backend_steps muon_wd tied_embed_lr embed_wd
+scalar_lr adam_wd beta1 beta2 adam_eps grad_clip_norm ema_decay quant_states gptq_calibration_batches
+gptq_reserve_seconds ttt_enabled ttt_sites ttt_lora_rank ttt_lora_lr ttt_chunk_size ttt_chunk_growth
+ttt_eval_seq_len ttt_batch_size ttt_weight_decay ttt_beta2 eval_max_seconds""".split()
 
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
             tokenize.ENDMARKER}

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +31,13 @@ INTRODUCTION = """\
 # Settings
 
 Every setting is an environment variable. The defaults are those of a record run; `PRESET=smoke` replaces
-some of them by tiny ones, given in parentheses. `python train_gpt.py --help` prints this list. This page is
-made by `make docs` from `Config` in `train_gpt.py`.
+some of them by tiny ones, given in parentheses, and `PRESET=single_gpu`, for short runs that are
+[compared](experiments.md), by
+
+    {single_gpu}
+
+`python train_gpt.py --help` prints this list. This page is made by `make docs` from `Config` in
+`train_gpt.py`.
 
 An empty variable counts as unset. A variable that scripts of this lineage once had, or whose name is nearly
 that of a setting (`MATRIX_LRR`), or begins with `TTT_`, `GPTQ_` or `MUON_` and is none, ends the run with one
@@ -57,7 +63,9 @@ def settings_page() -> str:
             rows.append(f"| **{groups[field.name]}** | | | | |")
         rows.append(f"| `{field.name.upper()}` | {shown_defaults(field)} | {shown_values(field)} | "
                     f"{field.metadata['kind'].replace(' ', ', ')} | {comments[field.name]} |")
-    return INTRODUCTION + "\n".join(rows) + "\n"
+    preset = " ".join(f"{name}={value}" for name, value in tg.PRESETS["single_gpu"].items())
+    preset = textwrap.fill(preset, 106, subsequent_indent="    ")
+    return INTRODUCTION.format(single_gpu=preset) + "\n".join(rows) + "\n"
 
 
 def setting_groups() -> dict[str, str]:
