@@ -217,8 +217,9 @@ def read_result(folder) -> dict:
 
 
 def start_script(path, cwd, launcher=(), **settings) -> subprocess.Popen:
-    """Start the script, or a packed one, in a process of its own."""
-    inherited = {name: value for name, value in os.environ.items() if name not in TINY}
+    """Start the script, or a packed one, in a process of its own, which cannot tell that this is a test."""
+    inherited = {name: value for name, value in os.environ.items()
+                 if name not in TINY and "PYTEST" not in name}
     environment = {**inherited, **as_environment({**TINY, "OMP_NUM_THREADS": 1, **settings})}
     return subprocess.Popen([sys.executable, *launcher, str(path)], cwd=cwd, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,4 +1,5 @@
 """tools/audit.py passes the script as it is, and finds what is planted in copies of it and in result.json."""
+import argparse
 import contextlib
 import importlib.machinery
 import importlib.util
@@ -6,6 +7,7 @@ import io
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import textwrap
@@ -342,6 +344,43 @@ def test_a_stranger_is_compared_on_all_documents(finished, in_process, capsys, t
     assert line.startswith("NOT CHECKED") and line.endswith("HAS TO BE READ")
 
 
+def test_a_gpu_does_not_excuse_a_stranger_s_own_noise():
+    noise = 0.03 * np.random.default_rng(0).standard_normal((100, 1000))
+    noise += np.linspace(-0.03, 0.03, 100)[:, None]  # documents lie apart, so that their mean is uncertain
+    for shift, word in ((0.0, "pass"), (-6e-4, "NOT CHECKED")):
+        trial = audit.Audit(run=None, data=None, program=None, sets=None, gpu=True)
+        trial.whole, trial.others = [*(3 + noise - noise.mean() + shift)], np.full(noise.size, 3.0)
+        assert audit.Moved.of([(3 + 0 * row, 3 + row + shift) for row in noise]).little(4 * audit.COARSE)
+        trial.as_ours()
+        assert trial.by_rule()["as this script"] == word
+
+
+def test_the_script_is_read_once(finished, in_process, monkeypatch, capsys, tmp_path):
+    """What is judged to be ours is what runs, whatever the file becomes."""
+    script = copy_with(tmp_path, "")
+
+    def change_and_judge(source):
+        script.write_text("1 / 0")
+        return True
+
+    monkeypatch.setattr(audit, "is_ours", change_and_judge)
+    status, lines = verdicts_of(capsys, finished, "--script", script, "--skip", *OPTIONAL - {"all"})
+    assert status == 0, lines
+
+
+def test_size_is_of_the_file_that_is_audited(finished, in_process, capsys, tmp_path):
+    script = copy_with(tmp_path, "# larger than what is counted")
+    _, lines = verdicts_of(capsys, finished, "--script", script, "--skip", *OPTIONAL)
+    assert any(line.startswith("NOT CHECKED  size") for line in lines), lines
+
+
+def test_data_among_the_software_are_within_reach(finished, data, in_process, capsys, monkeypatch):
+    shards = data / f"datasets/fineweb10B_sp{VOCAB_SIZE}"
+    monkeypatch.setattr(confined, "software", lambda: [str(shards)])
+    _, lines = verdicts_of(capsys, finished, "--skip", *OPTIONAL)
+    assert any(line.startswith("NOT CHECKED  confined") for line in lines), lines
+
+
 def test_a_script_that_knows_the_validation_set_is_caught(finished, in_process, capsys, tmp_path):
     """By its hash; with any other set it is honest."""
     digest = json.loads((finished / "result.json").read_text())["val_sha256"]
@@ -417,7 +456,8 @@ def test_a_model_over_the_cap_is_too_large(finished, in_process, capsys, tmp_pat
     with open(run / "final_model.int6.ptz", "r+b") as file:
         file.truncate(16_000_000)  # with the code, over the cap
     trial = audit.Audit(audit.FinishedRun.read(run), data=None, program=None, sets=None, gpu=False)
-    trial.size()
+    trial.program = argparse.Namespace(source=b"")
+    trial.size(ours=True)
     assert trial.by_rule()["size"] == "FAIL" and "bytes of 16000000" in capsys.readouterr().out
 
 
@@ -551,6 +591,35 @@ def test_what_is_left_in_the_kernel_is_named(tmp_path):
             getattr(confined.libc, remove)(number, 0, 0, None)
     (tmp_path / "last").mkdir()
     assert started(tmp_path / "last", "pass").confined == (confined.ruleset(tmp_path) is not None)
+
+
+def test_nothing_of_the_machine_and_of_the_audit_is_within_reach(tmp_path):
+    """Disks that hold the true data, terminals, message queues; limits that stop the next program."""
+    if confined.ruleset(tmp_path) is None:
+        pytest.skip("this machine has no Landlock")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        ended = started(tmp_path, """
+            import ctypes, glob, os, resource
+            parent = os.getppid()
+            devices = [path for kind in ("vd*", "sd*", "nvme*", "pts/*", "tty", "kmsg", "mem")
+                       for path in glob.glob("/dev/" + kind)]
+            for path in (*devices, f"/proc/{parent}/oom_score_adj", "/proc/sys/kernel/core_pattern"):
+                try:
+                    os.close(os.open(path, os.O_RDONLY if path.startswith("/dev") else os.O_WRONLY))
+                    print(path)
+                except OSError:
+                    pass
+            if ctypes.CDLL(None).mq_open(b"/word", os.O_CREAT | os.O_RDWR, 0o600, None) >= 0:
+                print("queue")
+            open("/dev/null", "w").write(str(open("/dev/urandom", "rb").read(4)))
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.prlimit(parent, resource.RLIMIT_FSIZE, (10**9, hard))
+            """)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert ended.status == 0 and not (tmp_path / "folder/out.txt").read_text()
+    assert ended.left == ["the audit's own RLIMIT_FSIZE"]
 
 
 def test_what_a_program_wrote_is_read_only_if_it_is_a_file(tmp_path):

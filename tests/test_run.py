@@ -623,7 +623,10 @@ def test_validation_during_training_changes_nothing(run, finished, tmp_path):
 
 
 def test_packed_script_is_the_script(finished, tiny_data, tmp_path):
-    """Run from a read-only folder elsewhere: same model bytes, same scores, and it counts itself."""
+    """Run from a read-only folder elsewhere: same model bytes, same scores, and it counts itself.
+
+    Nothing there says that it is tested, as the modules that are loaded here would.
+    """
     home = tmp_path / "home"
     home.mkdir()
     packed = home / "train_gpt.py"

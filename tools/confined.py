@@ -1,16 +1,18 @@
 """Run a foreign program so that nothing of it stays: its time is limited, and all its processes are ended.
 
 On Linux with Landlock the program can create files in its own folder and in shared memory only, and open
-nothing but these, the devices and what the machine's software is made of. What it leaves in shared memory, in
-System V memory, queues and semaphores or in the kernel's keyrings is reported; if there is something in these
-beforehand, the program is not confined. Landlock does not close the network and the metadata of files: their
-names, sizes and times can be seen, and those of its own user's files changed. By these a program could still
-leave word for its next run, and find what somebody put among the software before.
+nothing but these, GPUs and what the machine's software is made of. It can make no POSIX message queue. What
+it leaves in shared memory, in System V memory, queues and semaphores, in the kernel's keyrings or in the
+limits of this process is reported; if the kernel holds something beforehand, the program is not confined.
+Landlock does not close the network and the metadata of files: their names, sizes and times can be seen, and
+those of its own user's files changed. By these a program could still leave word for its next run, and find
+what somebody put among the software or into a message queue before.
 """
 import contextlib
 import ctypes
 import errno
 import os
+import resource
 import signal
 import site
 import stat
@@ -21,10 +23,10 @@ import time
 from pathlib import Path
 from typing import Iterable, Mapping, NamedTuple
 
-SYSTEM = "/bin /sbin /usr /lib /lib32 /lib64 /libx32 /etc /opt /nix /run /sys /var/lib".split()
-DEVICES = "/dev /proc".split()  # their files can be written, none created
+SYSTEM = "/bin /sbin /usr /lib /lib32 /lib64 /libx32 /etc /opt /nix /run /sys /proc /var/lib".split()
+DEVICES = "null zero full random urandom nvidia* dri infiniband".split()  # of /dev, and all that is in them
 SHARED_MEMORY = Path("/dev/shm")  # where compilers lock; what a program leaves there is reported
-READ = 0b1101  # Landlock's bits: execute, read files, list folders
+READ, LIST = 0b1101, 0b1000  # Landlock's bits: execute, read files, list folders
 WRITE = 0b0010 | 1 << 14  # write and truncate files
 ANY = (1 << 15) - 1  # and create, remove, rename
 NO_NEW_PRIVILEGES, CHILD_SUBREAPER = 38, 36  # of prctl
@@ -37,19 +39,20 @@ class Ended(NamedTuple):
     """How a program ended."""
     status: int | None  # None: it ran out of time
     last_words: str  # the last line of what it wrote to stderr
-    left: list[str]  # files and objects of the kernel that it left where its next run could find them
+    left: list[str]  # what it left or changed where its next run could find that
     confined: bool
 
 
 def run(command: list, environment: Mapping[str, str], folder: Path, timeout: float,
         confine: bool = True) -> Ended:
     """Run a command in a folder, where its output will be in out.txt and err.txt; ends what it started."""
-    before, shared, objects = children(), shared_files(), kernel_objects()
+    before, shared, objects, mine = children(), shared_files(), kernel_objects(), own_limits()
     if sys.platform == "linux":
         libc.prctl(CHILD_SUBREAPER, 1, 0, 0, 0)  # processes that lose their parent become this one's children
     rules = ruleset(folder) if confine else None
 
     def give_up_access():
+        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
         if rules is not None:
             libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
             if libc.syscall(RESTRICT_SELF, rules, 0):
@@ -70,6 +73,7 @@ def run(command: list, environment: Mapping[str, str], folder: Path, timeout: fl
         if rules is not None:
             os.close(rules)
     left = {path for path, *_ in shared_files() - shared} | (kernel_objects() - objects)
+    left |= {f"the audit's own {name}" for name, value in own_limits().items() if value != mine[name]}
     return Ended(status, last_line(folder / "err.txt"), sorted(left), rules is not None and not objects)
 
 
@@ -128,6 +132,17 @@ def shared_files() -> set[tuple[str, int, int]]:
     return found
 
 
+def own_limits() -> dict[str, object]:
+    """What another process of the same user can set of this one."""
+    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+    limits = {name: resource.getrlimit(getattr(resource, name)) for name in names}
+    limits["priority"] = os.getpriority(os.PRIO_PROCESS, 0)
+    if sys.platform == "linux":
+        limits |= {"processors": os.sched_getaffinity(0), "scheduler": os.sched_getscheduler(0),
+                   "oom_score_adj": rows("/proc/self/oom_score_adj")}
+    return limits
+
+
 def kernel_objects() -> set[str]:
     """What programs keep in the kernel: System V memory, queues and semaphores, and keys."""
     found = set()
@@ -171,15 +186,17 @@ def ruleset(folder: Path) -> int | None:
     handled = struct.pack("Q", known)
     rules = libc.syscall(CREATE_RULESET, handled, len(handled), 0)
     allow(rules, software(), READ)
-    allow(rules, DEVICES, (READ | WRITE) & known)
+    allow(rules, ["/dev"], LIST)
+    allow(rules, [device for name in DEVICES for device in Path("/dev").glob(name)], (READ | WRITE) & known)
     allow(rules, [folder, SHARED_MEMORY], ANY & known)
     return rules
 
 
 def allow(rules: int, paths: Iterable, access: int):
-    """Let a ruleset allow such access to all that lies in folders; those that do not exist are skipped."""
+    """Let a ruleset allow such access to files and to all that lies in folders; some may not exist."""
     for path in paths:
         with contextlib.suppress(OSError):
-            place = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", access, place), 0)
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            possible = access if os.path.isdir(path) else access & ~LIST
+            libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", possible, place), 0)
             os.close(place)

@@ -195,15 +195,21 @@ def is_own(run: Run) -> bool:
     ran_packed = run.source != own
     if sha256(own_packed) == run.result["packed_sha256"]:
         return not ran_packed or unpack(own_packed) == run.source
-    minified = unpack(run.packed or b"")
+    minified = unpack(run.packed or b"", own_packed)
     return same_code(minified, unpack(own_packed)) and (not ran_packed or run.source == minified)
 
 
-def unpack(packed: bytes) -> str:
-    """The source in a packed script; nothing if it is not packed as train_gpt.py packs."""
-    text = re.search(rb'b85decode\("([^"]+)"\)', packed)
+def unpack(packed: bytes, like: bytes = b"") -> str:
+    """The source in a packed script; nothing if it is not packed as train_gpt.py packs.
+
+    With `like`, a packed script, nothing either if what unpacks and runs that source is not the same in both.
+    """
+    payload = re.compile(rb'b85decode\("([^"]+)"\)')
+    if like and payload.sub(b"", packed) != payload.sub(b"", like):
+        return ""
     try:
-        return lzma.LZMADecompressor().decompress(base64.b85decode(text[1]), 10_000_000).decode()
+        text = payload.search(packed)[1]
+        return lzma.LZMADecompressor().decompress(base64.b85decode(text), 10_000_000).decode()
     except (TypeError, ValueError, lzma.LZMAError):
         return ""
 
