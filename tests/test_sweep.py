@@ -178,7 +178,8 @@ def test_seeds_are_the_outer_loop_and_the_table_is_paired(call):
     assert row(out, "base")[1:4] == ["2", "2.00000 +- 0.00000", "1.56250 +- 0.08839"]
     assert row(out, "better")[:4] == ["better", "2", "-0.25000 +- 0.00000 *", "-0.25000 +- 0.00000 *"]
     kept = Path("runs/table/better/seed1")
-    assert {path.name for path in kept.iterdir()} == {"log.txt", "metrics.jsonl", "result.json"}
+    assert {path.name for path in kept.iterdir()} == {"log.txt", "machine.txt", "metrics.jsonl",
+                                                      "result.json"}
     assert Path("runs/table/table.md").read_text().strip() in out
     assert "3 to go, about" in out and ": finished 0, 4 to go, 1 at a time" in out
 
@@ -199,6 +200,26 @@ def test_variants_and_seeds_may_be_added(call):
     new = {"third-seed0", "third-seed1", "base-seed7", "better-seed7", "third-seed7"}
     assert status == 0 and {*diary()} == new
     assert row(out, "third")[1] == "3"
+
+
+def test_a_variant_may_have_seeds_of_its_own_and_tables_hold_all(call, capsys):
+    """Also those that the table of variants no longer has; a folder's tables run nothing."""
+    call(TABLE + "third SCORE=1 seeds=1,7\n")
+    assert [*diary()] == ["base-seed0", "better-seed0", "base-seed1", "better-seed1", "third-seed1",
+                          "third-seed7"]
+    _, out, _ = call(TABLE.replace("seeds 0 1", "seeds 1").replace("better", "# better"))
+    assert not diary() and row(out, "third")[1] == "1" and row(out, "better")[1] == "2"
+    assert sweep.main(["runs/table"]) == 0
+    assert capsys.readouterr().out.strip() == out.split("\n\n", 1)[1].strip()
+    assert sweep.main(["diary"]) == 2 and "diary is not the folder of a sweep" in capsys.readouterr().err
+
+
+def test_runs_of_two_machines_are_no_pair(call, monkeypatch):
+    call(TABLE.replace("better", "# better"))
+    monkeypatch.setattr(sweep, "this_machine", lambda: "another")
+    _, out, _ = call(TABLE.replace("seeds 0 1", "seeds 0 1 2"))
+    assert "better and base are no pair of seed 0, 1: they ran on two machines" in out
+    assert row(out, "better")[1] == "1", "one pair, of seed 2"
 
 
 def test_runs_are_side_by_side_one_on_each_gpu(call, monkeypatch):
@@ -278,6 +299,7 @@ def test_a_killed_sweep_goes_on_in_a_copied_folder(place, capsys):
     process.kill()
     process.communicate()
     wait_for(lambda: not is_running(pid))
+    assert len(list(Path("tmp").iterdir())) == 1
     began = diary()
     assert [*began] == ["base-seed0", "better-seed0", "slow-seed0"]
     # a kill while results were being copied leaves a part
@@ -290,9 +312,11 @@ def test_a_killed_sweep_goes_on_in_a_copied_folder(place, capsys):
     assert sweep.main(["table.txt", "--out", "elsewhere"]) == 0
     later = [f"{name}-seed{seed}" for seed in (1, 2) for name in ("base", "better", "slow")]
     assert [*diary()] == ["slow-seed0", *later]
+    assert not list(Path("tmp").iterdir()), "nor what the killed one had there"
     assert row(capsys.readouterr().out, "slow")[1] == "3"
     kept = {path.name for path in Path("elsewhere/slow").glob("**/*")}
-    assert kept == {"seed0", "seed1", "seed2", "train_gpt.py", "log.txt", "metrics.jsonl", "result.json"}
+    assert kept == {"seed0", "seed1", "seed2", "train_gpt.py", "log.txt", "machine.txt", "metrics.jsonl",
+                    "result.json"}
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -370,6 +394,8 @@ def test_runs_on_another_card_are_told_apart(call, monkeypatch):
     (TABLE.replace("seeds 0 1", "seeds"), "needs a row `seeds`"),
     (TABLE.replace("seeds 0 1", "seeds 0 0"), "each once"),
     (TABLE.replace("seeds 0 1", "seeds -1"), "whole numbers"),
+    (TABLE + "new SCORE=1 seeds=1,1", "new: seeds= wants a list of whole numbers, each once"),
+    (TABLE + "new SCORE=1 seeds=", "new: seeds= wants a list of whole numbers, each once"),
     ("seeds 0\ncommon ITERATIONS=1", "needs a row for each variant"),
     (TABLE.replace("ITERATIONS=5", ""), "how long is a run?"),
     (TABLE + "new SCORE=two", "new: SCORE='two' is not a number"),  # the script's own words
@@ -432,22 +458,22 @@ def test_a_damaged_result_is_named(call):
 
 
 def test_a_commit_has_its_script(tmp_path):
-    variant = Variant("old", "ref=HEAD", {})
+    variant = Variant("old", "ref=HEAD", {}, [0])
     head = subprocess.run(["git", "-C", str(ROOT), "show", "HEAD:train_gpt.py"], capture_output=True)
     if head.returncode:
         pytest.skip("no git history here")
     assert read_script(variant, tmp_path, {}) == head.stdout
     with pytest.raises(Refused):
-        read_script(Variant("old", "ref=HEAD:data", {}), tmp_path, {})
+        read_script(Variant("old", "ref=HEAD:data", {}, [0]), tmp_path, {})
 
 
 def test_variants_are_what_the_table_says(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text('seeds 3 1\ncommon A=1 B="x y" MAX_WALLCLOCK_SECONDS=60\n\nfirst  # as it is\n'
-                    'next A=2 VAL_LOSS_EVERY=5 ref=HEAD~1\n')
+                    'next A=2 VAL_LOSS_EVERY=5 ref=HEAD~1 seeds=5\n')
     common = {"A": "1", "B": "x y", "MAX_WALLCLOCK_SECONDS": "60", "VAL_LOSS_EVERY": "1000000000"}
     own = {**common, "A": "2", "VAL_LOSS_EVERY": "5"}
-    assert read_table(path) == ([Variant("first", "", common), Variant("next", "ref=HEAD~1", own)], [3, 1])
+    assert read_table(path) == [Variant("first", "", common, [3, 1]), Variant("next", "ref=HEAD~1", own, [5])]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux ends the children of a killed sweep")

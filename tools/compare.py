@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import command
 from error_bars import Difference, Sums, bootstrap
-from measures import by_card, differences, markdown, measure, tables
+from measures import by_card, differences, key_of, markdown, measure, tables
 
 from finished_runs import Refused, Run, check_belongs_with, read_finished, shared_facts
 from plot_run import save
@@ -172,12 +172,12 @@ def compare(args: argparse.Namespace) -> list[str]:
     pairs = sorted(set(ours) & set(theirs))
     rows = []
     if files and not pairs:
-        command.note("the two sides share no seed: nothing is compared by document")
+        command.note("the two sides share no seed on one machine: nothing is compared by document")
     elif files:
         sides = []
         for runs, paths in ((new, args.runs), (base, args.against)):
-            of_seed = {run.result["seed"]: (run, files[path]) for run, path in zip(runs, paths)}
-            sides.append(sum_up(*zip(*(of_seed[seed] for seed in pairs))))
+            of_key = {key_of(run): (run, files[path]) for run, path in zip(runs, paths)}
+            sides.append(sum_up(*zip(*(of_key[key] for key in pairs))))
         rows = document_rows(*sides)
         lines += ["", *document_lines(rows, len(pairs))]
     draw(differences(ours, theirs), rows, args.out)

@@ -2,7 +2,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 import command
@@ -33,11 +33,11 @@ def without_warnings() -> Iterator[None]:
 
 
 @without_warnings()
-def difference(new: dict[int, float], base: dict[int, float]) -> Difference:
+def difference(new: dict[Hashable, float], base: dict[Hashable, float]) -> Difference:
     """The values of new less those of base, both by seed: paired if they share seeds, else by Welch."""
-    shared = [seed for seed in new if seed in base]
+    shared = [key for key in new if key in base]
     if shared:
-        differences = np.array([new[seed] - base[seed] for seed in shared])
+        differences = np.array([new[key] - base[key] for key in shared])
         p = stats.ttest_1samp(differences, 0.0).pvalue
         return Difference(differences.mean(), stats.sem(differences), p, len(shared))
     ours, theirs = list(new.values()), list(base.values())

@@ -1,6 +1,8 @@
 """What runs of an experiment come to and how they differ: the tables of sweep.py and compare.py."""
 import math
 import statistics
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from error_bars import Difference, difference
 
@@ -10,11 +12,18 @@ BITS_A_PERCENT = 0.0003  # of time, in bits per byte at the record's length: wha
 SIGNIFICANT = 0.05
 SCORES = "last weights", "average", "quantized", "adapted"
 COMPARED = *SCORES, "gap", "time", "score + time"
-LEGEND = ["+-: standard error of the mean difference, over pairs of one seed on one card (pairs none: of the "
-          f"difference of means). *: p < {SIGNIFICANT}, two-sided t-test.",
+LEGEND = ["+-: standard error of the mean difference, over pairs of one seed on one machine (pairs none: of "
+          f"the difference of means). *: p < {SIGNIFICANT}, two-sided t-test.",
           f"time: 1 % = {BITS_A_PERCENT} bits per byte, if steps are fixed. score: adapted or, if nothing "
           "adapts, quantized."]
+MACHINE = "machine.txt"  # beside a run's log: where sweep.py ran it
 Measures = dict[str, float]  # of a run, by name; NaN where it does not tell
+
+
+class Key(NamedTuple):
+    """What makes runs of two variants a pair."""
+    seed: int
+    machine: str  # nothing, if it is not known
 
 
 def measure(run: Run) -> Measures:
@@ -37,19 +46,28 @@ def measure(run: Run) -> Measures:
         raise Refused(other_kind(run, error)) from error
 
 
-def by_card(runs: list[Run]) -> dict[str, dict[int, Measures]]:
+def key_of(run: Run) -> Key:
+    file = run.log.parent / MACHINE
+    return Key(run.result["seed"], file.read_text().strip() if file.is_file() else "")
+
+
+def by_card(runs: list[Run]) -> dict[str, dict[Key, Measures]]:
     """The measures of a group of runs, by card and then by seed."""
-    cards: dict[str, dict[int, Measures]] = {}
+    cards: dict[str, dict[Key, Measures]] = {}
     for run in sorted(runs, key=lambda run: run.result["seed"]):
-        seed = run.result["seed"]
+        key = key_of(run)
         of_card = cards.setdefault(run.result["hardware"], {})
-        if seed in of_card:
-            raise Refused(f"{run.log}: seed {seed} is that of another of these runs, too")
-        of_card[seed] = measure(run)
+        if key.seed in seeds_of(of_card):
+            raise Refused(f"{run.log}: seed {key.seed} is that of another of these runs, too")
+        of_card[key] = measure(run)
     return cards
 
 
-def differences(new: dict[int, Measures], base: dict[int, Measures]) -> dict[str, Difference]:
+def seeds_of(runs: Iterable[Key]) -> set[int]:
+    return {key.seed for key in runs}
+
+
+def differences(new: dict[Key, Measures], base: dict[Key, Measures]) -> dict[str, Difference]:
     """How runs on one card differ, in what both sides tell; time is in bits per byte."""
     usual = statistics.fmean(measures["ms a step"] for measures in base.values())
     sides = [{seed: with_time(measures, usual) for seed, measures in side.items()} for side in (new, base)]
@@ -93,13 +111,18 @@ def tables(groups: dict[str, list[Run]]) -> list[str]:
             if card not in cards[base]:
                 lines.append(f"{name} is not compared: {base} has no run on {card}")
                 continue
-            found = differences(cards[name][card], cards[base][card])
+            ours, theirs = cards[name][card], cards[base][card]
+            apart = seeds_of(ours) & seeds_of(theirs) - seeds_of(set(ours) & set(theirs))
+            if apart:
+                lines.append(f"{name} and {base} are no pair of seed {', '.join(map(str, sorted(apart)))}: "
+                             "they ran on two machines")
+            found = differences(ours, theirs)
             cells = [difference_cell(found.get(column)) for column in COMPARED]
             rows.append([name, f"{found['quantized'].pairs or 'none'}", *cells])
     return lines + [*markdown(rows), *LEGEND] if len(rows) > 1 else lines
 
 
-def mean_cell(runs: dict[int, Measures], name: str, digits: int) -> str:
+def mean_cell(runs: dict[Key, Measures], name: str, digits: int) -> str:
     values = [measures[name] for measures in runs.values() if not math.isnan(measures[name])]
     if not values:
         return "-"

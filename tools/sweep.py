@@ -3,6 +3,7 @@
 
     python tools/sweep.py floor.txt                  # into runs/floor; what is there already is not run again
     python tools/sweep.py floor.txt --out FOLDER     # goes on wherever this folder was copied to
+    python tools/sweep.py runs/floor                 # runs nothing: the tables of what is there
 
 The table of variants is text, and its first variant is the base:
 
@@ -11,6 +12,7 @@ The table of variants is text, and its first variant is the base:
     floor   MIN_LR=0.1
     none    MIN_LR=0
     mine    script=my_train_gpt.py         # or ref=COMMIT, whose train_gpt.py then runs
+    more    MIN_LR=0.2 seeds=0,1,2,3       # seeds of its own
 
 Settings are train_gpt.py's, and come from the table alone; of the environment's, DATA_DIR counts. Unless the
 table says otherwise, a run has as many steps as ITERATIONS says (MAX_WALLCLOCK_SECONDS=0), and its last
@@ -20,12 +22,15 @@ other, so that pairs are complete early. On a CPU one run follows the other.
 After every run its log, result.json and metrics.jsonl (with --scores the loss of every target) are copied to
 the folder, which holds the scripts as well, and table.md, the table so far. So a sweep may be killed at any
 moment, and the same command goes on. It tries again what has failed, which never stops the other variants.
-Variants and seeds may be added; a changed variant needs a new name.
+Variants and seeds may be added or left out; a changed variant needs a new name. Tables hold all that is in
+the folder, and pair runs of one machine only.
 """
 import argparse
 import contextlib
 import ctypes
 import json
+import os
+import platform
 import shutil
 import signal
 import statistics
@@ -37,12 +42,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import command
-from measures import measure, tables
+from measures import MACHINE, measure, tables
 from variants import Plan, Variant, last_line, plan_runs, read_script, read_table
 
-from finished_runs import Refused, Run, read_finished, read_object, sha256
+from finished_runs import Refused, read_finished, read_object, sha256
 
-KEPT = "log.txt", "metrics.jsonl", "scores.npz", "result.json"
+KEPT = "log.txt", "metrics.jsonl", "scores.npz", MACHINE, "result.json"
 DEFINITION = {"source", "settings", "script"}  # what sweep.json has of a variant; of its script, the SHA-256
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -76,7 +81,7 @@ def read_definitions(folder: Path) -> dict[str, Any]:
 def define(variants: list[Variant], scripts: dict[str, bytes], folder: Path) -> None:
     """Write sweep.json and the scripts; Refused if a variant that is there already is another."""
     definitions = read_definitions(folder)
-    for name, source, settings in variants:
+    for name, source, settings, _ in variants:
         new = {"source": source, "settings": settings, "script": sha256(scripts[name])}
         old = definitions.setdefault(name, new)
         there = old["settings"]
@@ -124,18 +129,17 @@ def keep(run: Path, kept: Path) -> None:
 class Sweep:
     """The runs of a sweep: finished, to come, at work."""
 
-    def __init__(self, folder: Path, variants: list[Variant], seeds: list[int]):
+    def __init__(self, folder: Path, variants: list[Variant]):
         self.folder = folder
-        self.names = [variant.name for variant in variants]
-        self.finished: dict[tuple[str, int], Run] = {}
-        self.to_come: list[tuple[str, int]] = []
+        names = [variant.name for variant in variants]
+        self.names = [*dict.fromkeys([*names, *read_definitions(folder)])]  # others are in the tables, too
+        self.finished = {(name, int(path.name.removeprefix("seed"))): read_finished(path)
+                         for name in self.names for path in sorted((folder / name).glob("seed*[0-9]"))}
+        seeds = dict.fromkeys(seed for variant in variants for seed in variant.seeds)
+        wanted = [(name, seed) for seed in seeds for name, *_, own in variants if seed in own]
+        self.to_come = [key for key in wanted if key not in self.finished]
         self.at_work: list[Started] = []
         self.failed: dict[str, str] = {}  # by variant: which seed, and why
-        for key in ((name, seed) for seed in seeds for name in self.names):
-            if self.kept_at(*key).exists():
-                self.finished[key] = read_finished(self.kept_at(*key))
-            else:
-                self.to_come.append(key)
 
     def kept_at(self, variant: str, seed: int) -> Path:
         return self.folder / variant / f"seed{seed}"
@@ -171,27 +175,27 @@ class Sweep:
         try:
             if status:
                 raise Refused(f"ended by signal {-status}" if status < 0 else last_line(said))
-            finished = read_finished(run.place / "run")
-            measures = measure(finished)
+            measures = measure(read_finished(run.place / "run"))
         except Refused as error:
             shutil.rmtree(run.place)
             self.failed[run.variant] = f"seed {run.seed}: {error}"
             self.to_come = [key for key in self.to_come if key[0] != run.variant]
             write(complaint, said)
             return f"failed: {error}"
+        (run.place / "run" / MACHINE).write_text(this_machine() + "\n")
         keep(run.place / "run", kept)
         shutil.rmtree(run.place)
         complaint.unlink(missing_ok=True)
-        self.finished[run.variant, run.seed] = finished
+        self.finished[run.variant, run.seed] = read_finished(kept)
         return f"average {measures['average']:.5f}, quantized {measures['quantized']:.5f}"
 
     def to_go(self, parallel: int) -> str:
-        """How many runs are left, and how long they take if they take what the finished ones took."""
+        """How many runs are left, and how long they take if they take what most of the finished ones took."""
         left = len(self.to_come) + len(self.at_work)
         seconds = [run.result["seconds"] for run in self.finished.values()]
         if not left or not seconds:
             return f"{left} to go"
-        return f"{left} to go, about {left * statistics.fmean(seconds) / parallel / 60:.1f} min"
+        return f"{left} to go, about {left * statistics.median(seconds) / parallel / 60:.1f} min"
 
     def table(self) -> list[str]:
         """What is finished, in tables, and why variants failed."""
@@ -214,6 +218,12 @@ def start(variant: str, seed: int, plan: Plan, gpu: str, work: Path, scores: boo
     return Started(variant, seed, gpu, place, process)
 
 
+def this_machine() -> str:
+    """A name that another machine, or this one after a restart, does not have."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else platform.node()
+
+
 def end_with_parent() -> None:
     """Let Linux end this process when the sweep is killed, so that it does not go on and hold a GPU."""
     if LIBC:
@@ -225,7 +235,7 @@ def end_with_parent() -> None:
 def run_sweep(table: Path, folder: Path, work: Path, scores: bool) -> int:
     """Run what is not finished and print the table; returns the exit status."""
     # 1) What to run.
-    variants, seeds = read_table(table)
+    variants = read_table(table)
     definitions = read_definitions(folder)
     scripts = {variant.name: read_script(variant, folder, definitions) for variant in variants}
     plans, gpus = plan_runs(variants, scripts, work)
@@ -234,7 +244,7 @@ def run_sweep(table: Path, folder: Path, work: Path, scores: bool) -> int:
     try:
         with command.claim(folder):
             define(variants, scripts, folder)
-            sweep = Sweep(folder, variants, seeds)
+            sweep = Sweep(folder, variants)
             command.say(f"{folder}: finished {len(sweep.finished)}, {sweep.to_go(len(gpus))}, "
                         f"{len(gpus)} at a time")
             sweep.run(plans, gpus, work, scores)
@@ -247,16 +257,35 @@ def run_sweep(table: Path, folder: Path, work: Path, scores: bool) -> int:
     return 0
 
 
+def tell(folder: Path) -> int:
+    """Print the tables of what is finished in the folder of a sweep."""
+    if not read_definitions(folder):
+        raise Refused(f"{folder} is not the folder of a sweep, nor a table of variants")
+    command.say("\n".join(Sweep(folder, []).table()))
+    return 0
+
+
+def remove_remains() -> None:
+    """Remove the working folders of sweeps that were killed, but for finished runs that were not copied."""
+    for folder in Path(tempfile.gettempdir()).glob("sweep-[0-9]*-*"):
+        process = Path("/proc", folder.name.split("-")[1])
+        if Path("/proc/self").exists() and not process.exists() and not any(folder.glob("*/run/result.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, help="text file of variants")
+    parser.add_argument("table", type=Path, help="text file of variants, or the folder of a sweep")
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="for results (runs/NAME_OF_TABLE)")
     parser.add_argument("--scores", action="store_true", help="keep the loss of every target, for compare.py")
     args = parser.parse_args(argv)
     folder = args.out or Path("runs", args.table.stem)
-    work = Path(tempfile.mkdtemp(prefix="sweep-"))
+    remove_remains()
+    work = Path(tempfile.mkdtemp(prefix=f"sweep-{os.getpid()}-"))
     try:
+        if args.table.is_dir():
+            return tell(args.table)
         return run_sweep(args.table, folder, work, args.scores)
     except (Refused, OSError) as error:
         return command.report(error)

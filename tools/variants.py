@@ -36,6 +36,7 @@ class Variant(NamedTuple):
     name: str
     source: str  # "script=FILE", "ref=COMMIT" or, for this repository's train_gpt.py, nothing
     settings: dict[str, str]
+    seeds: list[int]
 
 
 class Plan(NamedTuple):
@@ -45,8 +46,8 @@ class Plan(NamedTuple):
     environment: dict[str, str]
 
 
-def read_table(path: Path) -> tuple[list[Variant], list[int]]:
-    """(variants, seeds) of a table."""
+def read_table(path: Path) -> list[Variant]:
+    """The variants of a table, the base first."""
     # 1) Rows by name.
     rows: dict[str, list[str]] = {}
     for number, line in enumerate(read(path).decode(errors="replace").splitlines(), 1):
@@ -62,16 +63,20 @@ def read_table(path: Path) -> tuple[list[Variant], list[int]]:
                 raise Refused(f"{path}, line {number}: {name} is no name, of letters, digits, '.', '_', '-'")
             rows[name] = row
     # 2) What they mean.
-    seeds = rows.pop("seeds", [])
-    if len(set(seeds)) < max(1, len(seeds)) or not all(re.fullmatch(r"\d{1,18}", seed) for seed in seeds):
-        raise Refused(f"{path}: needs a row `seeds` of whole numbers, each once")
+    seeds = read_seeds(f"{path}: needs a row `seeds`", rows.pop("seeds", []))
     common = rows.pop("common", [])
     if not rows:
         raise Refused(f"{path}: needs a row for each variant")
-    return [read_variant(path, name, common, own) for name, own in rows.items()], [*map(int, seeds)]
+    return [read_variant(path, name, common, own, seeds) for name, own in rows.items()]
 
 
-def read_variant(path: Path, name: str, common: list[str], own: list[str]) -> Variant:
+def read_seeds(wanted: str, words: list[str]) -> list[int]:
+    if len(set(words)) < max(1, len(words)) or not all(re.fullmatch(r"\d{1,18}", word) for word in words):
+        raise Refused(f"{wanted} of whole numbers, each once")
+    return [*map(int, words)]
+
+
+def read_variant(path: Path, name: str, common: list[str], own: list[str], seeds: list[int]) -> Variant:
     settings = {**DEFAULTS}
     for words in (common, own):
         given = dict(word.partition("=")[::2] for word in words)
@@ -80,12 +85,14 @@ def read_variant(path: Path, name: str, common: list[str], own: list[str]) -> Va
             raise Refused(f"{path}, {name}: settings are NAME=VALUE, each once, and none of the sweep's own, "
                           f"{', '.join(OF_THE_SWEEP)}: {' '.join(wrong or words)}")
         settings |= given
+    if "seeds" in settings:
+        seeds = read_seeds(f"{path}, {name}: seeds= wants a list", settings.pop("seeds").split(","))
     sources = [f"{kind}={settings.pop(kind)}" for kind in ("script", "ref") if kind in settings]
     if len(sources) > 1:
         raise Refused(f"{path}, {name}: {' and '.join(sources)}: which of them?")
     if "PRESET" not in settings and "ITERATIONS" not in settings and settings["MAX_WALLCLOCK_SECONDS"] == "0":
         raise Refused(f"{path}, {name}: how long is a run? Set ITERATIONS, or MAX_WALLCLOCK_SECONDS")
-    return Variant(name, "".join(sources), settings)
+    return Variant(name, "".join(sources), settings, seeds)
 
 
 def read_script(variant: Variant, folder: Path, definitions: dict[str, Any]) -> bytes:
