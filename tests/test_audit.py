@@ -355,6 +355,23 @@ def test_a_gpu_does_not_excuse_a_stranger_s_own_noise():
         assert trial.by_rule()["as this script"] == word
 
 
+def test_the_environment_of_python_does_not_reach_the_script(finished, data, tmp_path):
+    """A module that every Python imports at its start, by PYTHONPATH, would change any script alike."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'SAVE_SCORES' in os.environ: 1 / 0\n")
+    command = [sys.executable, ROOT / "tools/audit.py", finished, "--documents", "4", "--skip", *OPTIONAL]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "every target once" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_run_does_not_say_by_which_data_it_is_judged(finished, monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("DATA_DIR")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert audit.main([str(finished)]) == 2
+    assert f"DATA_DIR={tmp_path / 'data'}" in capsys.readouterr().err
+
+
 def test_the_script_is_read_once(finished, in_process, monkeypatch, capsys, tmp_path):
     """What is judged to be ours is what runs, whatever the file becomes."""
     script = copy_with(tmp_path, "")

@@ -401,7 +401,7 @@ def test_what_came_before_the_artifact_no_audit_can_see(tmp_path):
     assert rules["validation_read_only_after_export"] is None
 
 
-@pytest.mark.parametrize("rule", ["confined", "no drift"])
+@pytest.mark.parametrize("rule", ["confined", "no drift", "as this script"])
 def test_what_an_audit_could_not_make_sure_of_is_not_established(rule, tmp_path):
     """Else a script could look up, outside its folder, the losses that it has to have."""
     folder = write_audit(write_run(tmp_path / "run", result_of_seed(0)), **{rule: "NOT CHECKED"})

@@ -60,7 +60,7 @@ RANGES = dict(vocab_size=(2, 1 << 16), ttt_chunk_size=(1, 1 << 14), ttt_chunk_gr
 MOST_BYTES = 1 << 26  # of what a script wrote, beside its losses
 FIELDS = {float: "val_loss val_bpb", int: "unadapted_tokens code_bytes total_bytes", list: "caveats",  # in
           dict: "settings phases clocks", str: "hardware code_sha256 packed_sha256 val_sha256"}  # result.json
-KEPT_VARIABLES = ("PATH LD_LIBRARY_PATH PYTHONPATH VIRTUAL_ENV CC CXX LANG TZ USER LOGNAME OMP_NUM_THREADS "
+KEPT_VARIABLES = ("PATH LD_LIBRARY_PATH VIRTUAL_ENV CC CXX LANG TZ USER LOGNAME OMP_NUM_THREADS "
                   "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH").split()
 KEPT_BEGINNINGS = "LC_", "NVIDIA_", "NCCL_"
 
@@ -200,8 +200,6 @@ def environment_in(place: Path) -> dict[str, str]:
     """The variables of a re-score: what the machine needs, and folders of its own."""
     kept = {name: value for name, value in os.environ.items()
             if name in KEPT_VARIABLES or name.startswith(KEPT_BEGINNINGS)}
-    if "PYTHONPATH" in kept:
-        kept["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, kept["PYTHONPATH"].split(os.pathsep)))
     folders = dict(HOME="home", TMPDIR="tmp", DATA_DIR="data", EVAL_ONLY_PATH="model/final_model.int6.ptz",
                    ARTIFACT_DIR="run", SAVE_SCORES="scores.npz")
     kept |= {name: str(place / folder) for name, folder in folders.items()}
@@ -595,7 +593,7 @@ def write_verdicts(path: Path, audit: Audit):
 def perform(args: argparse.Namespace) -> Audit:
     # 1) Read the run and its validation set; choose documents, and alter them.
     run = FinishedRun.read(args.run)
-    given = Path(os.environ.get("DATA_DIR") or run.settings["data_dir"])
+    given = Path(os.environ.get("DATA_DIR") or RECORD["data_dir"])  # whatever the run says
     data = Data.read(next((root / given for root in (Path.cwd(), ROOT) if (root / given).is_dir()), given),
                      run.settings)
     count = min(args.documents, len(data.starts))
@@ -608,6 +606,8 @@ def perform(args: argparse.Namespace) -> Audit:
     gpu, ours = on_gpu(), is_ours(source)
     device = "GPU" if gpu else "CPU"
     say(f"{args.run} on a {device}: {count} of {len(data.starts)} documents, --seed {seed}")
+    say(f"validation set {data.sha256}, tokenizer {sha256(read(data.tokenizer))}: {data.shards[0].parent}, "
+        f"{data.tokenizer}")
     if not ours:
         say(f"{args.script} IS NOT THIS REPOSITORY'S TRAIN_GPT.PY, PACKED OR NOT: HOW THE ARTIFACT CAME "
             "ABOUT IS NOT CHECKED.")
@@ -674,8 +674,8 @@ def main(argv: list[str] | None = None) -> int:
         audit = perform(args)
         if args.write:
             write_verdicts(args.write, audit)
-    except (AuditError, OSError) as error:
-        return command.report(error)
+    except (AuditError, OSError, MemoryError) as error:
+        return command.report(error or "out of memory")
     by_rule = audit.by_rule()
     for word in ("FAIL", "NOT CHECKED"):
         rules = [rule for rule in RULES if by_rule[rule] == word]

@@ -84,7 +84,7 @@ def read_regular(path: Path, most: int = 1 << 32) -> bytes:
         kind = os.fstat(descriptor)
         if not stat.S_ISREG(kind.st_mode) or kind.st_size > most:
             raise OSError(errno.EINVAL, "it is not a file, or too large", str(path))
-        return file.read(most)
+        return file.read(kind.st_size)
 
 
 def last_line(path: Path) -> str:

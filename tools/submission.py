@@ -67,7 +67,7 @@ AUDITED = {  # what an audit has to find for a rule
     "full_distribution": ["full distribution"],
     "validation_read_only_after_export": [],  # whoever scores again cannot see that
 }
-ASSURING = "no drift", "confined"  # if an audit names them, it has to have found them as well
+ASSURING = "no drift", "confined", "as this script"  # if an audit names them, it has to have found them, too
 
 
 # ---- Significance ------------------------------------------------------------------------------------------
@@ -349,7 +349,8 @@ artifact again. Corpus: {corpus}.
 
 Limits, machine and data follow from the logs. No log can show the last five rules. They hold (`true` in
 `submission.json`) for a run of the script that its repository's tests hold to them, by its hash; the first
-four of them also where an audit of the run's artifact has found so. They do not (`false`) if an audit or the
+four of them also where an audit of the run's artifact has found so, and that the script scores as the
+repository's does. They do not (`false`) if an audit or the
 log says so. Else it is not established (`null`) whether they do, and the runs are no record.
 
 Caveats: {caveats}.
