@@ -1,7 +1,9 @@
 """What all commands share, in tools/command.py; benchmarks and maintenance without a GPU; checkouts."""
 import ast
+import collections
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +18,12 @@ from conftest import ROOT
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools/maintenance")]
 import command
+import floors
 import same_numbers
 
 import bench_step
 import docs
+import train_gpt as tg
 
 NEEDS = {  # of every command: a package, and where it is required
     "data/prepare.py": ("sentencepiece", ""), "data/download.py": ("numpy", ""),
@@ -302,6 +306,39 @@ def test_docs_end_in_one_line(tmp_path, refused, monkeypatch):
     assert "cannot be read" in refused(docs.main, "--check")
     monkeypatch.setattr(docs, "submitted_runs", lambda: json.loads("{"))
     assert "cannot be read" in refused(docs.main)
+
+
+# Floors of a micro-batch
+
+
+def test_products_have_the_operations_of_the_model_s_matrices():
+    cfg = tg.Config(num_layers=3, model_dim=64, mlp_mult=3, num_loops=0, parallel_start_layer=3,
+                    vocab_size=512, rope_dims=4)
+    weights = sum(matrix.numel() for _, matrix in tg.GPT(cfg).named_matrices()) + 512 * 64
+    lengths = np.array([3, 0, 5])
+    work = floors.work_of(cfg, visits=3, skips=1, lanes=0, span_lengths=lengths)
+    assert work["matrix products"].operations == 3 * 2 * 8 * weights
+    attended = sum(q + 0.5 for length in lengths for q in range(length))  # half of the diagonal counts
+    assert work["attention"].operations == 3 * 3.5 * 4 * 64 * attended
+
+
+def test_no_part_was_ever_faster_than_its_floor():
+    """By the logged profile of an H200, whose kernels nearly all belong to a part."""
+    log = (ROOT / "logs/profiles/2026-11-24_1xH200_step-another-card.txt").read_text()
+    lengths = np.full(114, 98_304 // 114)  # its spans; of unequal ones attention has more work
+    for looped, listed in enumerate(log.split("kernels of a micro-batch")[1:]):
+        found = re.findall(r"^ +([\d.]+) ms +[\d.]+ x  (.+)$", listed, flags=re.M)
+        spent = collections.Counter()
+        for ms, kernel in found:
+            spent[kernel] += float(ms)
+        plan = tg.depth_plan(tg.Config(), looped=bool(looped))
+        work = floors.work_of(tg.Config(), len(plan.visits), len(plan.encoder), 3, lengths)
+        least = {part: of.ms(2 * 98_304 * 512, 4.13e12, 797e12) for part, of in work.items()}
+        *parts, everything = floors.table(spent, least)
+        assert len(parts) == len(floors.PARTS) and set(least) == {*floors.PARTS} - {"all else"}
+        shares = [int(re.search(r" (\d+)%$", line)[1]) for line in parts[:-1]]
+        assert all(20 < share <= 105 for share in shares), parts
+        assert float(parts[-1].split()[0]) < 0.05 * float(everything.split()[0]), parts
 
 
 # Checkouts

@@ -19,12 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 with command.imports("requirements-gpu.txt"):
     import torch
+    from floors import exclusion_rows, heads_rows
 
     import train_gpt as tg
     from bench_step import ceilings, kernel_times
     from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
 
-H, K, E, R, D, M, V = 8, 4, 64, 16, 512, 2048, 8192
+CFG = tg.Config()
+H, K, E, R = CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.rope_dims
+D, M, V = CFG.model_dim, CFG.mlp_dim, CFG.vocab_size
 
 
 class Case(NamedTuple):
@@ -40,8 +43,8 @@ class Case(NamedTuple):
 def make_cases(T: int, draw: Callable) -> dict[str, Case]:
     row = 2 * T * D  # bytes of a bf16 tensor (T, D)
     return {
-        "heads": Case(*heads_case(T, H, K, E, R, draw), 5.5 * row, 7.5 * row, 0),
-        "exclusion": Case(*exclude_case(T, H, K, E, draw), 2.5 * row, 4 * row, 0),
+        "heads": Case(*heads_case(T, H, K, E, R, draw), *(n * row for n in heads_rows(CFG)), 0),
+        "exclusion": Case(*exclude_case(T, H, K, E, draw), *(n * row for n in exclusion_rows(CFG)), 0),
         "entry": Case(*entry_case(T, D, draw), 4 * row, 7 * row, 0),
         "entry with a skip": Case(*entry_case(T, D, draw, skip=True), 5 * row, 9 * row, 0),
         "MLP sublayer": Case(*mlp_case(T, D, M, draw), 14 * row, 28 * row, 4 * T * D * M),

@@ -8,7 +8,8 @@
 Settings are train_gpt.py's environment variables. Tokens are random and document lengths log-normal (median
 490) or, with --data, those of the first two steps of its shards. Weights have noise added: a GPU multiplies
 the zeros of a fresh model faster. Every time is the median of --rounds rounds, in each of which every file is
-timed in turn.
+timed in turn. The parts of a micro-batch stand beside their floors, the least time for their bytes at the
+speed of a copy or for their operations at that of a product.
 """
 import argparse
 import atexit
@@ -30,6 +31,8 @@ with command.imports():
     import numpy as np
     import torch
     import torch.distributed as dist
+
+import floors
 
 ROOT = Path(__file__).resolve().parents[1]
 THIS_SCRIPT = str(ROOT / "train_gpt.py")
@@ -195,9 +198,18 @@ def exposed_collectives(kernels) -> float:
     return total
 
 
-def profile(call, top: int, ranks) -> list[str]:
-    """Lines "ms, launches, name" of the kernels that a call spends most of its time in."""
-    spent, count, exposed = kernel_times(call, 3, ranks.barrier)
+def part_lines(candidate: Candidate, looped: bool, spent, operations: float, copied: float) -> list[str]:
+    """What each part of a micro-batch takes, and its floor on this GPU."""
+    cfg, plan = candidate.cfg, candidate.plan(looped)
+    lengths = candidate.batch.spans.cu_seqlens.diff().cpu().numpy()
+    lanes = sum(layer >= cfg.parallel_start_layer for layer in plan.decoder)
+    work = floors.work_of(cfg, len(plan.visits), len(plan.encoder), lanes, lengths)
+    row_bytes = 2 * len(candidate.batch.tokens) * cfg.model_dim
+    return floors.table(spent, {part: of.ms(row_bytes, copied, operations) for part, of in work.items()})
+
+
+def profile(spent, count, exposed: float, top: int) -> list[str]:
+    """Lines "ms, launches, name" of the kernels that a call spends most of its time in: see kernel_times."""
     lines = [f"{sum(spent.values()):9.3f} ms in {sum(count.values()):.0f} kernels"]
     in_collectives = sum(ms for name, ms in spent.items() if "nccl" in name)
     if in_collectives:
@@ -295,9 +307,12 @@ def worker(args, tg) -> None:
         for looped in (False, True):
             alone = ranks.world_size == 1
             call = file.micro_batch if alone else file.step
-            lines = profile(functools.partial(call, looped), args.top, ranks)
+            spent, count, exposed = kernel_times(functools.partial(call, looped), 3, ranks.barrier)
+            if alone:
+                say(f"parts of a micro-batch{', looped' * looped}, {file.name}")
+                say("\n".join(part_lines(file, looped, spent, operations, copied)))
             say(f"kernels of a {'micro-batch' if alone else 'step'}{', looped' * looped}, {file.name}")
-            say("\n".join(lines))
+            say("\n".join(profile(spent, count, exposed, args.top)))
 
 
 def train_shards(folder: str) -> list[Path]:

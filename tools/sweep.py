@@ -182,7 +182,7 @@ class Sweep:
             self.to_come = [key for key in self.to_come if key[0] != run.variant]
             write(complaint, said)
             return f"failed: {error}"
-        (run.place / "run" / MACHINE).write_text(this_machine() + "\n")
+        (run.place / "run" / MACHINE).write_text(this_machine() + "\n", encoding="utf-8")
         keep(run.place / "run", kept)
         shutil.rmtree(run.place)
         complaint.unlink(missing_ok=True)
@@ -221,7 +221,7 @@ def start(variant: str, seed: int, plan: Plan, gpu: str, work: Path, scores: boo
 def this_machine() -> str:
     """A name that another machine, or this one after a restart, does not have."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else platform.node()
+    return boot.read_text(encoding="utf-8").strip() if boot.exists() else platform.node()
 
 
 def end_with_parent() -> None:
