@@ -48,7 +48,8 @@ def measure(run: Run) -> Measures:
 
 def key_of(run: Run) -> Key:
     file = run.log.parent / MACHINE
-    return Key(run.result["seed"], file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else "")
+    machine = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return Key(run.result["seed"], machine.strip())
 
 
 def by_card(runs: list[Run]) -> dict[str, dict[Key, Measures]]:
