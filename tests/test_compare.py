@@ -313,7 +313,6 @@ def test_what_cannot_be_compared_is_refused(tmp_path, refused):
     assert "1 files for 2 runs" in refused(a, "--against", b, "--scores", "x.npz")
     wrong = write_run(tmp_path / "wrong", result_of(0, 1.0, total_bytes="y"))
     assert "another kind" in refused(a, "--against", wrong)
-    assert "cannot write" in refused(a, "--against", b, "-o", tmp_path / "none/x.png")
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -332,7 +331,42 @@ def test_scores_of_something_else_are_refused(tmp_path, refused, capsys):
     assert "not what SAVE_SCORES writes" in refused(a, "--against", unlike, *out)
     (a / "scores.npz").unlink()
     assert compare.main([str(x) for x in (a, "--against", unlike, *out)]) == 0
-    assert "not all runs have their scores.npz" in capsys.readouterr().err
+    assert f"not compared by document: {a}" in capsys.readouterr().err
+
+
+def test_seeds_without_scores_are_left_out_by_document(tmp_path, capsys):
+    pieces = random_pieces(np.random.default_rng(4), 8)
+    folders = {(side, seed): scored_run(tmp_path / f"{side}{seed}", seed, pieces)
+               for side in ("new", "base") for seed in (0, 1, 2)}
+    (folders["new", 1] / "scores.npz").unlink()
+    sides = ([folders[side, seed] for seed in (0, 1, 2)] for side in ("new", "base"))
+    new, base = sides
+    assert compare.main([*map(str, new), "--against", *map(str, base), "-o", str(tmp_path / "x.png")]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"no scores.npz beside, and so not compared by document: {folders['new', 1]}\n"
+    lines = out.splitlines()
+    assert "of documents and the 2 seeds" in out and cells(lines[lines.index("", 2) :], "runs")[1] == "3"
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, capsys, monkeypatch):
+    a, b = (write_run(tmp_path / name, result_of(0, 1.0)) for name in "ab")
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    assert compare.main([str(a), "--against", str(b), "-o", str(tmp_path / "x.png")]) == 0
+    out, err = capsys.readouterr()
+    assert "| runs " in out and err.startswith("no picture") and not (tmp_path / "x.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_costs_no_table(tmp_path, capsys):
+    a, b = (write_run(tmp_path / name, result_of(0, 1.0)) for name in "ab")
+    with pytest.raises(SystemExit):
+        compare.main([str(a), "--against", str(b), "-o", str(tmp_path / "none/x.png")])
+    out, err = capsys.readouterr()
+    assert "| runs " in out and "cannot write" in err and err.count("\n") == 1
+
+
+def test_the_folder_of_a_variant_is_none_of_a_run(tmp_path, refused):
+    run = write_run(tmp_path / "low/seed0", result_of(0, 1.0))
+    assert f"name them, {tmp_path / 'low'}/seed*" in refused(tmp_path / "low", "--against", run)
 
 
 def test_only_a_baseline_needs_scipy(tmp_path):

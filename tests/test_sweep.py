@@ -185,7 +185,7 @@ def test_seeds_are_the_outer_loop_and_the_table_is_paired(call):
 
 
 def test_what_is_finished_is_not_run_again(call):
-    first = call(TABLE, "--scores")
+    first = call(TABLE.replace("seeds 0 1", "seeds 0, 1"), "--scores")
     assert Path("runs/table/base/seed0/scores.npz").read_bytes() == b"scores"
     diary()
     status, out, err = call(TABLE)
@@ -362,6 +362,22 @@ def test_a_full_disk_is_one_line_and_the_run_is_kept(place, capsys, monkeypatch)
     assert [*diary()] == ["base-seed1", "better-seed1"]
 
 
+def test_runs_without_scores_are_named_when_scores_are_asked_for(call):
+    call(TABLE)
+    _, _, err = call(TABLE.replace("seeds 0 1", "seeds 1 2"), "--scores")
+    assert err == ("finished without --scores, delete them to run them again: base/seed0 base/seed1 "
+                   "better/seed0 better/seed1\n")
+
+
+def test_missing_data_are_found_before_a_run(place, capsys):
+    """By the script's own search, from where a run would start; nothing is left."""
+    Path("t.txt").write_text(f"seeds 0\ncommon PRESET=single_gpu script={ROOT}/train_gpt.py\na\n")
+    assert sweep.main(["t.txt"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: a: DATA_DIR=./data: no datasets/") and "sweep-" not in err
+    assert str(ROOT) in err and not Path("runs").exists()
+
+
 def test_one_sweep_at_a_time_in_a_folder(call):
     call(TABLE)
     with command.claim(Path("runs/table")):
@@ -387,6 +403,7 @@ def test_runs_on_another_card_are_told_apart(call, monkeypatch):
     (TABLE + "a/b SCORE=2", "line 7: a/b is no name"),
     (TABLE + "new SCORE='2", "line 7: No closing quotation"),
     (TABLE + "new SCORE", "SCORE"),
+    (TABLE + "new SCORE = 2", "NAME=VALUE without spaces, each once"),
     (TABLE + "new SCORE=1 SCORE=2", "each once"),
     (TABLE + "new SEED=1", "SEED=1"),
     (TABLE + "new ref=HEAD", "script=script.py and ref=HEAD: which of them?"),

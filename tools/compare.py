@@ -14,6 +14,7 @@ at the record's length. `score + time` is the difference of the score that the r
 quantized if nothing adapts) with that added.
 """
 import argparse
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,8 +102,7 @@ def document_lines(rows: list[Row], seeds: int) -> list[str]:
 
 def draw(by_seed: dict[str, Difference], rows: list[Row], out: Path) -> None:
     """Draw differences with their standard errors: by kind of score, by position, by length."""
-    with command.imports("requirements-dev.txt"):
-        import matplotlib
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -126,6 +126,9 @@ def draw(by_seed: dict[str, Difference], rows: list[Row], out: Path) -> None:
 
 def read_side(paths: list[Path]) -> list[Run]:
     """Finished runs that differ in nothing but their seed."""
+    for path in paths:
+        if any(path.glob("seed*/log.txt")):
+            raise Refused(f"{path} holds several runs: name them, {path}/seed*")
     runs = [read_finished(path) for path in paths]
     for run in runs[1:]:
         check_belongs_with(runs[0], run)
@@ -144,7 +147,7 @@ def what_differs(new: Run, base: Run) -> str:
 
 
 def files_of_scores(args: argparse.Namespace) -> dict[Path, Path]:
-    """The saved scores of each run; none unless all have some."""
+    """The saved scores of each run that has some."""
     paths = [*args.runs, *args.against]
     if args.scores:
         if len(args.scores) != len(paths):
@@ -152,13 +155,14 @@ def files_of_scores(args: argparse.Namespace) -> dict[Path, Path]:
                           "those of --against last")
         return dict(zip(paths, args.scores))
     beside = {path: path / "scores.npz" for path in paths if (path / "scores.npz").is_file()}
-    if beside and len(beside) < len(paths):
-        command.note("not all runs have their scores.npz beside them: nothing is compared by document")
-    return beside if len(beside) == len(paths) else {}
+    without = [str(path) for path in paths if path not in beside]
+    if beside and without:
+        command.note(f"no scores.npz beside, and so not compared by document: {' '.join(without)}")
+    return beside
 
 
-def compare(args: argparse.Namespace) -> list[str]:
-    """Draw the picture; returns the lines to print."""
+def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, Difference], list[Row]]:
+    """(the lines to print, and what the picture shows: differences by kind of score, and by document)."""
     # 1) By seed.
     new, base = read_side(args.runs), read_side(args.against)
     (card, ours), = by_card(new).items()
@@ -169,19 +173,16 @@ def compare(args: argparse.Namespace) -> list[str]:
     lines += tables({"base": base, "runs": new})
     # 2) By document.
     files = files_of_scores(args)
-    pairs = sorted(set(ours) & set(theirs))
+    sides = [{key_of(run): (run, files[path]) for run, path in zip(runs, paths) if path in files}
+             for runs, paths in ((new, args.runs), (base, args.against))]
+    pairs = sorted(set(sides[0]) & set(sides[1]))
     rows = []
-    if files and not pairs:
-        command.note("the two sides share no seed on one machine: nothing is compared by document")
-    elif files:
-        sides = []
-        for runs, paths in ((new, args.runs), (base, args.against)):
-            of_key = {key_of(run): (run, files[path]) for run, path in zip(runs, paths)}
-            sides.append(sum_up(*zip(*(of_key[key] for key in pairs))))
-        rows = document_rows(*sides)
+    if pairs:
+        rows = document_rows(*(sum_up(*zip(*(side[key] for key in pairs))) for side in sides))
         lines += ["", *document_lines(rows, len(pairs))]
-    draw(differences(ours, theirs), rows, args.out)
-    return [*lines, str(args.out)]
+    elif files:
+        command.note("no seed of both sides has scores, on one machine: nothing is compared by document")
+    return lines, differences(ours, theirs), rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,10 +196,15 @@ def main(argv: list[str] | None = None) -> int:
     add("-o", "--out", type=Path, default=Path("compare.png"), help="PNG to write (compare.png)")
     args = parser.parse_args(argv)
     try:
-        lines = compare(args)
+        lines, by_seed, rows = compare(args)
+        print("\n".join(lines))
+        if importlib.util.find_spec("matplotlib"):
+            draw(by_seed, rows, args.out)
+            print(args.out)
+        else:
+            command.note("no picture: that needs pip install -r requirements-dev.txt")
     except (Refused, OSError) as error:
         return command.report(error)
-    print("\n".join(lines))
     return 0
 
 

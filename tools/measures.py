@@ -14,8 +14,8 @@ SCORES = "last weights", "average", "quantized", "adapted"
 COMPARED = *SCORES, "gap", "time", "score + time"
 LEGEND = ["+-: standard error of the mean difference, over pairs of one seed on one machine (pairs none: of "
           f"the difference of means). *: p < {SIGNIFICANT}, two-sided t-test.",
-          f"time: 1 % = {BITS_A_PERCENT} bits per byte, if steps are fixed. score: adapted or, if nothing "
-          "adapts, quantized."]
+          f"time: 1 % = {BITS_A_PERCENT} bits per byte, if steps are fixed. gap: quantized - average. score: "
+          "adapted or, if nothing adapts, quantized."]
 MACHINE = "machine.txt"  # beside a run's log: where sweep.py ran it
 Measures = dict[str, float]  # of a run, by name; NaN where it does not tell
 

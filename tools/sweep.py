@@ -247,6 +247,11 @@ def run_sweep(table: Path, folder: Path, work: Path, scores: bool) -> int:
             sweep = Sweep(folder, variants)
             command.say(f"{folder}: finished {len(sweep.finished)}, {sweep.to_go(len(gpus))}, "
                         f"{len(gpus)} at a time")
+            without = [f"{name}/seed{seed}" for (name, seed), run in sweep.finished.items()
+                       if not (run.log.parent / "scores.npz").exists()]
+            if scores and without:
+                command.note("finished without --scores, delete them to run them again: "
+                             f"{' '.join(without)}")
             sweep.run(plans, gpus, work, scores)
     except BlockingIOError as error:
         raise Refused(f"{folder}: another sweep.py is at work there") from error

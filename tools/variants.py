@@ -16,19 +16,26 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = {"MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "1000000000"}  # validate at the end alone
 OF_THE_SWEEP = "SEED", "RUN_ID", "ARTIFACT_DIR", "SAVE_SCORES"
 QUESTION = '''
-import dataclasses, json, runpy, sys
+import dataclasses, json, os, runpy, sys
 
 script = runpy.run_path(sys.argv[1], run_name="script")
 torch = sys.modules.get("torch")
+here = os.getcwd()
 answers = []
-for settings in json.load(sys.stdin):
+for settings, beside in json.load(sys.stdin):
     try:
-        answers.append(["", script["Config"].from_env(settings).data_dir])
+        cfg = script["Config"].from_env(settings)
+        place = here if os.path.isdir(os.path.join(here, cfg.data_dir)) else beside
+        os.chdir(place)
+        if "find_data" in script:
+            script["find_data"].__globals__["__file__"] = os.path.join(beside, "train_gpt.py")
+            script["find_data"](cfg, True)
+        answers.append(["", place])
     except script["UserError"] as error:
         answers.append([str(error), ""])
 names = [field.name.upper() for field in dataclasses.fields(script["Config"])]
 print(json.dumps([names, torch.cuda.device_count() if torch else 0, answers]))
-'''  # names of all settings, GPUs, and of each variant what is wrong with it and its DATA_DIR
+'''  # names of all settings, GPUs, and of each variant what is wrong with it and where it finds its data
 
 
 class Variant(NamedTuple):
@@ -71,6 +78,7 @@ def read_table(path: Path) -> list[Variant]:
 
 
 def read_seeds(wanted: str, words: list[str]) -> list[int]:
+    words = " ".join(words).replace(",", " ").split()
     if len(set(words)) < max(1, len(words)) or not all(re.fullmatch(r"\d{1,18}", word) for word in words):
         raise Refused(f"{wanted} of whole numbers, each once")
     return [*map(int, words)]
@@ -82,11 +90,11 @@ def read_variant(path: Path, name: str, common: list[str], own: list[str], seeds
         given = dict(word.partition("=")[::2] for word in words)
         wrong = [word for word in words if "=" not in word or word.partition("=")[0] in OF_THE_SWEEP]
         if wrong or len(given) < len(words):
-            raise Refused(f"{path}, {name}: settings are NAME=VALUE, each once, and none of the sweep's own, "
-                          f"{', '.join(OF_THE_SWEEP)}: {' '.join(wrong or words)}")
+            raise Refused(f"{path}, {name}: settings are NAME=VALUE without spaces, each once, and none of "
+                          f"the sweep's own, {', '.join(OF_THE_SWEEP)}: {' '.join(words)}")
         settings |= given
     if "seeds" in settings:
-        seeds = read_seeds(f"{path}, {name}: seeds= wants a list", settings.pop("seeds").split(","))
+        seeds = read_seeds(f"{path}, {name}: seeds= wants a list", [settings.pop("seeds")])
     sources = [f"{kind}={settings.pop(kind)}" for kind in ("script", "ref") if kind in settings]
     if len(sources) > 1:
         raise Refused(f"{path}, {name}: {' and '.join(sources)}: which of them?")
@@ -121,8 +129,9 @@ def plan_runs(variants: list[Variant], scripts: dict[str, bytes],
         file = work / f"{sha256(script)}.py"
         file.write_bytes(script)
         members = [variant for variant in variants if scripts[variant.name] == script]
+        questions = [(here | variant.settings, str(folder_of(variant))) for variant in members]
         asked = subprocess.run([sys.executable, "-c", QUESTION, str(file)], capture_output=True,
-                               input=json.dumps([here | variant.settings for variant in members]).encode())
+                               input=json.dumps(questions).encode())
         if asked.returncode:
             raise Refused(f"{members[0].name}: its script is unlike train_gpt.py, or cannot be imported: "
                           f"{last_line(asked.stderr)}")
@@ -138,14 +147,17 @@ def plan_runs(variants: list[Variant], scripts: dict[str, bytes],
         if strays:
             command.note(f"left out, as settings come from the table: {', '.join(strays)} of the environment")
         inherited = {name: value for name, value in os.environ.items() if name not in strays}
-        for variant, (_, data_dir) in zip(members, answers):
-            kind, _, name = variant.source.partition("=")
-            beside = Path(name).resolve().parent if kind == "script" else ROOT  # where data may be, too
-            cwd = Path.cwd() if Path(data_dir).is_dir() else beside
-            plans[variant.name] = Plan(file, cwd, inherited | variant.settings)
+        for variant, (_, place) in zip(members, answers):
+            plans[variant.name] = Plan(file, Path(place), inherited | variant.settings)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",") if visible else [*map(str, range(gpus))]
     return plans, names[:gpus] or [""]
+
+
+def folder_of(variant: Variant) -> Path:
+    """Where its script is from, and where data may be, too."""
+    kind, _, name = variant.source.partition("=")
+    return Path(name).resolve().parent if kind == "script" else ROOT
 
 
 def last_line(stderr: bytes) -> str:
