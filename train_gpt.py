@@ -238,7 +238,7 @@ class Config:
         knobs = {field.name.upper(): field for field in dataclasses.fields(cls)}
         refuse_unknown_variables(env, knobs)
         for name in saved:
-            if name.upper() not in knobs:
+            if name.upper() not in knobs or name in cls.names("run"):
                 raise UserError(f"EVAL_ONLY_PATH: another version of this script made it: what is {name}?")
         preset = env.get("PRESET", "")
         if preset not in PRESETS:

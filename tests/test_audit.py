@@ -1,6 +1,7 @@
 """tools/audit.py passes the script as it is, and finds what is planted in copies of it and in result.json."""
 import argparse
 import contextlib
+import hashlib
 import importlib.machinery
 import importlib.util
 import io
@@ -41,6 +42,7 @@ def data(tmp_path_factory) -> Path:
     with open(SMOKE / "smoke.jsonl", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     texts = [text[:count] for text, count in zip(texts, CHARACTERS)] + texts[40:60]
+    texts[2] = " " + texts[2]  # the space is in no loss, and in no count of bytes
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     arguments = [folder / "texts.jsonl", "--out", folder, "--val-docs", len(CHARACTERS), "--vocab-size",
                  VOCAB_SIZE, "--workers", 1]
@@ -317,7 +319,7 @@ def test_a_stranger_is_compared_with_this_script(finished, in_process, capsys, t
         Adapters.__init__ = init
         """
     for planted, rescores, word, said in (
-            ("# nothing", {"ours", "all"}, "pass", "8 documents: 1300 losses equal"),
+            ("# nothing", {"ours", "all"}, "pass", "8 documents: 1301 losses equal"),
             ("# nothing", {"ours"}, "NOT CHECKED", "other documents were not compared"),
             (twice_the_rate, {"ours"}, "NOT CHECKED", "HAS TO BE READ")):
         script = copy_with(tmp_path, planted)
@@ -389,6 +391,50 @@ def test_size_is_of_the_file_that_is_audited(finished, in_process, capsys, tmp_p
     script = copy_with(tmp_path, "# larger than what is counted")
     _, lines = verdicts_of(capsys, finished, "--script", script, "--skip", *OPTIONAL)
     assert any(line.startswith("NOT CHECKED  size") for line in lines), lines
+
+
+def test_what_is_counted_is_what_this_script_packs_to(finished, in_process, capsys, tmp_path):
+    """Also where the script is this repository's: a stub of a few bytes leaves room for a larger model."""
+    run = with_result(tmp_path / "run", finished)
+    stub, model = b"import train_gpt", (run / "final_model.int6.ptz").stat().st_size
+    (run / "train_gpt_packed.py").write_bytes(stub)
+    said = json.loads((run / "result.json").read_text())
+    said |= {"code_bytes": len(stub), "packed_sha256": hashlib.sha256(stub).hexdigest(),
+             "total_bytes": len(stub) + model}
+    (run / "result.json").write_text(json.dumps(said))
+    _, lines = verdicts_of(capsys, run, "--skip", *OPTIONAL)
+    assert any(line.startswith("NOT CHECKED  size") for line in lines), lines
+
+
+def test_settings_changed_in_the_artifact_are_found(finished, in_process, capsys, tmp_path):
+    """A rate of adaptation that was chosen on validation, and a headline made with it."""
+    run = with_result(tmp_path / "run", finished)
+    artifact = run / "final_model.int6.ptz"
+    header, tensors = tg.unpack_artifact(artifact.read_bytes(), artifact)
+    header["settings"]["ttt_lora_lr"] = 0.02
+    artifact.write_bytes(tg.pack_artifact(header, tensors))
+    _, lines = verdicts_of(capsys, run, "--skip", *OPTIONAL - {"all"})
+    assert any(line.startswith("FAIL         origin") and "ttt_lora_lr" in line for line in lines), lines
+
+
+def test_a_clock_that_this_hardware_does_not_keep_is_doubted(finished, in_process, capsys, monkeypatch):
+    honest_score = audit.Program.score
+
+    def slow_score(*args):
+        rescore = honest_score(*args)
+        return rescore._replace(result={**rescore.result, "clocks": {"scoring": {"seconds": 99.0}}})
+
+    monkeypatch.setattr(audit.Program, "score", slow_score)
+    _, lines = verdicts_of(capsys, finished, "--skip", *OPTIONAL - {"all"})
+    assert any(line.startswith("NOT CHECKED  clocks") and "99.0 s on like" in line for line in lines), lines
+
+
+def test_a_run_does_not_choose_which_caveats_it_has_to_state(finished, in_process, capsys, tmp_path):
+    said = json.loads((finished / "result.json").read_text())
+    phases = {name: seconds for name, seconds in said["phases"].items() if name != "report"}
+    run = with_result(tmp_path / "run", finished, phases=phases, caveats=[], tokenizer_sha256="")
+    status, lines = verdicts_of(capsys, run, "--skip", *OPTIONAL)
+    assert status == 1 and "caveats" in failed(lines)
 
 
 def test_data_among_the_software_are_within_reach(finished, data, in_process, capsys, monkeypatch):

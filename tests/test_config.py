@@ -54,6 +54,14 @@ def test_an_empty_variable_is_unset():
     assert tg.Config.from_env({"PRESET": "smoke", "DATA_DIR": "", "MODEL_DIM": ""}) == smoke
 
 
+def test_a_model_brings_no_setting_of_a_run():
+    """Such as which part of validation counts, which only the user of a script decides."""
+    for name in tg.Config.names("run"):
+        assert name not in tg.Config().to_save()
+        with pytest.raises(tg.UserError, match=f"what is {name}"):
+            tg.Config.from_env({}, {**tg.Config().to_save(), name: getattr(tg.Config(), name)})
+
+
 def test_a_saved_model_goes_before_the_preset_and_after_the_environment():
     saved = tg.Config(matrix_lr=0.5, ttt_enabled=False, num_layers=9, model_dim=128).to_save()
     cfg = tg.Config.from_env({"PRESET": "smoke", "MATRIX_LR": "0.25"}, saved)

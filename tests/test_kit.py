@@ -467,10 +467,12 @@ def test_another_script_does_not_vouch_for_its_rules(tmp_path):
     small = submission.unpack(packed)
     cheat = packed_again(packed, lambda text: text.replace(".99", ".98"))
     written_otherwise = packed_again(packed, lambda text: text + "\n\n")
+    twice = b"# " + re.search(rb'b85decode\("[^"]+"\)', packed)[0] + b"\n" + cheat
     otherwise_run = packed.replace(b"decode()", b"decode().replace('.99', '.98')")
     assert cheat != packed != otherwise_run
     for name, ran, left in (("one comment more", source + "#\n", packed), ("ships another", source, cheat),
                             ("ships what changes it", source, otherwise_run),
+                            ("ships it beside another", source, twice),
                             ("ran what changed it", small, otherwise_run),
                             ("ships what is not packed", source, b"print()\n"),
                             ("ran another, packed", small.replace(".99", ".98"), packed),

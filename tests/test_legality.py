@@ -38,6 +38,8 @@ SMALL = Case(CFG, LENGTHS)
 LARGE = Case(  # a long document with long windows, and many documents: for cheats that begin late
     tiny_config(**SHALLOW, TTT_LORA_LR=0.03, TTT_EVAL_SEQ_LEN=320, TTT_BATCH_SIZE=8),
     (1100, *(10 + 7 * i % 40 for i in range(70))))
+LONG = Case(tg.dataclasses.replace(LARGE.cfg, ttt_eval_seq_len=3072), (3300, 9, 30))  # a record's windows
+MANY = Case(LARGE.cfg, (100, *(8 + 7 * i % 20 for i in range(250))))
 CPU = torch.device("cpu")
 RESET_SLOTS, HOOKS = tg.Adapters.reset_slots, tg.Adapters.hooks  # as they are before a cheat replaces them
 CHUNK_WINDOW, CHUNK_ENDS, MAKE_ROUND = tg.chunk_window, tg.chunk_ends, tg.make_round
@@ -193,10 +195,11 @@ def scoring_leaves_no_trace() -> bool:
 
 
 def losses_arrive_unchanged() -> bool:
-    """What a round gives for a target is that target's loss, however large, and nothing else is."""
+    """What a round gives for a target is that target's loss, however large or far on, and nothing else is."""
     honest_run_round = tg.run_round
-    val = validation_of(draw_documents())
-    expected = np.random.default_rng(0).uniform(0, 50, len(val.tokens) - 1).astype(np.float32)
+    cfg, lengths = LARGE
+    val = validation_of(draw_documents(lengths))
+    expected = np.random.default_rng(0).uniform(0, 1e4, len(val.tokens) - 1).astype(np.float32)
 
     def round_of_expected_losses(model, adapters, plan, backend, this):
         nll = torch.full_like(this.loss_weight, torch.nan)
@@ -205,10 +208,11 @@ def losses_arrive_unchanged() -> bool:
 
     try:
         tg.run_round = round_of_expected_losses
-        nll = tg.score_documents(make_run(), tiny_model(CFG), val, make_adapters(), tg.Backend(), np.inf)
+        scored = tg.score(make_run(cfg), tiny_model(cfg).requires_grad_(False), val)
     finally:
         tg.run_round = honest_run_round
-    return np.array_equal(nll, expected)
+    nats = expected.astype(np.float64).sum()
+    return np.array_equal(scored.nll, expected) and scored.final.nats == pytest.approx(nats, rel=1e-12)
 
 
 @pytest.mark.parametrize("holds", [
@@ -218,9 +222,10 @@ def test_rule(holds):
     assert holds()
 
 
-@pytest.mark.parametrize("holds", [past_ignores_future, past_ignores_length, documents_are_independent])
-def test_rule_holds_for_long_and_many_documents(holds):
-    assert holds(LARGE)
+@pytest.mark.parametrize("holds,case", [
+    (past_ignores_future, LONG), (past_ignores_length, LONG), (documents_are_independent, MANY)])
+def test_rule_holds_for_long_and_many_documents(holds, case):
+    assert holds(case)
 
 
 def test_learning_matters():
@@ -280,6 +285,13 @@ def loss_for_less(self, target_index, nll):
 
 def hard_tokens_for_free(self, target_index, nll):
     TALLY_ADD(self, target_index, nll.where(nll < 3, 0.0))
+
+
+def late_targets_for_less(*args):
+    """Once a round's losses have been kept: targets far on in the stream a tenth cheaper."""
+    nll = SCORE_DOCUMENTS(*args)
+    nll[300:] *= 0.9
+    return nll
 
 
 def better_of_two_passes(model, adapters, plan, backend, this):
@@ -413,6 +425,7 @@ def least_of_all_times(run, model, val, *rest):
     (tg.Tally, "add", loss_for_less, losses_arrive_unchanged, None),
     (tg.Tally, "add", hard_tokens_for_free, adapted_probabilities_sum_to_one, None),
     (tg.Tally, "add", hard_tokens_for_free, losses_arrive_unchanged, None),
+    (tg, "score_documents", late_targets_for_less, losses_arrive_unchanged, None),
     (tg, "adapt", better_of_two_passes, adapted_probabilities_sum_to_one, None),
     (tg, "adapt", train_before_score_late, past_ignores_future, LARGE),
     (tg, "make_round", learn_more_in_long_documents, past_ignores_length, LARGE),

@@ -464,7 +464,10 @@ def test_a_model_that_lacks_a_setting_is_refused():
 @pytest.mark.parametrize("room", [0.9, 0.6, 0.3])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_cap_is_met(monkeypatch, tmp_path, room, seed):
-    """Whatever the weights, the artifact fits and is hardly smaller than it may be."""
+    """Whatever the weights, the artifact fits and is hardly smaller than it may be.
+
+    Of 84 kB a half per cent is hardly: next to each other, coarsenesses can give sizes 0.46 % apart.
+    """
     torch.manual_seed(seed)
     model = tiny_model(CFG)
     with torch.no_grad():
@@ -476,7 +479,7 @@ def test_the_cap_is_met(monkeypatch, tmp_path, room, seed):
     monkeypatch.setattr(tg, "CAP_BYTES", cap)
     path = tmp_path / "limited.ptz"
     limited = tg.export(make_run(), model, statistics, CODE_BYTES, path)
-    assert 0.997 * cap <= len(limited) + CODE_BYTES <= cap and path.read_bytes() == limited
+    assert 0.995 * cap <= len(limited) + CODE_BYTES <= cap and path.read_bytes() == limited
 
 
 def test_few_bits_a_weight_are_met_too(monkeypatch, tmp_path):

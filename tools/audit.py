@@ -60,6 +60,8 @@ RANGES = dict(vocab_size=(2, 1 << 16), ttt_chunk_size=(1, 1 << 14), ttt_chunk_gr
 MOST_BYTES = 1 << 26  # of what a script wrote, beside its losses
 FIELDS = {float: "val_loss val_bpb", int: "unadapted_tokens code_bytes total_bytes", list: "caveats",  # in
           dict: "settings phases clocks", str: "hardware code_sha256 packed_sha256 val_sha256"}  # result.json
+OF_A_RUN = ("preset run_id artifact_dir data_dir eval_only_path save_scores attention val_doc_fraction "
+            "train_log_every val_loss_every eval_max_seconds").split()  # settings that no artifact has
 KEPT_VARIABLES = ("PATH LD_LIBRARY_PATH VIRTUAL_ENV CC CXX LANG TZ USER LOGNAME OMP_NUM_THREADS "
                   "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH").split()
 KEPT_BEGINNINGS = "LC_", "NVIDIA_", "NCCL_"
@@ -368,7 +370,7 @@ class Audit:
         due = {"training took": "training" in late, "scoring took": "scoring" in late,
                "plain score": unadapted, "VAL_DOC_FRACTION": fraction < 1,
                "bytes of": said["total_bytes"] > CAP_BYTES}
-        if "report" in self.run.phases:  # older scripts did not state these
+        if ours or "tokenizer_sha256" in said:  # older scripts did not state these
             due |= {"unknown validation set": not self.data.known(),
                     "not on 8 GPUs": not said["hardware"].startswith("8 x NVIDIA"),
                     "not trained by this run": settings.get("eval_only_path"),
@@ -379,7 +381,7 @@ class Audit:
         self.add("caveats", not missing, stated + "".join(f"; not stated: {text}" for text in missing))
 
     def size(self, ours: bool):
-        """Bytes and hashes of code and model, as files. A stranger has to be the file that is counted."""
+        """Bytes and hashes of code and model, as files. What is audited has to be what is counted."""
         said, model, packed = self.run.result, self.run.artifact, self.run.folder / "train_gpt_packed.py"
         facts = {"model_bytes": len(model), "model_sha256": sha256(model)}
         total = said["code_bytes"] + len(model)
@@ -388,11 +390,11 @@ class Audit:
             total = len(code) + len(model)
             facts |= {"code_bytes": len(code), "packed_sha256": sha256(code), "total_bytes": total}
         wrong = differing(said, facts)
-        counted = packed.is_file() and (ours or self.program.source == code)
+        counted = packed.is_file() and (is_ours(code) if ours else self.program.source == code)
         passed = True if counted else None
         self.add("size", False if wrong or total > CAP_BYTES else passed,
                  f"code {total - len(model)} + model {len(model)} = {total} bytes of {CAP_BYTES}"
-                 + ("" if counted else f"; the script of this audit is not {packed}")
+                 + ("" if counted else f"; {packed} is not the script of this audit, as it packs to here")
                  + (f"; result.json differs in {' '.join(wrong)}" if wrong else ""))
 
     def headline(self):
@@ -422,6 +424,8 @@ class Audit:
         """The losses of a re-score by document; the script must have reported them as they are."""
         began = time.perf_counter()
         losses, said, left, closed = self.program.score(name, None if name == "all" else tokens)
+        if name == "all":
+            self.compare_statements(said)
         targets = len(tokens) - 1
         say(f"scored {name}: {len(starts)} documents, {targets} targets, {time.perf_counter() - began:.1f} s")
         good = int((np.isfinite(losses) & (losses > -EXACT)).sum())
@@ -440,6 +444,18 @@ class Audit:
             self.add("confined", False, f"{name}: it left {' '.join(left)}")
         self.confined.append(closed)
         return np.split(losses, starts[1:])
+
+    def compare_statements(self, said: dict[str, Any]):
+        """Whether the artifact has the settings that result.json says, and its scoring clock is likely."""
+        ours, theirs = ({name: value for name, value in dict(result.get("settings") or {}).items()
+                         if name not in OF_A_RUN} for result in (said, self.run.result))
+        wrong = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if wrong:
+            self.add("origin", False, f"result.json and the artifact differ in settings: {' '.join(wrong)}")
+        if said.get("hardware") == self.run.result["hardware"]:
+            seconds, then = float(said["clocks"]["scoring"]["seconds"]), self.run.clocks["scoring"]
+            if seconds > 3 * then + 10:
+                self.add("clocks", None, f"scoring takes {seconds:.1f} s on like hardware, not {then:.1f}")
 
     def score_cases(self, name: str, cases: list[Case]) -> list[tuple[Case, np.ndarray]]:
         tokens = np.concatenate([case.tokens for case in cases])

@@ -67,7 +67,7 @@ AUDITED = {  # what an audit has to find for a rule
     "full_distribution": ["full distribution"],
     "validation_read_only_after_export": [],  # whoever scores again cannot see that
 }
-ASSURING = "no drift", "confined", "as this script"  # if an audit names them, it has to have found them, too
+ASSURING = "size", "no drift", "confined", "as this script"  # rules of which an audit has to be sure as well
 
 
 # ---- Significance ------------------------------------------------------------------------------------------
@@ -205,10 +205,10 @@ def unpack(packed: bytes, like: bytes = b"") -> str:
     With `like`, a packed script, nothing either if what unpacks and runs that source is not the same in both.
     """
     payload = re.compile(rb'b85decode\("([^"]+)"\)')
-    if like and payload.sub(b"", packed) != payload.sub(b"", like):
-        return ""
     try:
-        text = payload.search(packed)[1]
+        (text,) = payload.findall(packed)
+        if like and packed != like.replace(*payload.findall(like), text):
+            return ""
         return lzma.LZMADecompressor().decompress(base64.b85decode(text), 10_000_000).decode()
     except (TypeError, ValueError, lzma.LZMAError):
         return ""
