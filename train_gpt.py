@@ -693,6 +693,7 @@ class Manifest(NamedTuple):
     """What data/prepare.py says of the files that it made; empty if there is no such file beside them."""
     hashes: dict[str, str]  # SHA-256 of shards and tokenizer, by name
     train_tokens: int
+    case_ops: str = ""  # the transform of the text, if it has one
 
     @classmethod
     def read(cls, path: Path, log: RunLog) -> "Manifest":
@@ -702,7 +703,7 @@ class Manifest(NamedTuple):
                 content = json.loads(read_file(path))
                 tokenizer, train, val = content["tokenizer"], content["train"], content["val"]
                 hashes = {tokenizer["file"]: tokenizer["sha256"], **train["shards"], **val["shards"]}
-                manifest = cls(hashes, int(train["tokens"]))
+                manifest = cls(hashes, int(train["tokens"]), str(content.get("case_ops", "")))
                 log(f"{path}: {len(hashes)} files are compared with it")
                 return manifest
             log(f"{path} is not one of data/prepare.py: nothing is compared with it")
@@ -753,6 +754,10 @@ def check_tokens(tokens, vocab_size: int, path: Path):
         raise UserError(f"{path} holds token {tokens.max()}, but VOCAB_SIZE={vocab_size}: it is from another "
                         "tokenizer")
 
+# Case operations write capitals as markers in front of small letters (data/case_ops.py). The last one is ESC:
+# it stands before a marker of the text itself. The others are operations, unless they are escaped.
+MARKERS = "\ue001\ue002\ue003\ue004"
+
 class Tokenizer(NamedTuple):
     """What scoring needs to know of each piece; arrays are (vocab_size,)."""
     bos: int
@@ -761,16 +766,30 @@ class Tokenizer(NamedTuple):
     is_special: np.ndarray  # control, unknown or unused: it stands for no text
     sha256: str = ""  # of its file
     processor: Any = None  # sentencepiece's
+    markers: tuple[int, ...] = ()  # pieces of MARKERS, if it is for text with case operations
+
+    def is_silent(self, tokens):
+        """Whether a token stands for no text, as an operation or as ESC before a marker, (len(tokens),)."""
+        escaped = np.zeros(len(tokens) + 1, dtype=bool)
+        for place in np.flatnonzero(np.isin(tokens, self.markers[-1:])):  # of ESC; hardly any text has one
+            escaped[place + 1] = not escaped[place]
+        return np.isin(tokens, self.markers) & ~escaped[:-1]
+
+    def before(self, tokens):
+        """The last token before every token but the first, past silent ones, (len(tokens) - 1,)."""
+        places = np.where(self.is_silent(tokens), 0, np.arange(len(tokens)))
+        return tokens[np.maximum.accumulate(places)[:-1]]
 
     def target_bytes(self, tokens):
         """UTF-8 bytes that every token but the first adds to the text, (len(tokens) - 1,).
 
         A piece's leading space counts unless the token before it is special. This is the challenge's rule. It
         gives the bytes of the text as the tokenizer normalised it, without a space that begins a document.
+        Operations add nothing, and the rule looks past them.
         """
-        before, target = tokens[:-1], tokens[1:]
-        counts_space = self.leading_space[target] & ~self.is_special[before]
-        return self.piece_bytes[target] + counts_space
+        target = tokens[1:]
+        counts_space = self.leading_space[target] & ~self.is_special[self.before(tokens)]
+        return (self.piece_bytes[target] + counts_space) * ~self.is_silent(tokens)[1:]
 
     def changes(self) -> list[str]:
         """Which kinds of text it changes; bytes are counted after that."""
@@ -797,6 +816,8 @@ class Tokenizer(NamedTuple):
         for document in documents:
             counted = int(self.target_bytes(document).sum())
             text = self.processor.decode(document[1:].tolist())
+            if self.markers:
+                text = re.sub(f"{MARKERS[-1]}(.)|[{MARKERS}]", r"\1", text, flags=re.DOTALL)
             size = len(text.encode())
             if counted not in (size, size - text.startswith(" ")) and "\ufffd" not in text:
                 raise UserError(f"{path}: the document that begins {text[:40]!r} has {size} bytes, but "
@@ -833,7 +854,11 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
             leading_space[i] = text != piece
     if not leading_space.any():
         raise UserError(f"{path}: no piece begins with U+2581, which stands for a space in the rule of bytes")
-    return Tokenizer(sp.bos_id(), piece_bytes, leading_space, is_special, sha256(data), sp)
+    # 3) Find the markers, user-defined pieces of score 0. A learned piece of a single character has less.
+    markers = tuple(map(sp.piece_to_id, MARKERS))
+    if is_special[list(markers)].any() or any(map(sp.get_score, markers)):
+        markers = ()
+    return Tokenizer(sp.bos_id(), piece_bytes, leading_space, is_special, sha256(data), sp, markers)
 
 class Spans(NamedTuple):
     """The spans of a packed buffer, in the form of FlashAttention's varlen functions."""
@@ -1105,8 +1130,8 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
     lengths = np.diff(starts, append=len(token_bytes))
     documents = np.split(tokens, starts[1:65])
     tokenizer.check_source(documents[:-1] or documents, paths[0])  # the last one may be cut
-    first = tokens[np.minimum(starts + 1, len(tokens) - 1)]
-    begin_with_space = int(tokenizer.leading_space[first].sum())
+    begins = tokenizer.before(tokens) == tokenizer.bos
+    begin_with_space = int((tokenizer.leading_space[tokens[1:]] & begins).sum())
     return Validation(tokens, token_bytes, starts, lengths, begin_with_space, sha256(stream.tobytes()))
 
 # ---- 4 Model -----------------------------------------------------------------------------------------------
@@ -3175,6 +3200,7 @@ class Result:
     packed_sha256: str = None
     model_sha256: str = None
     tokenizer_sha256: str = None
+    case_ops: str = None  # the transform of the text, if it has one
     train_sha256: str = None  # of samples of all training shards
     train_data_sha256: str = None  # of those that were read: what `sha256sum SHARDS | sha256sum` prints
     val_sha256: str = None
@@ -3240,11 +3266,16 @@ def open_run(run: Run) -> Result:
     result.packed_sha256 = sha256(packed)
     return result
 
-def open_tokenizer(run: Run, path: Path, manifest: Manifest, saved: Saved | None) -> Tokenizer:
+def open_tokenizer(run: Run, path: Path, manifest: Manifest, saved: Saved | None,
+                   result: Result) -> Tokenizer:
     """UserError if shards or the saved model were made with another tokenizer than this one."""
     tokenizer = load_tokenizer(path, run.cfg.vocab_size)
     changes = ", ".join(tokenizer.changes()) or "nothing"
     run.log(f"tokenizer: sha256:{tokenizer.sha256} changes in text: {changes}")
+    result.tokenizer_sha256 = tokenizer.sha256
+    if tokenizer.markers:
+        result.case_ops = manifest.case_ops or "unnamed"
+        run.log(f"case operations: {result.case_ops}")
     if fault := manifest.fault(path, tokenizer.sha256):
         raise UserError(f"{fault}: the shards were made with another one")
     if saved and not saved.tokenizer_sha256:
@@ -3426,8 +3457,7 @@ def run_phases(run: Run, saved: Saved | None):
             ranks.broadcast_(p.data)
         files = find_data(cfg, need_train=not artifact)
         manifest = Manifest.read(files.manifest, log)
-        tokenizer = open_tokenizer(run, files.tokenizer, manifest, saved)
-        result.tokenizer_sha256 = tokenizer.sha256
+        tokenizer = open_tokenizer(run, files.tokenizer, manifest, saved, result)
         check_disk(run, parameters)
 
     @functools.cache

@@ -5,12 +5,17 @@ import json
 import random
 import string
 import sys
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+import train_gpt as tg
 from conftest import ROOT, SMOKE
 
 sys.path.insert(0, str(ROOT / "data"))
+import prepare
 from case_ops import ALLCAPS, CAPNEXT, ESC, MARKERS, TITLE, VERSIONS, CaseError, decode, encode
 
 pytestmark = pytest.mark.check
@@ -161,3 +166,113 @@ def test_decoding_what_no_transform_writes_is_defined_or_refused(version):
         decoded += 1
         assert decode(encode(text, version), version) == text
     assert 2000 < decoded < 18_000
+
+
+# ---- Tokens and bytes --------------------------------------------------------------------------------------
+
+NASTY = [
+    "", "A", " A", "  A", " ", " \n The", "The", " The THE tHe", "\n\n", "a\xa0B", "\xc9COLE \u212aELVIN",
+    *MARKERS, MARKERS, 3 * ESC, 4 * ESC, f" {TITLE}", f"end {TITLE}", f"end{ESC}", f"{TITLE} The",
+    f"{ESC} The", "\u0130I",
+    f" {ESC} {ALLCAPS}NASA {CAPNEXT}", f"{ESC}{TITLE} {ESC}{ESC}A", f"A.{CAPNEXT} b", "\U0001f600Ok \u6f22B"]
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def form(request):
+    """A transform, and a tokenizer trained on what it writes, as train_gpt.py reads it."""
+    version = request.param
+    written = [encode(text, version) for text in DOCUMENTS[:200]]
+    model = prepare.train_tokenizer(written, 700, 1 << 30, MARKERS)
+    return version, model, load(model)
+
+
+def load(model: bytes) -> tg.Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.model"
+        path.write_bytes(model)
+        return tg.load_tokenizer(path, 700)
+
+
+def tokens_of(text: str, form) -> np.ndarray:
+    """A document, BOS first."""
+    version, _, tokenizer = form
+    return np.array([tokenizer.bos, *tokenizer.processor.encode(encode(text, version))])
+
+
+def test_the_bytes_of_a_document_are_those_of_its_text(form):
+    """But for a space that begins it, with and without operations in front."""
+    *_, tokenizer = form
+    for text in itertools.chain(NASTY, random_texts(1000), DOCUMENTS):
+        tokens = tokens_of(text, form)
+        assert tokenizer.target_bytes(tokens).sum() == len(text.encode()) - text.startswith(" "), ascii(text)
+        tokenizer.check_bytes([tokens], Path("it"))
+
+
+def test_the_bytes_of_a_stream_are_those_of_its_documents(form):
+    """Nothing reaches over a BOS: neither an ESC at a document's end nor the rule of spaces."""
+    *_, tokenizer = form
+    texts = [text for text in NASTY if text]
+    documents = [tokens_of(text, form) for text in texts]
+    stream = np.append(np.concatenate(documents), tokenizer.bos)
+    sizes = np.split(tokenizer.target_bytes(stream), np.cumsum(list(map(len, documents)))[:-1])
+    assert [int(size.sum()) for size in sizes] == [len(t.encode()) - t.startswith(" ") for t in texts]
+
+
+def test_bytes_follow_from_what_stands_before(form):
+    """The bytes of a document's first tokens are those of the text that they decode to."""
+    version, _, tokenizer = form
+    compared = 0
+    for text in [*NASTY, DOCUMENTS[3][:500]]:
+        tokens = tokens_of(text, form)
+        sizes = tokenizer.target_bytes(tokens)
+        for end in range(len(tokens)):
+            try:
+                decoded = decode(tokenizer.processor.decode(tokens[1 : end + 1].tolist()), version)
+            except CaseError:  # an operation waits for its letter
+                continue
+            if "\ufffd" not in decoded:
+                size = len(decoded.encode()) - decoded.startswith(" ")
+                assert sizes[:end].sum() == size, (ascii(text), end)
+                compared += 1
+    assert compared > 300
+
+
+def test_operations_weigh_nothing_and_escaped_markers_three(form):
+    *_, tokenizer = form
+    title, _, capnext, escape = tokenizer.markers
+    the, a = map(tokenizer.processor.piece_to_id, ("\u2581the", "a"))
+    tokens = [title, the, title, the, escape, title, the, escape, escape, capnext, a]
+    sizes = tokenizer.target_bytes(np.array([tokenizer.bos, *tokens]))
+    assert sizes.tolist() == [0, 3, 0, 4, 0, 3, 4, 0, 3, 0, 1]
+
+
+def silent_none(self, tokens):
+    return np.zeros(len(tokens), dtype=bool)
+
+
+def silent_all(self, tokens):
+    return np.isin(tokens, self.markers)
+
+
+@pytest.mark.parametrize("rule,text", [
+    (silent_none, "in The end"), (silent_all, f"the end{TITLE}"), (silent_all, f"{ESC}{ESC}A")])
+def test_a_rule_that_miscounts_markers_is_refused(form, monkeypatch, rule, text):
+    """Every operation at three bytes, or every marker at none."""
+    *_, tokenizer = form
+    tokens = tokens_of(text, form)
+    tokenizer.check_bytes([tokens], Path("it"))
+    monkeypatch.setattr(tg.Tokenizer, "is_silent", rule)
+    with pytest.raises(tg.UserError, match="breaks the rule of bytes"):
+        tokenizer.check_bytes([tokens], Path("it"))
+
+
+def test_markers_are_user_defined_pieces_only():
+    """Those characters in a plain tokenizer are text like any other."""
+    texts = [text + MARKERS for text in DOCUMENTS[:200]]
+    model = prepare.train_tokenizer(texts, 700, 1 << 30)
+    tokenizer = load(model)
+    pieces = {tokenizer.processor.id_to_piece(i) for i in range(700)}
+    assert set(MARKERS) <= pieces and tokenizer.markers == ()
+    tokens = np.array([tokenizer.bos, *tokenizer.processor.encode(f"The{MARKERS} end")])
+    assert tokenizer.target_bytes(tokens).sum() == len("The end") + 12
+    tokenizer.check_bytes([tokens], Path("it"))
