@@ -675,7 +675,7 @@ def find_data(cfg: Config, need_train: bool) -> DataFiles:
     files = DataFiles(
         tokenizer=root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model",
         train=sorted(folder.glob("fineweb_train_*.bin")),
-        val=sorted(folder.glob("fineweb_val_*.bin")))
+        val=sorted(folder.glob("fineweb_val_[0-9]*.bin")))
     missing = []
     if not files.tokenizer.is_file():
         missing.append(f"tokenizer {files.tokenizer}")
