@@ -662,6 +662,14 @@ class DataFiles(NamedTuple):
     def manifest(self) -> Path:
         return self.val[0].with_name("manifest.json")
 
+def find_sidecars(val: list[Path]) -> list[Path]:
+    """The side-cars of validation shards, as far as they are there.
+
+    A side-car has the form of a shard. Its entries are the bytes of the shard's tokens in the raw text.
+    """
+    paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in val]
+    return [path for path in paths if path.is_file()]
+
 def find_data(cfg: Config, need_train: bool) -> DataFiles:
     """Locate tokenizer and shards by name, without opening any. UserError says what is missing, and where."""
     # Look in the working directory, then beside the script; dict.fromkeys drops a repetition of the first.
@@ -775,21 +783,19 @@ class Tokenizer(NamedTuple):
             escaped[place + 1] = not escaped[place]
         return np.isin(tokens, self.markers) & ~escaped[:-1]
 
-    def before(self, tokens):
-        """The last token before every token but the first, past silent ones, (len(tokens) - 1,)."""
-        places = np.where(self.is_silent(tokens), 0, np.arange(len(tokens)))
-        return tokens[np.maximum.accumulate(places)[:-1]]
-
     def target_bytes(self, tokens):
         """UTF-8 bytes that every token but the first adds to the text, (len(tokens) - 1,).
 
         A piece's leading space counts unless the token before it is special. This is the challenge's rule. It
         gives the bytes of the text as the tokenizer normalised it, without a space that begins a document.
-        Operations add nothing, and the rule looks past them.
+        Silent tokens add nothing, and the others count as if these were not there.
         """
-        target = tokens[1:]
-        counts_space = self.leading_space[target] & ~self.is_special[self.before(tokens)]
-        return (self.piece_bytes[target] + counts_space) * ~self.is_silent(tokens)[1:]
+        heard = np.flatnonzero(~self.is_silent(tokens))
+        before, target = tokens[heard[:-1]], tokens[heard[1:]]
+        counts_space = self.leading_space[target] & ~self.is_special[before]
+        sizes = np.zeros(len(tokens), dtype=np.int64)
+        sizes[heard[1:]] = self.piece_bytes[target] + counts_space
+        return sizes[1:]
 
     def changes(self) -> list[str]:
         """Which kinds of text it changes; bytes are counted after that."""
@@ -1109,13 +1115,30 @@ class Validation(NamedTuple):
         for start, length in zip(self.starts[first::step], self.lengths[first::step]):
             yield self.tokens[start : start + length + 1]
 
+def read_sidecars(paths: list[Path], tokenizer: Tokenizer, stream):
+    """Bytes of the raw text that every token of a stream stands for, (len(stream),). UserError if not of it.
+
+    They are the count for a tokenizer that does not give the raw text back; the table is near.
+    """
+    sizes = np.concatenate([open_shard(path) for path in paths]).astype(np.int64)
+    if len(sizes) != len(stream):
+        raise UserError(f"{paths[0]} and others have {len(sizes)} entries for {len(stream)} tokens")
+    if sizes[tokenizer.is_silent(stream) | (stream == tokenizer.bos)].any():
+        raise UserError(f"{paths[0]} or another gives bytes to a BOS or to a marker")
+    counted = tokenizer.target_bytes(stream).sum()
+    if abs(sizes.sum() - counted) > 0.01 * counted:
+        raise UserError(f"{paths[0]} and others have {sizes.sum()} bytes, but the table of pieces {counted}")
+    return sizes
+
 def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Validation:
     """Read all validation shards as one stream. UserError if they are not documents of this tokenizer."""
+    # 1) Read the shards.
     shards = [open_shard(path) for path in paths]
     for path, shard in zip(paths, shards):
         check_tokens(shard, cfg.vocab_size, path)
     stream = np.concatenate(shards)
     tokens = stream.astype(np.int64)
+    # 2) Find the documents, and keep the first ones if VAL_DOC_FRACTION says so.
     starts = np.flatnonzero(tokens == tokenizer.bos)
     if not len(starts) or starts[0] != 0:
         raise UserError(f"{paths[0]} does not begin with BOS (id {tokenizer.bos}): it is from another "
@@ -1124,14 +1147,20 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
     if count < len(starts):
         tokens = tokens[: starts[count]]
         starts = starts[:count]
+    lengths = np.diff(starts, append=len(tokens) - 1)
+    documents = np.split(tokens, starts[1:65])
+    tokenizer.check_source(documents[:-1] or documents, paths[0])  # the last one may be cut
+    # 3) Count the bytes of every target: by the pieces, or by side-cars where these cannot tell.
     token_bytes = tokenizer.target_bytes(tokens)
     if not token_bytes.sum():
         raise UserError(f"{paths[0]}: the validation documents hold no text")
-    lengths = np.diff(starts, append=len(token_bytes))
-    documents = np.split(tokens, starts[1:65])
-    tokenizer.check_source(documents[:-1] or documents, paths[0])  # the last one may be cut
-    begins = tokenizer.before(tokens) == tokenizer.bos
-    begin_with_space = int((tokenizer.leading_space[tokens[1:]] & begins).sum())
+    heard = tokens[~tokenizer.is_silent(tokens)]
+    first = heard[1:][heard[:-1] == tokenizer.bos]
+    begin_with_space = int(tokenizer.leading_space[first].sum())
+    sidecars = find_sidecars(paths)
+    if sidecars and tokenizer.changes():
+        token_bytes = read_sidecars(sidecars, tokenizer, stream)[1 : len(tokens)]
+        begin_with_space = 0
     return Validation(tokens, token_bytes, starts, lengths, begin_with_space, sha256(stream.tobytes()))
 
 # ---- 4 Model -----------------------------------------------------------------------------------------------
@@ -3266,16 +3295,21 @@ def open_run(run: Run) -> Result:
     result.packed_sha256 = sha256(packed)
     return result
 
-def open_tokenizer(run: Run, path: Path, manifest: Manifest, saved: Saved | None,
+def open_tokenizer(run: Run, files: DataFiles, manifest: Manifest, saved: Saved | None,
                    result: Result) -> Tokenizer:
     """UserError if shards or the saved model were made with another tokenizer than this one."""
+    path = files.tokenizer
     tokenizer = load_tokenizer(path, run.cfg.vocab_size)
     changes = ", ".join(tokenizer.changes()) or "nothing"
     run.log(f"tokenizer: sha256:{tokenizer.sha256} changes in text: {changes}")
     result.tokenizer_sha256 = tokenizer.sha256
     if tokenizer.markers:
         result.case_ops = manifest.case_ops or "unnamed"
-        run.log(f"case operations: {result.case_ops}")
+        sidecars = len(find_sidecars(files.val))
+        run.log(f"case operations: {result.case_ops} sidecars:{sidecars}")
+        if tokenizer.changes() and sidecars < len(files.val):
+            raise UserError(f"{path} changes {changes}: every shard of validation in {files.val[0].parent} "
+                            "needs a side-car, fineweb_val_bytes_NNNNNN.bin, with the bytes of the raw text")
     if fault := manifest.fault(path, tokenizer.sha256):
         raise UserError(f"{fault}: the shards were made with another one")
     if saved and not saved.tokenizer_sha256:
@@ -3457,7 +3491,7 @@ def run_phases(run: Run, saved: Saved | None):
             ranks.broadcast_(p.data)
         files = find_data(cfg, need_train=not artifact)
         manifest = Manifest.read(files.manifest, log)
-        tokenizer = open_tokenizer(run, files.tokenizer, manifest, saved, result)
+        tokenizer = open_tokenizer(run, files, manifest, saved, result)
         check_disk(run, parameters)
 
     @functools.cache
