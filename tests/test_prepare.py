@@ -119,7 +119,7 @@ def test_the_script_runs_on_what_it_makes(tmp_path, transform):
     assert result["bytes"] == sum(len(text.encode()) for text in DOCUMENTS[:2])
     log = (tmp_path / "run/log.txt").read_text()
     assert result.get("case_ops", "") == transform
-    assert (f"\ncase operations: {transform}\n" in log) == bool(transform)
+    assert (f"\ncase operations: {transform} sidecars:0\n" in log) == bool(transform)
 
 
 def test_no_validation_document_is_trained_on(tmp_path):
