@@ -666,6 +666,14 @@ class DataFiles(NamedTuple):
     def manifest(self) -> Path:
         return self.val[0].with_name("manifest.json")
 
+def find_sidecars(val: list[Path]) -> list[Path]:
+    """The side-cars of validation shards, as far as they are there.
+
+    A side-car has the form of a shard. Its entries are the bytes of the shard's tokens in the raw text.
+    """
+    paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in val]
+    return [path for path in paths if path.is_file()]
+
 def find_data(cfg: Config, need_train: bool) -> DataFiles:
     """Locate tokenizer and shards by name, without opening any. UserError says what is missing, and where."""
     # Look in the working directory, then beside the script; dict.fromkeys drops a repetition of the first.
@@ -679,7 +687,7 @@ def find_data(cfg: Config, need_train: bool) -> DataFiles:
     files = DataFiles(
         tokenizer=root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model",
         train=sorted(folder.glob("fineweb_train_*.bin")),
-        val=sorted(folder.glob("fineweb_val_*.bin")))
+        val=sorted(folder.glob("fineweb_val_[0-9]*.bin")))
     missing = []
     if not files.tokenizer.is_file():
         missing.append(f"tokenizer {files.tokenizer}")
@@ -697,6 +705,7 @@ class Manifest(NamedTuple):
     """What data/prepare.py says of the files that it made; empty if there is no such file beside them."""
     hashes: dict[str, str]  # SHA-256 of shards and tokenizer, by name
     train_tokens: int
+    case_ops: str = ""  # the transform of the text, if it has one
 
     @classmethod
     def read(cls, path: Path, log: RunLog) -> "Manifest":
@@ -706,7 +715,7 @@ class Manifest(NamedTuple):
                 content = json.loads(read_file(path))
                 tokenizer, train, val = content["tokenizer"], content["train"], content["val"]
                 hashes = {tokenizer["file"]: tokenizer["sha256"], **train["shards"], **val["shards"]}
-                manifest = cls(hashes, int(train["tokens"]))
+                manifest = cls(hashes, int(train["tokens"]), str(content.get("case_ops", "")))
                 log(f"{path}: {len(hashes)} files are compared with it")
                 return manifest
             log(f"{path} is not one of data/prepare.py: nothing is compared with it")
@@ -757,6 +766,10 @@ def check_tokens(tokens, vocab_size: int, path: Path):
         raise UserError(f"{path} holds token {tokens.max()}, but VOCAB_SIZE={vocab_size}: it is from another "
                         "tokenizer")
 
+# Case operations write capitals as markers in front of small letters (data/case_ops.py). The last one is ESC:
+# it stands before a marker of the text itself. The others are operations, unless they are escaped.
+MARKERS = "\ue001\ue002\ue003\ue004"
+
 class Tokenizer(NamedTuple):
     """What scoring needs to know of each piece; arrays are (vocab_size,)."""
     bos: int
@@ -765,16 +778,28 @@ class Tokenizer(NamedTuple):
     is_special: np.ndarray  # control, unknown or unused: it stands for no text
     sha256: str = ""  # of its file
     processor: Any = None  # sentencepiece's
+    markers: tuple[int, ...] = ()  # pieces of MARKERS, if it is for text with case operations
+
+    def is_silent(self, tokens):
+        """Whether a token stands for no text, as an operation or as ESC before a marker, (len(tokens),)."""
+        escaped = np.zeros(len(tokens) + 1, dtype=bool)
+        for place in np.flatnonzero(np.isin(tokens, self.markers[-1:])):  # of ESC; hardly any text has one
+            escaped[place + 1] = not escaped[place]
+        return np.isin(tokens, self.markers) & ~escaped[:-1]
 
     def target_bytes(self, tokens):
         """UTF-8 bytes that every token but the first adds to the text, (len(tokens) - 1,).
 
         A piece's leading space counts unless the token before it is special. This is the challenge's rule. It
         gives the bytes of the text as the tokenizer normalised it, without a space that begins a document.
+        Silent tokens add nothing, and the others count as if these were not there.
         """
-        before, target = tokens[:-1], tokens[1:]
+        heard = np.flatnonzero(~self.is_silent(tokens))
+        before, target = tokens[heard[:-1]], tokens[heard[1:]]
         counts_space = self.leading_space[target] & ~self.is_special[before]
-        return self.piece_bytes[target] + counts_space
+        sizes = np.zeros(len(tokens), dtype=np.int64)
+        sizes[heard[1:]] = self.piece_bytes[target] + counts_space
+        return sizes[1:]
 
     def changes(self) -> list[str]:
         """Which kinds of text it changes; bytes are counted after that."""
@@ -801,6 +826,8 @@ class Tokenizer(NamedTuple):
         for document in documents:
             counted = int(self.target_bytes(document).sum())
             text = self.processor.decode(document[1:].tolist())
+            if self.markers:
+                text = re.sub(f"{MARKERS[-1]}(.)|[{MARKERS}]", r"\1", text, flags=re.DOTALL)
             size = len(text.encode())
             if counted not in (size, size - text.startswith(" ")) and "\ufffd" not in text:
                 raise UserError(f"{path}: the document that begins {text[:40]!r} has {size} bytes, but "
@@ -837,7 +864,11 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
             leading_space[i] = text != piece
     if not leading_space.any():
         raise UserError(f"{path}: no piece begins with U+2581, which stands for a space in the rule of bytes")
-    return Tokenizer(sp.bos_id(), piece_bytes, leading_space, is_special, sha256(data), sp)
+    # 3) Find the markers, user-defined pieces of score 0. A learned piece of a single character has less.
+    markers = tuple(map(sp.piece_to_id, MARKERS))
+    if is_special[list(markers)].any() or any(map(sp.get_score, markers)):
+        markers = ()
+    return Tokenizer(sp.bos_id(), piece_bytes, leading_space, is_special, sha256(data), sp, markers)
 
 class Spans(NamedTuple):
     """The spans of a packed buffer, in the form of FlashAttention's varlen functions."""
@@ -1088,13 +1119,30 @@ class Validation(NamedTuple):
         for start, length in zip(self.starts[first::step], self.lengths[first::step]):
             yield self.tokens[start : start + length + 1]
 
+def read_sidecars(paths: list[Path], tokenizer: Tokenizer, stream):
+    """Bytes of the raw text that every token of a stream stands for, (len(stream),). UserError if not of it.
+
+    They are the count for a tokenizer that does not give the raw text back; the table is near.
+    """
+    sizes = np.concatenate([open_shard(path) for path in paths]).astype(np.int64)
+    if len(sizes) != len(stream):
+        raise UserError(f"{paths[0]} and others have {len(sizes)} entries for {len(stream)} tokens")
+    if sizes[tokenizer.is_silent(stream) | (stream == tokenizer.bos)].any():
+        raise UserError(f"{paths[0]} or another gives bytes to a BOS or to a marker")
+    counted = tokenizer.target_bytes(stream).sum()
+    if abs(sizes.sum() - counted) > 0.01 * counted:
+        raise UserError(f"{paths[0]} and others have {sizes.sum()} bytes, but the table of pieces {counted}")
+    return sizes
+
 def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Validation:
     """Read all validation shards as one stream. UserError if they are not documents of this tokenizer."""
+    # 1) Read the shards.
     shards = [open_shard(path) for path in paths]
     for path, shard in zip(paths, shards):
         check_tokens(shard, cfg.vocab_size, path)
     stream = np.concatenate(shards)
     tokens = stream.astype(np.int64)
+    # 2) Find the documents, and keep the first ones if VAL_DOC_FRACTION says so.
     starts = np.flatnonzero(tokens == tokenizer.bos)
     if not len(starts) or starts[0] != 0:
         raise UserError(f"{paths[0]} does not begin with BOS (id {tokenizer.bos}): it is from another "
@@ -1103,14 +1151,20 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
     if count < len(starts):
         tokens = tokens[: starts[count]]
         starts = starts[:count]
+    lengths = np.diff(starts, append=len(tokens) - 1)
+    documents = np.split(tokens, starts[1:65])
+    tokenizer.check_source(documents[:-1] or documents, paths[0])  # the last one may be cut
+    # 3) Count the bytes of every target: by the pieces, or by side-cars where these cannot tell.
     token_bytes = tokenizer.target_bytes(tokens)
     if not token_bytes.sum():
         raise UserError(f"{paths[0]}: the validation documents hold no text")
-    lengths = np.diff(starts, append=len(token_bytes))
-    documents = np.split(tokens, starts[1:65])
-    tokenizer.check_source(documents[:-1] or documents, paths[0])  # the last one may be cut
-    first = tokens[np.minimum(starts + 1, len(tokens) - 1)]
+    heard = tokens[~tokenizer.is_silent(tokens)]
+    first = heard[1:][heard[:-1] == tokenizer.bos]
     begin_with_space = int(tokenizer.leading_space[first].sum())
+    sidecars = find_sidecars(paths)
+    if sidecars and tokenizer.changes():
+        token_bytes = read_sidecars(sidecars, tokenizer, stream)[1 : len(tokens)]
+        begin_with_space = 0
     return Validation(tokens, token_bytes, starts, lengths, begin_with_space, sha256(stream.tobytes()))
 
 # ---- 4 Model -----------------------------------------------------------------------------------------------
@@ -3163,6 +3217,7 @@ class Result:
     packed_sha256: str = None
     model_sha256: str = None
     tokenizer_sha256: str = None
+    case_ops: str = None  # the transform of the text, if it has one
     train_sha256: str = None  # of samples of all training shards
     train_data_sha256: str = None  # of those that were read: what `sha256sum SHARDS | sha256sum` prints
     val_sha256: str = None
@@ -3228,11 +3283,21 @@ def open_run(run: Run) -> Result:
     result.packed_sha256 = sha256(packed)
     return result
 
-def open_tokenizer(run: Run, path: Path, manifest: Manifest, saved: Saved | None) -> Tokenizer:
+def open_tokenizer(run: Run, files: DataFiles, manifest: Manifest, saved: Saved | None,
+                   result: Result) -> Tokenizer:
     """UserError if shards or the saved model were made with another tokenizer than this one."""
+    path = files.tokenizer
     tokenizer = load_tokenizer(path, run.cfg.vocab_size)
     changes = ", ".join(tokenizer.changes()) or "nothing"
     run.log(f"tokenizer: sha256:{tokenizer.sha256} changes in text: {changes}")
+    result.tokenizer_sha256 = tokenizer.sha256
+    if tokenizer.markers:
+        result.case_ops = manifest.case_ops or "unnamed"
+        sidecars = len(find_sidecars(files.val))
+        run.log(f"case operations: {result.case_ops} sidecars:{sidecars}")
+        if tokenizer.changes() and sidecars < len(files.val):
+            raise UserError(f"{path} changes {changes}: every shard of validation in {files.val[0].parent} "
+                            "needs a side-car, fineweb_val_bytes_NNNNNN.bin, with the bytes of the raw text")
     if fault := manifest.fault(path, tokenizer.sha256):
         raise UserError(f"{fault}: the shards were made with another one")
     if saved and not saved.tokenizer_sha256:
@@ -3414,8 +3479,7 @@ def run_phases(run: Run, saved: Saved | None):
             ranks.broadcast_(p.data)
         files = find_data(cfg, need_train=not artifact)
         manifest = Manifest.read(files.manifest, log)
-        tokenizer = open_tokenizer(run, files.tokenizer, manifest, saved)
-        result.tokenizer_sha256 = tokenizer.sha256
+        tokenizer = open_tokenizer(run, files, manifest, saved, result)
         check_disk(run, parameters)
 
     @functools.cache

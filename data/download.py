@@ -4,6 +4,8 @@
     python data/download.py                      # vocabulary 8192, 80 training shards: 16 GB into data/
     python data/download.py --train-shards 2     # enough to try things out: .5 GB
     python data/download.py --repo willdepueoai/parameter-golf --variant sp1024
+    python data/download.py --case-ops           # the same documents with case operations, into data/caseops/
+    python data/download.py --documents          # the raw documents that these were made from, for prepare.py
     python data/download.py --check              # look at what is there, fetch nothing
 
 Files arrive under OUT/datasets/fineweb10B_VARIANT and OUT/tokenizers, where train_gpt.py looks for them
@@ -13,6 +15,10 @@ damaged. A file that was on its way when the command ended begins anew; only whi
 client go on inside a file, after a broken connection. Data of prepare.py are never changed, nor is another
 tokenizer, and no shards of another source stay beside the hub's. The default repository is that of the
 variable MATCHED_FINEWEB_REPO_ID, else the one that holds the 8192-piece variant.
+
+Shards with case operations get the names of plain ones, in another folder, so that DATA_DIR alone chooses.
+Their validation shards have side-cars, fineweb_val_bytes_NNNNNN.bin: for every token of the shard the bytes
+that it has in the raw text, as the published tokenizer does not give that back.
 """
 import argparse
 import json
@@ -29,9 +35,14 @@ with command.imports():
     import numpy as np
 
 DEFAULT_REPO = os.environ.get("MATCHED_FINEWEB_REPO_ID") or "kevclark/parameter-golf"
+CASE_OPS_REPO = "romeerp/parameter-golf-caseops-v1"
+CASE_OPS_SUFFIX = "_lossless_caps_caseops_v1_reserved"  # of its names
+DOCUMENTS_REPO = "willdepueoai/parameter-golf"
+DOCUMENTS = "docs_selected.jsonl", "docs_selected.source_manifest.json"
 MAGIC, VERSION = 20240520, 1  # what a shard begins with
 HEADER_BYTES = 1024
 BOS = 1  # of all published variants
+SIDECAR = "fineweb_val_bytes_"  # a file's name begins so if it holds the bytes of a validation shard's tokens
 STAGING = ".download"  # a folder beside the files, and so on their disk, until they are whole
 CHALLENGE_DOCUMENTS = 50_000  # of the validation split, whatever the tokenizer
 
@@ -77,9 +88,9 @@ def list_repository(repo: str, revision: str) -> list[Remote]:
                             "check --repo and the network") from error
 
 
-def choose(files: list[Remote], variant: str, train_shards: int, out: pathlib.Path,
-           repo: str) -> list[Wanted]:
-    """Tokenizer, all validation shards and first training shards of a variant, with their places in `out`."""
+def choose(files: list[Remote], args: argparse.Namespace) -> list[Wanted]:
+    """Tokenizer, all validation shards and first training shards of a variant, with their places in --out."""
+    repo, variant, train_shards, out = args.repo, args.variant, args.train_shards, args.out
     vocabulary = variant.removeprefix("sp")
     if not (variant.startswith("sp") and vocabulary.isdigit()):
         raise DownloadError(f"--variant {variant}: wanted is sp and the size of the vocabulary, as in sp8192")
@@ -89,20 +100,24 @@ def choose(files: list[Remote], variant: str, train_shards: int, out: pathlib.Pa
         return sorted(file for file in files
                       if f"/{place}" in f"/{file.path}" and file.name.endswith((".bin", ".model")))
 
+    suffix = CASE_OPS_SUFFIX if args.case_ops else ""
     folder = f"datasets/fineweb10B_{variant}"
-    tokenizer_place = f"tokenizers/fineweb_{vocabulary}_bpe.model"
-    tokenizers = files_at(tokenizer_place)
-    val = files_at(f"{folder}/fineweb_val_")
-    train = files_at(f"{folder}/fineweb_train_")
-    if not (val and train and tokenizers):
+    tokenizers = files_at(f"tokenizers/fineweb_{vocabulary}_bpe{suffix}.model")
+    train = files_at(f"{folder}{suffix}/fineweb_train_")
+    sidecars = files_at(f"{folder}{suffix}/{SIDECAR}")
+    val = [file for file in files_at(f"{folder}{suffix}/fineweb_val_") if file not in sidecars]
+    complete = val and train and tokenizers
+    if args.case_ops:
+        complete = complete and len(sidecars) == len(val)
+    if not complete:
         variants = {file.path.split("fineweb10B_")[1].split("/")[0] for file in files
                     if "fineweb10B_" in file.path}
         known = ", ".join(sorted(variants)) or "none"
-        raise DownloadError(f"{repo} has no complete --variant {variant}; it has {known}")
+        raise DownloadError(f"{repo} has no complete --variant {variant}{suffix}; it has {known}")
     if train_shards > len(train):
         raise DownloadError(f"--train-shards {train_shards}: {repo} has {len(train)} of {variant}")
-    shards = val + train[:train_shards]
-    return [Wanted(tokenizers[0], out / tokenizer_place),
+    shards = val + sidecars + train[:train_shards]
+    return [Wanted(tokenizers[0], out / f"tokenizers/fineweb_{vocabulary}_bpe.model"),
             *(Wanted(file, out / folder / file.name) for file in shards)]
 
 
@@ -183,7 +198,7 @@ def check(out: pathlib.Path, variant: str) -> str:
     """Look at all files of a variant; DownloadError if any is missing or not whole. Returns their counts."""
     folder = out / f"datasets/fineweb10B_{variant}"
     tokenizer = out / f"tokenizers/fineweb_{variant.removeprefix('sp')}_bpe.model"
-    shards = {split: sorted(folder.glob(f"fineweb_{split}_*.bin")) for split in ("train", "val")}
+    shards = {split: sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin")) for split in ("train", "val")}
     # 1) Is everything there, and whole?
     if not tokenizer.is_file():
         raise DownloadError(f"there is no {tokenizer}: fetch it without --check")
@@ -195,6 +210,7 @@ def check(out: pathlib.Path, variant: str) -> str:
     numbered = [f"fineweb_val_{i:06}.bin" for i in range(len(shards["val"]))]
     if [path.name for path in shards["val"]] != numbered:
         raise DownloadError(f"{folder}/fineweb_val_*.bin are not numbered from 000000 without a gap")
+    check_sidecars(shards["val"])
     # 2) Is it what prepare.py made?
     manifest = own_manifest(folder)
     if manifest:
@@ -219,50 +235,112 @@ def check(out: pathlib.Path, variant: str) -> str:
     return "\n".join(lines)
 
 
+def check_sidecars(val: list[pathlib.Path]) -> None:
+    """DownloadError unless validation has no side-cars, or one for every shard, with as many entries."""
+    folder = val[0].parent
+    there = sorted(folder.glob(f"{SIDECAR}*.bin"))
+    expected = [path.with_name(path.name.replace("fineweb_val_", SIDECAR)) for path in val]
+    if not there:
+        return
+    if there != expected:
+        raise DownloadError(f"{folder}: side-cars {SIDECAR}*.bin are not one for each validation shard")
+    for path, sidecar in zip(val, there):
+        if count_tokens(path) != count_tokens(sidecar):
+            raise DownloadError(f"{sidecar} has another number of entries than {path.name} has tokens")
+
+
 def download(args: argparse.Namespace) -> None:
-    """Fetch all files that are wanted and are not there, whole."""
+    """Fetch all files of a variant that are not there, whole."""
     files = list_repository(args.repo, args.revision)
-    wanted = choose(files, args.variant, args.train_shards, args.out, args.repo)
+    wanted = choose(files, args)
     args.out.mkdir(parents=True, exist_ok=True)
     with command.claim(args.out):
-        # 1) What of it is missing?
-        for folder in {file.local.parent for file in wanted}:
-            shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a process that was killed
         refuse_others(wanted, files)
-        missing = [file for file in wanted if not file.local.exists() or problem(file.local, file.remote)]
-        total = sum(file.remote.size for file in wanted)
-        need = sum(file.remote.size for file in missing)
-        command.say(f"{args.repo}, {args.variant}: {len(wanted)} files, {total / 1e9:.2f} GB; "
-                    f"{len(missing)} files, {need / 1e9:.2f} GB to fetch")
-        # 2) Is there room for it?
-        for file in missing:
-            file.local.parent.mkdir(parents=True, exist_ok=True)
-        free = min((shutil.disk_usage(file.local.parent).free for file in missing), default=0)
-        if missing and free < need + (1 << 28):
-            raise DownloadError(f"--out {args.out}: {free / 1e9:.2f} GB are free, {need / 1e9:.2f} GB are to "
-                                "come: make room")
-        # 3) Fetch it.
-        for number, file in enumerate(missing, 1):
-            command.say(f"[{number}/{len(missing)}] {file.local}")
-            fetch(file, args.repo, args.revision)
+        fetch_missing(wanted, args)
 
 
-def main(argv: list[str] | None = None) -> int:
+def download_documents(args: argparse.Namespace) -> str:
+    """Fetch the raw documents, unless they are there, whole. Returns how to go on."""
+    files = list_repository(args.repo, args.revision)
+    by_name = {file.name: file for file in files if file.path.rpartition("/")[0] in ("", "datasets")}
+    missing = [name for name in DOCUMENTS if name not in by_name]
+    if missing:
+        raise DownloadError(f"{args.repo} has no {missing[0]}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with command.claim(args.out):
+        fetch_missing([Wanted(by_name[name], args.out / name) for name in DOCUMENTS], args)
+    documents, about = (args.out / name for name in DOCUMENTS)
+    try:
+        content = json.loads(about.read_bytes())
+        count, validation = int(content["num_docs"]), int(content["docs_val"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DownloadError(f"{about} does not say num_docs and docs_val") from error
+    return (f"{count:,} documents, of which the first {validation:,} are for validation\n"
+            f"python data/prepare.py {documents} --out data/mine --val-docs {validation}")
+
+
+def fetch_missing(wanted: list[Wanted], args: argparse.Namespace) -> None:
+    """Fetch those files that are not there, whole."""
+    # 1) What of it is missing?
+    for folder in {file.local.parent for file in wanted}:
+        shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a process that was killed
+    missing = [file for file in wanted if not file.local.exists() or problem(file.local, file.remote)]
+    total = sum(file.remote.size for file in wanted)
+    need = sum(file.remote.size for file in missing)
+    what = "documents" if args.documents else args.variant
+    command.say(f"{args.repo}, {what}: {len(wanted)} files, {total / 1e9:.2f} GB; "
+                f"{len(missing)} files, {need / 1e9:.2f} GB to fetch")
+    # 2) Is there room for it?
+    for file in missing:
+        file.local.parent.mkdir(parents=True, exist_ok=True)
+    free = min((shutil.disk_usage(file.local.parent).free for file in missing), default=0)
+    if missing and free < need + (1 << 28):
+        raise DownloadError(f"--out {args.out}: {free / 1e9:.2f} GB are free, {need / 1e9:.2f} GB are to "
+                            "come: make room")
+    # 3) Fetch it.
+    for number, file in enumerate(missing, 1):
+        command.say(f"[{number}/{len(missing)}] {file.local}")
+        fetch(file, args.repo, args.revision)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo", default=DEFAULT_REPO,
-                        help=f"dataset repository on the hub (default {DEFAULT_REPO})")
+    parser.add_argument("--repo",
+                        help=f"dataset repository on the hub (default {DEFAULT_REPO}; with --case-ops "
+                             f"{CASE_OPS_REPO}, with --documents {DOCUMENTS_REPO})")
     parser.add_argument("--revision", default="main", help="branch, tag or commit of it (default main)")
     parser.add_argument("--variant", default="sp8192", help="sp and the vocabulary's size (default sp8192)")
     parser.add_argument("--train-shards", type=int, default=80,
                         help="first N training shards, 200 MB each (default 80)")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent,
-                        help="the DATA_DIR to fill (default: this script's folder)")
+    parser.add_argument("--case-ops", action="store_true",
+                        help="the published shards and tokenizer with case operations (v1 of case_ops.py)")
+    parser.add_argument("--documents", action="store_true",
+                        help="the published raw documents alone")
+    parser.add_argument("--out", type=pathlib.Path,
+                        help="the DATA_DIR to fill (default: this script's folder; with --case-ops "
+                             "caseops/ in it)")
     parser.add_argument("--check", action="store_true", help="only look at the files that are there")
     args = parser.parse_args(argv)
     if args.train_shards < 1:
         parser.error("--train-shards wants at least 1")
+    if args.documents and (args.case_ops or args.check):
+        parser.error("--documents goes with neither --case-ops nor --check")
+    here = pathlib.Path(__file__).resolve().parent
+    if args.case_ops:
+        args.repo = args.repo or CASE_OPS_REPO
+        args.out = args.out or here / "caseops"
+    args.repo = args.repo or (DOCUMENTS_REPO if args.documents else DEFAULT_REPO)
+    args.out = args.out or here
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     try:
+        if args.documents:
+            command.say(download_documents(args))
+            return 0
         if not args.check:
             download(args)
         command.say(check(args.out, args.variant))

@@ -3,6 +3,7 @@
 
     python data/prepare.py my.jsonl more.jsonl.xz --out data/mine --vocab-size 8192 --val-docs 1000
     DATA_DIR=data/mine python train_gpt.py
+    python data/prepare.py my.jsonl --out data/mine-v2 --val-docs 1000 --case-ops v2
 
 One document a line, {"text": "..."}; plain, .xz or .gz. The first --val-docs documents become the validation
 shards and nothing else; the rest, less every copy of a validation document, become the training shards. It
@@ -12,6 +13,10 @@ writes
     OUT/datasets/fineweb10B_spVOCAB/
         fineweb_{train,val}_NNNNNN.bin        256 int32 header, then uint16 tokens, BOS before a document
         manifest.json                         counts, bytes and sha256 of all of it
+
+With --case-ops documents are transformed before they are tokenized, so that capitals are markers in front of
+small letters (see case_ops.py); the tokenizer has a piece for each of the four markers, and manifest.json
+names the transform. Whatever is said here of documents and of bytes is said of the text before it.
 
 Afterwards every shard is read back: its documents must decode to the input, byte for byte and in order, and
 no training document may equal a validation document. Tokenizer and dataset folder get their names only when
@@ -38,6 +43,8 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tools"))
 import command  # noqa: E402
+
+import case_ops  # noqa: E402
 
 with command.imports():
     import numpy as np
@@ -118,10 +125,11 @@ def group(documents: Iterable[str]) -> Iterator[list[str]]:
 # ---- Tokenizer ---------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int) -> bytes:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, markers: str = "") -> bytes:
     """Train the challenge's kind of SentencePiece model.
 
-    That is BPE with byte fallback, identity normalisation and no dummy prefix.
+    That is BPE with byte fallback, identity normalisation and no dummy prefix. Each of the markers is a piece
+    (user-defined) that no other piece holds.
     """
     taken = 0  # bytes
     mistakes = []
@@ -146,7 +154,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int) -
             model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
             add_dummy_prefix=False, remove_extra_whitespaces=False, character_coverage=0.9995,
             max_sentence_length=1 << 24, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-            num_threads=os.cpu_count() or 1, minloglevel=2)
+            user_defined_symbols=list(markers), num_threads=os.cpu_count() or 1, minloglevel=2)
 
     try:
         call_in_thread(train)
@@ -204,6 +212,19 @@ def open_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     return tokenizer
 
 
+def check_markers(tokenizer: sentencepiece.SentencePieceProcessor, name: str, transform: str) -> None:
+    """PrepareError unless a tokenizer has the markers of case operations as pieces just if it needs them."""
+    ids = map(tokenizer.piece_to_id, case_ops.MARKERS)
+    # The score of a user-defined piece is 0; that of a piece that was learned, and of one letter, is less.
+    has_markers = all(tokenizer.id_to_piece(i) == marker and tokenizer.get_score(i) == 0
+                      for i, marker in zip(ids, case_ops.MARKERS))
+    if transform and not has_markers:
+        raise PrepareError(f"--case-ops {transform}: {name} does not have U+E001 to U+E004 as user-defined "
+                           "pieces")
+    if has_markers and not transform:
+        raise PrepareError(f"{name} is for case operations: say which by --case-ops")
+
+
 def describe(tokenizer: sentencepiece.SentencePieceProcessor) -> str:
     """Whether a tokenizer gives texts back as they were."""
     changed = [text for text in PROBES if tokenizer.decode(tokenizer.encode(text)) != text]
@@ -218,11 +239,10 @@ def describe(tokenizer: sentencepiece.SentencePieceProcessor) -> str:
 
 class Encoded(NamedTuple):
     """A batch of documents, tokenized."""
+    texts: list[str]
     tokens: list[np.ndarray | None]  # of each document, BOS first; None: left out
     empty: int  # documents left out, as they are empty
     inexact: int  # documents left out, as they would not decode to themselves
-    leading_space: int  # documents that begin with a space
-    text_bytes: int  # of those that are not left out
 
 
 class Job(NamedTuple):
@@ -233,6 +253,7 @@ class Job(NamedTuple):
     key: str  # of the text in each JSON object
     val_docs: int
     folder: pathlib.Path  # where shards are written
+    transform: str = ""  # of case_ops.VERSIONS, or none
 
     def texts(self, split: str) -> Iterator[str]:
         """The documents of a split: the first ones of the input, or the rest."""
@@ -243,23 +264,30 @@ class Job(NamedTuple):
     def encode(self, texts: list[str]) -> Encoded:
         """Tokenize documents; leave out empty ones, and those that would not decode to themselves."""
         bos = self.tokenizer.bos_id()
-        encoded = self.tokenizer.encode(texts, num_threads=self.threads, return_type="numpy")
+        written = texts
+        if self.transform:
+            written = [case_ops.encode(text, self.transform) for text in texts]
+        encoded = self.tokenizer.encode(written, num_threads=self.threads, return_type="numpy")
         tokens = []
-        empty = inexact = leading_space = text_bytes = 0
+        empty = inexact = 0
         for text, ids, decoded in zip(texts, encoded, self.decode(encoded)):
             exact = decoded == text
             empty += not text
             inexact += not exact
-            if text and exact:
-                leading_space += text.startswith(" ")
-                text_bytes += len(text.encode())
-                tokens.append(np.append(bos, ids).astype("<u2"))
-            else:
-                tokens.append(None)
-        return Encoded(tokens, empty, inexact, leading_space, text_bytes)
+            keep = text and exact
+            tokens.append(np.append(bos, ids).astype("<u2") if keep else None)
+        return Encoded(texts, tokens, empty, inexact)
 
-    def decode(self, documents: list[np.ndarray]) -> list[str]:
-        return self.tokenizer.decode(documents, num_threads=self.threads)
+    def decode(self, documents: list[np.ndarray]) -> list[str | None]:
+        """The texts of documents without BOS; None for one that no transform writes."""
+        written = self.tokenizer.decode(documents, num_threads=self.threads)
+        return list(map(self.undo_transform, written)) if self.transform else written
+
+    def undo_transform(self, written: str) -> str | None:
+        try:
+            return case_ops.decode(written, self.transform)
+        except case_ops.CaseError:
+            return None
 
 
 # ---- Shards ------------------------------------------------------------------------------------------------
@@ -331,7 +359,7 @@ def write_split(job: Job, split: str, limit: int,
                   left_out_copies=0, begin_with_space=0)
     bar = tqdm(desc=f"tokenize {split}", unit=" docs", unit_scale=True, disable=None)
     for encoded in map(job.encode, in_batches(job.texts(split))):
-        for ids in encoded.tokens:
+        for text, ids in zip(encoded.texts, encoded.tokens):
             digest = None if ids is None else fingerprint(ids)
             is_copy = split == "train" and digest in held_out
             keep = ids is not None and not is_copy
@@ -339,12 +367,12 @@ def write_split(job: Job, split: str, limit: int,
             counts["left_out_copies"] += is_copy
             if keep:
                 writer.add(ids)
+                counts["text_bytes"] += len(text.encode())
+                counts["begin_with_space"] += text.startswith(" ")
                 if split == "val":
                     held_out.add(digest)
         counts["left_out_empty"] += encoded.empty
         counts["left_out_inexact"] += encoded.inexact
-        counts["begin_with_space"] += encoded.leading_space
-        counts["text_bytes"] += encoded.text_bytes
         bar.update(len(encoded.tokens))
     writer.close()
     bar.close()
@@ -394,6 +422,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help=f"pieces of the tokenizer (default {DEFAULT_PIECES}, or what --tokenizer has)")
     parser.add_argument("--tokenizer", type=pathlib.Path,
                         help="use this SentencePiece model instead of training one")
+    parser.add_argument("--case-ops", choices=case_ops.VERSIONS, default="",
+                        help="write capitals as markers before small letters, by this transform")
     parser.add_argument("--tokenizer-bytes", type=int, default=200_000_000,
                         help="train the tokenizer on this much text at most (default 200 MB; it is held in "
                              "memory)")
@@ -414,7 +444,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_tokenizer(path: pathlib.Path, vocab_size: int | None) -> bytes:
+def read_tokenizer(path: pathlib.Path, vocab_size: int | None, transform: str) -> bytes:
     """The tokenizer of --tokenizer; PrepareError if it cannot be used."""
     try:
         model = path.read_bytes()
@@ -424,6 +454,7 @@ def read_tokenizer(path: pathlib.Path, vocab_size: int | None) -> bytes:
     pieces = tokenizer.get_piece_size()
     if vocab_size not in (None, pieces):
         raise PrepareError(f"--vocab-size {vocab_size}: --tokenizer {path} has {pieces} pieces")
+    check_markers(tokenizer, f"--tokenizer {path}", transform)
     command.say(f"{path}: {pieces} pieces; it {describe(tokenizer)}")
     return model
 
@@ -463,7 +494,9 @@ def prepare(args: argparse.Namespace) -> dict:
     """Refuse what cannot be done before anything is touched, then do it; returns the manifest."""
     # 1) Input and tokenizer.
     check_input(args.input)
-    model = read_tokenizer(args.tokenizer, args.vocab_size) if args.tokenizer else None
+    model = None
+    if args.tokenizer:
+        model = read_tokenizer(args.tokenizer, args.vocab_size, args.case_ops)
     pieces = args.vocab_size or DEFAULT_PIECES
     if model:
         pieces = open_tokenizer(model, "--tokenizer").get_piece_size()
@@ -489,13 +522,19 @@ def fill(args: argparse.Namespace, places: Places, model: bytes | None) -> dict:
         pieces = args.vocab_size or DEFAULT_PIECES
         command.say(f"training a tokenizer of {pieces} pieces ...")
         training = itertools.islice(read_documents(args.input, args.text_key), args.val_docs, None)
-        model = train_tokenizer(training, pieces, args.tokenizer_bytes)
+        markers = ""
+        if args.case_ops:
+            training = (case_ops.encode(text, args.case_ops) for text in training)
+            markers = case_ops.MARKERS
+        model = train_tokenizer(training, pieces, args.tokenizer_bytes, markers)
     tokenizer = open_tokenizer(model, "the tokenizer that was trained")
     # 2) Write and check the shards. Validation comes first, so that training can leave its copies out.
     sha256 = hashlib.sha256(model).hexdigest()
-    manifest = {"tokenizer": {"file": places.tokenizer.name, "sha256": sha256}}
+    manifest = {"case_ops": args.case_ops} if args.case_ops else {}
+    manifest["tokenizer"] = {"file": places.tokenizer.name, "sha256": sha256}
     held_out: set[bytes] = set()
-    job = Job(tokenizer, args.workers, args.input, args.text_key, args.val_docs, places.part)
+    job = Job(tokenizer, args.workers, args.input, args.text_key, args.val_docs, places.part,
+              args.case_ops)
     for split in ("val", "train"):
         counts, paths, kept = write_split(job, split, args.shard_tokens, held_out)
         verify_split(job, split, paths, kept, held_out)

@@ -25,6 +25,7 @@ import altered
 import confined
 
 import audit
+import case_ops
 import prepare
 
 SOURCE = Path(tg.__file__).read_text(encoding="utf-8")
@@ -38,14 +39,20 @@ CHARACTERS = (400, 70, 250, 150, 350, 260, 200, 90)  # of documents
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A DATA_DIR of few pieces, with the beginnings of some documents for validation."""
-    folder = tmp_path_factory.mktemp("data")
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_data(folder: Path, *options, one_line: bool = False) -> Path:
+    """Prepare such data with these options; `one_line`: of texts without line breaks and repeated spaces."""
     with open(SMOKE / "smoke.jsonl", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
+    if one_line:
+        texts = [" ".join(text.split()) for text in texts]
     texts = [text[:count] for text, count in zip(texts, CHARACTERS)] + texts[40:60]
     texts[2] = " " + texts[2]  # the space is in no loss, and in no count of bytes
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     arguments = [folder / "texts.jsonl", "--out", folder, "--val-docs", len(CHARACTERS), "--vocab-size",
-                 VOCAB_SIZE, "--workers", 1]
+                 VOCAB_SIZE, "--workers", 1, *options]
     assert prepare.main(list(map(str, arguments))) == 0
     return folder
 
@@ -53,7 +60,10 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     """The folder of an honest run of few visits, which makes many re-scores cheap."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
+    return finish_run(data, tmp_path_factory.mktemp("finished") / "run")
+
+
+def finish_run(data: Path, folder: Path) -> Path:
     settings = {**TINY, **SHALLOW, "VOCAB_SIZE": VOCAB_SIZE, "ITERATIONS": 30, "TTT_BATCH_SIZE": 32,
                 "TTT_CHUNK_SIZE": 8}
     assert tg.main(as_environment({**settings, "DATA_DIR": data, "ARTIFACT_DIR": folder})) == 0
@@ -887,3 +897,89 @@ def test_bytes_are_counted_as_the_script_counts_them(data):
     tokenizer = tg.load_tokenizer(data / f"tokenizers/fineweb_{VOCAB_SIZE}_bpe.model", VOCAB_SIZE)
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 5000)
     assert (sets.pieces.target_bytes(tokens) == tokenizer.target_bytes(tokens)).all()
+
+
+# Case operations
+
+
+@pytest.fixture(scope="module")
+def case_data(tmp_path_factory) -> Path:
+    """Of a tokenizer that gives texts back."""
+    return make_data(tmp_path_factory.mktemp("case"), "--case-ops", "v2")
+
+
+@pytest.fixture(scope="module")
+def sidecar_data(tmp_path_factory) -> Path:
+    """Of a tokenizer that normalises, with side-cars, which count a byte more a document than its pieces."""
+    folder = tmp_path_factory.mktemp("sidecar")
+    with open(SMOKE / "smoke.jsonl", encoding="utf-8") as lines:
+        texts = [case_ops.encode(json.loads(line)["text"], "v1") for line in lines]
+    model = io.BytesIO()
+    tg.lazy_import("sentencepiece").SentencePieceTrainer.train(
+        sentence_iterator=iter(texts[:200]), model_writer=model, vocab_size=VOCAB_SIZE, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
+        user_defined_symbols=list(case_ops.MARKERS), pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+    (folder / "a.model").write_bytes(model.getvalue())
+    make_data(folder, "--case-ops", "v1", "--tokenizer", folder / "a.model", one_line=True)
+    (path,) = folder.rglob("fineweb_val_000000.bin")
+    tokens = altered.read_shard(path).astype(np.int64)
+    sizes = np.append(0, load_tokenizer(folder).target_bytes(tokens))
+    starts = np.flatnonzero(tokens == 1)
+    sizes[np.append(starts[1:], len(tokens)) - 1] += 1
+    altered.write_shard(altered.sidecar_of(path), sizes)
+    return folder
+
+
+def load_tokenizer(data: Path) -> tg.Tokenizer:
+    return tg.load_tokenizer(data / f"tokenizers/fineweb_{VOCAB_SIZE}_bpe.model", VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("form", ["case_data", "sidecar_data"])
+def test_an_honest_run_with_case_operations_passes(request, in_process, monkeypatch, capsys, tmp_path, form):
+    """All comparisons, and the headline by the bytes of the raw text."""
+    data = request.getfixturevalue(form)
+    monkeypatch.setenv("DATA_DIR", str(data))
+    run = finish_run(data, tmp_path / "run")
+    capsys.readouterr()
+    status, lines = verdicts_of(capsys, run, "--seed", 0, "--depth", 12)
+    assert status == 0 and failed(lines) == "none" and "NOT CHECKED: none" in lines, lines
+    counted = json.loads((run / "result.json").read_text())["bytes"]
+    (manifest,) = data.rglob("manifest.json")
+    val = json.loads(manifest.read_text())["val"]
+    more = val["documents"] if form == "sidecar_data" else -val["begin_with_space"]
+    assert counted == val["text_bytes"] + more
+
+
+@pytest.mark.parametrize("form", ["case_data", "sidecar_data"])
+def test_bytes_with_case_operations_are_counted_as_the_script_counts_them(request, form):
+    """Of tokens half of which are markers, a BOS first."""
+    data = request.getfixturevalue(form)
+    pieces = altered.Data.read(data, {**audit.RECORD, "vocab_size": VOCAB_SIZE}).pieces
+    tokenizer = load_tokenizer(data)
+    assert pieces.markers == list(tokenizer.markers) and pieces.exact == (form == "case_data")
+    rng = np.random.default_rng(0)
+    markers, others = rng.integers(4, 8, 20_000), rng.integers(0, VOCAB_SIZE, 20_000)
+    tokens = np.where(rng.random(20_000) < 0.5, markers, others)
+    tokens[0] = tokenizer.bos
+    assert (pieces.target_bytes(tokens) == tokenizer.target_bytes(tokens)).all()
+    escaped = np.isin(tokens, pieces.markers) & ~pieces.operations(tokens)
+    assert escaped.sum() > 500
+
+
+def test_altered_documents_of_a_tokenizer_that_drops_a_first_space_are_its_text(sidecar_data):
+    """As the published tokenizers do: words at random need something in front."""
+    tokenizer = load_tokenizer(sidecar_data)
+    assert tokenizer.processor.encode(" a") == tokenizer.processor.encode("a")
+    for cases in sets_of(alterations(sidecar_data)).values():
+        tokenizer.check_source([case.tokens for case in cases][:64], sidecar_data)
+
+
+@pytest.mark.parametrize("change", [
+    lambda sizes: sizes[:-1], lambda sizes: sizes + 1, lambda sizes: np.append(sizes[:-1], sizes[-1] + 50)])
+def test_side_cars_of_something_else_end_an_audit(sidecar_data, change):
+    (path,) = sidecar_data.rglob("fineweb_val_bytes_000000.bin")
+    honest = path.read_bytes()
+    altered.write_shard(path, change(altered.read_shard(path)))
+    with pytest.raises(altered.AuditError, match="does not hold the bytes of its shard"):
+        altered.Data.read(sidecar_data, {**audit.RECORD, "vocab_size": VOCAB_SIZE})
+    path.write_bytes(honest)

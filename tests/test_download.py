@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import train_gpt as tg
 from conftest import ROOT, SMOKE, shard_bytes
 
 pytest.importorskip("huggingface_hub")
@@ -42,6 +44,25 @@ def published() -> dict[str, bytes]:
         on_hub(VAL_0): draw_shard(1000), on_hub(VAL_1): draw_shard(500),
         on_hub(TOKENIZER): b"a tokenizer", "datasets/manifest.json": b"{}",
         "datasets/datasets/fineweb10B_sp99/fineweb_val_000000.bin": draw_shard(10)}
+
+
+SUFFIX = "_lossless_caps_caseops_v1_reserved"
+SIDECAR_0, SIDECAR_1 = (f"{SHARDS}/fineweb_val_bytes_00000{i}.bin" for i in range(2))
+
+
+def case_ops_name(path: str) -> str:
+    """The name in the repository of a file with case operations."""
+    return on_hub(path).replace("sp512/", f"sp512{SUFFIX}/").replace("_bpe.", f"_bpe{SUFFIX}.")
+
+
+def published_case_ops() -> dict[str, bytes]:
+    """A repository of the same form with case operations: a suffix in its names, and side-cars."""
+    plain = published()
+    files = {case_ops_name(path): plain[on_hub(path)] for path in (TRAIN_0, TRAIN_1, VAL_0, VAL_1)}
+    sizes = np.random.default_rng(1).integers(0, 9, 1000)
+    sidecars = {SIDECAR_0: shard_bytes(sizes), SIDECAR_1: shard_bytes(sizes[:500])}
+    return files | {case_ops_name(path): data for path, data in sidecars.items()} | {
+        case_ops_name(TOKENIZER): b"with markers", "datasets/manifest.json": b"{}"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -382,6 +403,110 @@ def test_a_missing_package_is_named(hub, tmp_path):
     done = fetch(hub, tmp_path / "out")
     assert_mistake(done, "pip install -r requirements.txt")
     assert "huggingface_hub" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---- Case operations, and documents ------------------------------------------------------------------------
+
+
+def test_case_operations_come_under_the_names_of_plain_shards(hub, tmp_path):
+    """With their side-cars. What is there is kept, and data of the other kind is not mixed with it."""
+    hub.files = published_case_ops()
+    done = fetch(hub, tmp_path, "--case-ops", "--train-shards", "1")
+    assert done.returncode == 0, done.stderr
+    wanted = TOKENIZER, TRAIN_0, VAL_0, VAL_1, SIDECAR_0, SIDECAR_1
+    assert files_in(tmp_path) == {path: hub.files[case_ops_name(path)] for path in wanted}
+    assert "val: 2 shards, 1,500 tokens" in done.stdout and "validation documents: 30 " in done.stdout
+    served = dict(hub.served)
+    (tmp_path / SIDECAR_1).unlink()
+    assert fetch(hub, tmp_path, "--case-ops", "--train-shards", "1").returncode == 0
+    assert {path for path in hub.served if hub.served[path] != served[path]} == {case_ops_name(SIDECAR_1)}
+    hub.files = published()
+    assert_mistake(fetch(hub, tmp_path, "--train-shards", "1"), f"{TOKENIZER} is another tokenizer")
+
+
+def test_train_gpt_finds_what_was_fetched(hub, tmp_path):
+    """Side-cars are none of its validation shards."""
+    hub.files = published_case_ops()
+    assert fetch(hub, tmp_path, "--case-ops", "--train-shards", "2").returncode == 0
+    files = tg.find_data(tg.Config(vocab_size=512, data_dir=str(tmp_path)), need_train=True)
+    assert files.tokenizer == tmp_path / TOKENIZER and files.train == [tmp_path / TRAIN_0, tmp_path / TRAIN_1]
+    assert files.val == [tmp_path / VAL_0, tmp_path / VAL_1]
+
+
+@pytest.mark.parametrize("missing", [SIDECAR_1, VAL_1, TOKENIZER])
+def test_case_operations_are_complete_with_all_side_cars_only(hub, tmp_path, missing):
+    hub.files = published_case_ops()
+    del hub.files[case_ops_name(missing)]
+    done = fetch(hub, tmp_path, "--case-ops", "--train-shards", "1")
+    assert_mistake(done, f"owner/name has no complete --variant sp512{SUFFIX}; it has sp512{SUFFIX}")
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("damage,says", [
+    (lambda path: path.unlink(), "side-cars fineweb_val_bytes_*.bin are not one for each validation shard"),
+    (lambda path: path.write_bytes(shard_bytes(range(499))), "has another number of entries than"),
+    (lambda path: path.write_bytes(b"bytes"), "is not a token shard")])
+def test_side_cars_that_do_not_fit_are_found(hub, tmp_path, capsys, damage, says):
+    hub.files = published_case_ops()
+    assert fetch(hub, tmp_path, "--case-ops", "--train-shards", "1").returncode == 0
+    arguments = ["--check", "--variant", "sp512", "--out", str(tmp_path)]
+    assert download.main(arguments) == 0
+    damage(tmp_path / SIDECAR_1)
+    assert download.main(arguments) == 2 and says in capsys.readouterr().err
+
+
+DOCUMENTS = "datasets/docs_selected.jsonl"
+ABOUT = "datasets/docs_selected.source_manifest.json"
+
+
+@pytest.fixture
+def documents(hub):
+    hub.files[DOCUMENTS] = b"".join(b'{"text": "document %d"}\n' % i for i in range(9))
+    hub.files[ABOUT] = json.dumps(dict(num_docs=9, docs_val=4, docs_sha256="0", shuffle_seed=1)).encode()
+    return hub
+
+
+def test_the_documents_are_fetched_alone_and_once(documents, tmp_path):
+    """And can be prepared by the command that is printed."""
+    done = fetch(documents, tmp_path, "--documents")
+    assert done.returncode == 0, done.stderr
+    assert files_in(tmp_path) == {path.removeprefix("datasets/"): documents.files[path]
+                                  for path in (DOCUMENTS, ABOUT)}
+    assert "9 documents, of which the first 4 are for validation" in done.stdout
+    served = dict(documents.served)
+    assert fetch(documents, tmp_path, "--documents").returncode == 0 and documents.served == served
+    command = done.stdout.splitlines()[-1].replace("data/mine", str(tmp_path / "mine")).split()
+    model = SMOKE / "tokenizers/fineweb_1024_bpe.model"
+    prepared = subprocess.run([sys.executable, *command[1:], "--tokenizer", str(model)], cwd=ROOT,
+                              capture_output=True, text=True)
+    assert prepared.returncode == 0 and "none of the 4 validation documents is among the 5" in prepared.stdout
+
+
+@pytest.mark.parametrize("path,body,says", [
+    (DOCUMENTS, None, "owner/name has no docs_selected.jsonl"),
+    (ABOUT, b"[]", "docs_selected.source_manifest.json does not say num_docs and docs_val")])
+def test_documents_that_cannot_be_used(documents, tmp_path, path, body, says):
+    documents.files = {name: data for name, data in documents.files.items() if name != path}
+    if body:
+        documents.files[path] = body
+    assert_mistake(fetch(documents, tmp_path, "--documents"), says)
+
+
+@pytest.mark.parametrize("other", ["--check", "--case-ops"])
+def test_documents_have_no_variant(capsys, other):
+    with pytest.raises(SystemExit) as ended:
+        download.main(["--documents", other])
+    assert ended.value.code == 2 and "goes with neither" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments,repo,out", [
+    ([], download.DEFAULT_REPO, ROOT / "data"),
+    (["--case-ops"], "romeerp/parameter-golf-caseops-v1", ROOT / "data/caseops"),
+    (["--documents"], "willdepueoai/parameter-golf", ROOT / "data"),
+    (["--case-ops", "--repo", "a/b", "--out", "x"], "a/b", Path("x"))])
+def test_every_kind_has_its_repository_and_its_folder(arguments, repo, out):
+    args = download.parse_arguments(arguments)
+    assert args.repo == repo and args.out == out
 
 
 @pytest.mark.parametrize("given,used", [("a/b", "a/b"), ("", "kevclark/parameter-golf")])

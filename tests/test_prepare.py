@@ -20,6 +20,7 @@ import train_gpt as tg
 from conftest import ROOT, SMOKE, TINY, as_environment
 
 sys.path.insert(0, str(ROOT / "data"))
+import case_ops
 import prepare
 
 DOCUMENTS = [json.loads(line)["text"] for line in open(SMOKE / "smoke.jsonl", encoding="utf-8")][:120]
@@ -103,27 +104,35 @@ def test_documents_come_back_in_order_from_whole_shards(tmp_path):
     tg.load_tokenizer(out / "tokenizers/fineweb_600_bpe.model", 600)
 
 
-def test_the_script_runs_on_what_it_makes(tmp_path):
+@pytest.mark.parametrize("transform", ["", *case_ops.VERSIONS])
+def test_the_script_runs_on_what_it_makes(tmp_path, transform):
+    """And says which transform the text has, and counts the bytes of the text before it."""
     data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     out = tmp_path / "out"
-    assert call(data, "--out", out, "--val-docs", 2, "--vocab-size", 512).returncode == 0
+    options = ["--case-ops", transform] if transform else []
+    assert call(data, "--out", out, "--val-docs", 2, "--vocab-size", 512, *options).returncode == 0
     places = dict(DATA_DIR=out, ARTIFACT_DIR=tmp_path / "run")
     settings = {**TINY, "VOCAB_SIZE": 512, "ITERATIONS": 2, "TTT_CHUNK_SIZE": 48}
     assert tg.main(as_environment({**settings, **places})) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["documents"] == 2
     assert result["bytes"] == sum(len(text.encode()) for text in DOCUMENTS[:2])
+    log = (tmp_path / "run/log.txt").read_text()
+    assert result.get("case_ops", "") == transform
+    assert (f"\ncase operations: {transform} sidecars:0\n" in log) == bool(transform)
 
 
 def test_no_validation_document_is_trained_on(tmp_path):
-    """Copies of validation documents later in the input are left out, and counted."""
+    """Copies of validation documents later in the input are left out, and counted; their bytes are not."""
     validation = DOCUMENTS[:5]
     rest = [DOCUMENTS[2], DOCUMENTS[6], DOCUMENTS[0], DOCUMENTS[7]]
     data = write_jsonl(tmp_path / "a.jsonl", validation + rest)
     out = tmp_path / "out"
     assert call(data, "--out", out, "--val-docs", 5, "--tokenizer", MODEL).returncode == 0
     assert texts_in(out, "train") == [DOCUMENTS[6], DOCUMENTS[7]]
-    assert manifest_in(out)["train"]["left_out_copies"] == 2
+    train = manifest_in(out)["train"]
+    assert train["left_out_copies"] == 2
+    assert train["text_bytes"] == sum(len(text.encode()) for text in (DOCUMENTS[6], DOCUMENTS[7]))
 
 
 @pytest.mark.parametrize("how,says", [
@@ -163,6 +172,83 @@ def test_inexact_and_empty_documents_are_left_out_and_counted(tmp_path):
     assert texts_in(out, "train") == kept
     train = manifest_in(out)["train"]
     assert (train["left_out_empty"], train["left_out_inexact"], train["begin_with_space"]) == (1, 1, 1)
+
+
+# Case operations
+
+MARKERS = case_ops.MARKERS
+ODD = [
+    *MARKERS, 3 * MARKERS, f"{MARKERS[0]} The", f"The end{MARKERS[3]}", f" {MARKERS[3]} {MARKERS[1]}NASA",
+    f"{MARKERS[3]}{MARKERS[0]}a", "A", " The", "  THE\n\nthe iPhone. McX", "\xc9COLE", "\U0001f600Ok\0B"]
+
+
+@pytest.mark.parametrize("transform", case_ops.VERSIONS)
+def test_transformed_documents_come_back(tmp_path, transform):
+    """Those, too, that hold markers, are nothing else, or end in one; copies of validation are left out."""
+    validation = [*ODD, *DOCUMENTS[:5]]
+    rest = [*DOCUMENTS[5:], "\u2581The", "", *ODD, *(f"{text} {text}" for text in ODD)]
+    data = write_jsonl(tmp_path / "a.jsonl", validation + rest)
+    out = tmp_path / "out"
+    done = call(data, "--out", out, "--val-docs", len(validation), "--vocab-size", 600,
+                "--case-ops", transform)
+    assert done.returncode == 0, done.stderr
+    kept = {"val": validation, "train": [*DOCUMENTS[5:], *rest[-len(ODD) :]]}
+    manifest = manifest_in(out)
+    assert manifest["case_ops"] == transform
+    for split, texts in kept.items():
+        written = texts_in(out, split)
+        assert written == [case_ops.encode(text, transform) for text in texts] != texts
+        assert [case_ops.decode(text, transform) for text in written] == texts
+        assert manifest[split]["text_bytes"] == sum(len(text.encode()) for text in texts)
+    left_out = {name: count for name, count in manifest["train"].items() if name.startswith("left_out")}
+    assert left_out == dict(left_out_empty=1, left_out_inexact=1, left_out_copies=len(ODD))
+    tokenizer = tg.load_tokenizer(out / "tokenizers/fineweb_600_bpe.model", 600)
+    assert [tokenizer.processor.id_to_piece(i) for i in tokenizer.markers] == list(MARKERS)
+    assert not any(set(MARKERS) & set(tokenizer.processor.id_to_piece(i)) for i in range(8, 600))
+
+
+@pytest.mark.parametrize("spoil,says", [
+    (lambda ids: np.append(ids, 4), "1 documents decode to other text"),  # TITLE, and no letter
+    (lambda ids: ids[ids != 4], "1 documents decode to other text")])
+def test_a_transform_that_is_not_exact_fails_the_check(tmp_path, monkeypatch, spoil, says):
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:40])
+    honest_add = prepare.ShardWriter.add
+
+    def spoiling_add(self, ids):
+        is_spoilt = self.split == "train" and self.documents == 2
+        honest_add(self, spoil(ids).astype("<u2") if is_spoilt else ids)
+
+    monkeypatch.setattr(prepare.ShardWriter, "add", spoiling_add)
+    arguments = [data, "--out", tmp_path / "out", "--val-docs", 3, "--vocab-size", 400, "--case-ops", "v2"]
+    with pytest.raises(prepare.PrepareError, match=says):
+        prepare.prepare(prepare.parse_arguments(list(map(str, arguments))))
+    assert not list(tmp_path.rglob("fineweb10B_sp400"))
+
+
+def test_what_a_wrong_transform_changes_is_left_out(tmp_path, monkeypatch):
+    """Documents are compared with what comes back, whatever the transform does."""
+    monkeypatch.setattr(case_ops, "encode", lambda text, transform: text.lower())
+    data = write_jsonl(tmp_path / "a.jsonl", ["small letters only", "also this", "A capital", "the last"])
+    model = tmp_path / "a.model"
+    model.write_bytes(trained(user_defined_symbols=list(MARKERS)))
+    arguments = [data, "--out", tmp_path / "out", "--val-docs", 1, "--tokenizer", model, "--case-ops", "v1"]
+    manifest = prepare.prepare(prepare.parse_arguments(list(map(str, arguments))))
+    assert (manifest["train"]["documents"], manifest["train"]["left_out_inexact"]) == (2, 1)
+
+
+@pytest.mark.parametrize("options,symbols,says", [
+    (["--case-ops", "v2"], [], "--case-ops v2: --tokenizer a.model does not have U+E001 to U+E004"),
+    (["--case-ops", "v2"], MARKERS[:3], "--case-ops v2: --tokenizer a.model does not have U+E001 to U+E004"),
+    ([], MARKERS, "a.model is for case operations: say which by --case-ops")])
+def test_a_tokenizer_for_other_text_is_refused(tmp_path, monkeypatch, refused, options, symbols, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.model").write_bytes(trained(user_defined_symbols=list(symbols)))
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:9])
+    said = refused(data, "--out", tmp_path / "out", "--val-docs", 2, "--tokenizer", "a.model", *options)
+    assert says in said and not (tmp_path / "out").exists()
+
+
+# Mistakes
 
 
 @pytest.mark.parametrize("arguments,says", [

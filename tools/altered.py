@@ -11,6 +11,7 @@ from finished_runs import FINEWEB_BYTES, fineweb_cut, sha256
 TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
 RANDOM_TOKENS = 40_000  # at least so many are drawn, to see whether probabilities add up to 1 on average
 LIKELY = 0.4  # nats: the loss of a token with p = 2/3
+MARKERS = "\ue001\ue002\ue003\ue004"  # of case operations, the last of which escapes
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
@@ -40,6 +41,11 @@ def write_shard(path: Path, tokens: np.ndarray):
     path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
 
 
+def sidecar_of(shard: Path) -> Path:
+    """The file that holds the bytes of every token of a validation shard, in the form of a shard."""
+    return shard.with_name(shard.name.replace("_val_", "_val_bytes_"))
+
+
 class Pieces(NamedTuple):
     """What the tokenizer's pieces stand for; arrays are (pieces,)."""
     bos: int
@@ -48,6 +54,9 @@ class Pieces(NamedTuple):
     spaced: np.ndarray  # whether it begins with a space
     size: np.ndarray  # UTF-8 bytes without that space
     words: np.ndarray  # ids of pieces that begin with a space and come back when their text is tokenized
+    first: list[int]  # what has to stand before words at a text's start; none if its first space is kept
+    markers: list[int]  # ids of MARKERS, or none
+    exact: bool  # whether it gives texts back
 
     @classmethod
     def read(cls, path: Path, vocab_size: int) -> "Pieces":
@@ -64,19 +73,41 @@ class Pieces(NamedTuple):
         texts = [piece.removeprefix("\u2581") for piece in pieces]
         size = np.array([1 if sp.is_byte(i) else len(texts[i].encode()) for i in ids]) * ~special
         spaced = np.array([texts[i] != pieces[i] for i in ids]) & ~special
-        words = [i for i in np.flatnonzero(spaced & (size > 0)).tolist() if sp.encode(sp.decode([i])) == [i]]
+        with_space = np.flatnonzero(spaced & (size > 0)).tolist()
+        first = sp.encode("a") if sp.encode(" a") == sp.encode("a") else []
+        words = [i for i in with_space if sp.encode(sp.decode([*first, i])) == [*first, i]]
+        markers = [i for i in map(sp.piece_to_id, MARKERS) if not special[i] and sp.get_score(i) == 0]
+        exact = all(sp.decode(sp.encode(text)) == text for text in ("a  b", "a\nb", "a ", "\ufb01 \u00bd"))
         return cls(sp.bos_id(), sp.unk_id(), special, spaced, size,
-                   np.array(words or np.flatnonzero(~special)))
+                   np.array(words or np.flatnonzero(~special)), first,
+                   markers if len(markers) == len(MARKERS) else [], exact)
 
     @property
     def tokens(self) -> np.ndarray:
         """All ids that may follow in a document: neither BOS nor the unknown piece, which no text has."""
         return np.setdiff1d(np.arange(len(self.size)), [self.bos, self.unknown])
 
+    @property
+    def needs_sidecars(self) -> bool:
+        """Whether the bytes of a text do not follow from its tokens."""
+        return bool(self.markers) and not self.exact
+
+    def operations(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether a token is a marker that no other escapes, and so no text."""
+        if not self.markers:
+            return np.zeros(len(tokens), dtype=bool)
+        place = np.arange(len(tokens))
+        last_other = np.maximum.accumulate(np.where(tokens == self.markers[-1], -1, place))
+        escapes = (place - last_other) % 2 == 1  # of ESC in a row the first, the third ...
+        return np.isin(tokens, self.markers) & ~np.append(False, escapes[:-1])
+
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text that every token but the first adds, by the challenge's rule."""
-        before, target = tokens[:-1], tokens[1:]
-        return self.size[target] + (self.spaced[target] & ~self.special[before])
+        """Bytes of text that every token but the first adds, by the challenge's rule; operations add none."""
+        operation = self.operations(tokens)
+        last_text = np.maximum.accumulate(np.where(operation, 0, np.arange(len(tokens))))
+        before, target = tokens[last_text[:-1]], tokens[1:]
+        sizes = self.size[target] + (self.spaced[target] & ~self.special[before])
+        return np.where(operation[1:], 0, sizes)
 
 
 class Data(NamedTuple):
@@ -110,12 +141,24 @@ class Data(NamedTuple):
         if tokens.max() >= vocab_size or not len(starts) or starts[0] != 0:
             raise AuditError(f"{folder} does not hold documents of {tokenizer}")
         token_bytes = pieces.target_bytes(tokens)
+        if pieces.needs_sidecars:
+            token_bytes = cls.read_sidecars(shards, pieces, tokens, int(token_bytes.sum()))
         if not token_bytes.any():
             raise AuditError(f"{folder} holds no text")
         count = max(1, round(settings["val_doc_fraction"] * len(starts)))
         end = starts[count] if count < len(starts) else len(tokens)
         return cls(tokenizer, shards, pieces, tokens[:end], token_bytes[: end - 1], starts[:count],
                    len(starts), sha256(stream.tobytes()))
+
+    @staticmethod
+    def read_sidecars(shards: list[Path], pieces: Pieces, tokens: np.ndarray, counted: int) -> np.ndarray:
+        """The bytes of all targets by side-cars; AuditError if tokens or the table's count are others."""
+        sizes = np.concatenate([read_shard(sidecar_of(path)) for path in shards]).astype(np.int64)
+        fits = len(sizes) == len(tokens)
+        fits = fits and not sizes[pieces.operations(tokens) | (tokens == pieces.bos)].any()
+        if not fits or abs(sizes.sum() - counted) > 0.01 * counted:
+            raise AuditError(f"{sidecar_of(shards[0])} or another does not hold the bytes of its shard")
+        return sizes[1:]
 
     def document(self, number: int) -> np.ndarray:
         """A document from its BOS on."""
@@ -197,7 +240,7 @@ class Alterations:
         return np.array(text)
 
     def added(self, text: np.ndarray, change: str = "added") -> Case:
-        return Case(-1, np.append(self.pieces.bos, text), 0, change)
+        return Case(-1, np.concatenate([[self.pieces.bos], self.pieces.first, text]).astype(int), 0, change)
 
     def place(self, tokens: np.ndarray) -> int:
         """A token of a document to alter, 0 if it is too short; target j is token j + 1.

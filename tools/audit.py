@@ -41,7 +41,7 @@ import confined
 with command.imports():
     import brotli
     import numpy as np
-    from altered import Alterations, AuditError, Case, Data, choose, read, write_shard
+    from altered import Alterations, AuditError, Case, Data, choose, read, sidecar_of, write_shard
 from finished_runs import CAP_BYTES, CLOCK_SECONDS, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,11 +259,16 @@ class Program:
         (place / self.script.name).write_bytes(self.source)
         (place / "model/final_model.int6.ptz").write_bytes(self.run.artifact)
         shutil.copyfile(self.data.tokenizer, place / "data/tokenizers" / self.data.tokenizer.name)
+        pieces = self.data.pieces
         if tokens is None:
-            for path in self.data.shards:
+            sidecars = map(sidecar_of, self.data.shards) if pieces.needs_sidecars else []
+            for path in (*self.data.shards, *sidecars):
                 shutil.copyfile(path, shards / path.name)
         else:
-            write_shard(shards / "fineweb_val_000000.bin", tokens)
+            shard = shards / "fineweb_val_000000.bin"
+            write_shard(shard, tokens)
+            if pieces.needs_sidecars:  # no raw text belongs to altered documents: what the table says
+                write_shard(sidecar_of(shard), np.append(0, pieces.target_bytes(tokens)))
 
 
 def written(place: Path, name: str, most: int = 0) -> bytes:
@@ -433,7 +438,8 @@ class Audit:
                  f"{name}: {targets} targets, {len(losses)} losses, {good} of them possible")
         if len(losses) != targets:
             raise Incomplete
-        counted = int(self.data.pieces.target_bytes(tokens).sum())
+        token_bytes = self.data.token_bytes if name == "all" else self.data.pieces.target_bytes(tokens)
+        counted = int(token_bytes.sum())
         loss, bpb = float(losses.sum() / targets), float(losses.sum() / (math.log(2) * counted))
         facts = dict(documents=len(starts), tokens=targets, bytes=counted, val_loss=loss, val_bpb=bpb,
                      val_sha256=digest, model_sha256=sha256(self.run.artifact))
