@@ -1,4 +1,6 @@
 """tools/sample.py draws from the distribution that the model is scored by."""
+import itertools
+import json
 import sys
 
 import numpy as np
@@ -8,8 +10,11 @@ import torch
 import train_gpt as tg
 from conftest import ROOT, SMOKE, TINY
 
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "data")]
 import sample
+
+import case_ops
+import prepare
 
 TOKENIZER = SMOKE / "tokenizers/fineweb_1024_bpe.model"
 BEGINNING = [1, 500, 600, 700]
@@ -82,6 +87,29 @@ def test_the_command_prints_the_text_and_its_continuation(finished, capfd):
     assert sample.main(command) == 0 and capfd.readouterr().out == out, "the same again"
     assert sample.main([model, "The café", "--tokens", "0", *tokenizer]) == 0
     assert capfd.readouterr().out == "The café\n"
+
+
+@pytest.mark.parametrize("transform", case_ops.VERSIONS)
+def test_text_with_case_operations_is_read_as_it_was(transform):
+    """Token by token, nothing is shown that changes later, and no marker."""
+    with open(SMOKE / "smoke.jsonl", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"][:600] for line in itertools.islice(lines, 40)]
+    written = (case_ops.encode(text, transform) for text in texts)
+    language = sample.Language(prepare.train_tokenizer(written, 400, 10**6, case_ops.MARKERS), transform)
+    for text in ("The NASA launch. iPhone it is.\nÉ \ue001 end", *texts[:5]):
+        tokens = language.encode(text)
+        for count in range(len(tokens)):
+            shown = language.decode(tokens[:count])
+            assert shown is None or text.startswith(shown), (shown, text[: len(shown) + 5])
+        assert language.decode(tokens) == text.rstrip(" ")
+    operation = language.processor.piece_to_id(case_ops.TITLE)
+    assert language.decode([operation, language.processor.piece_to_id(".")]) is None, "no text is written so"
+
+
+def test_a_transform_belongs_to_its_tokenizer(finished, capfd):
+    model = str(finished / "final_model.int6.ptz")
+    assert sample.main([model, "--tokenizer", str(TOKENIZER), "--case-ops", "v2"]) == 2
+    assert "--case-ops 'v2'" in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,11 @@
 
 The text begins a document, and the continuation ends with the document or after --tokens. The model reads the
 last --window tokens, by default as many as it was trained with. Adapters are off: nothing is learned from the
-text. Without --tokenizer the tokenizer is that of DATA_DIR.
+text. Without --tokenizer the tokenizer is that of DATA_DIR. If that is for case operations, its manifest.json
+or --case-ops says of which form.
 """
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -16,11 +18,13 @@ from typing import Iterator
 
 import command
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 with command.imports():
     import numpy as np
     import torch
 
+    import case_ops
     import train_gpt as tg
 
 
@@ -91,6 +95,43 @@ class Sampler:
             yield token
 
 
+class Language:
+    """A tokenizer, and the transform of the text before it, if there is one."""
+
+    def __init__(self, model: bytes, transform: str):
+        self.processor = tg.lazy_import("sentencepiece").SentencePieceProcessor(model_proto=model)
+        self.transform = transform
+
+    def encode(self, text: str) -> list[int]:
+        return self.processor.encode(case_ops.encode(text, self.transform) if self.transform else text)
+
+    def decode(self, tokens: list[int]) -> str | None:
+        """Their text, as far as it cannot change with what follows; None where it is none yet, or no text."""
+        written = self.processor.decode(tokens).rstrip("\ufffd")  # of a character some bytes may be to come
+        if not self.transform:
+            return written
+        with contextlib.suppress(case_ops.CaseError):
+            return case_ops.decode(written.rstrip(case_ops.MARKERS + " "), self.transform)
+        return None
+
+
+def open_language(args: argparse.Namespace, sampler: Sampler) -> tuple[Language, int]:
+    """(language, BOS). UserError if the tokenizer is not the model's, or of another transform."""
+    path, transform = args.tokenizer, args.case_ops
+    if not path:
+        files = tg.find_data(sampler.cfg, need_train=False)
+        path = files.tokenizer
+        transform = transform or tg.Manifest.read(files.manifest, lambda *line: None).case_ops
+    data = tg.read_file(path)
+    if sampler.tokenizer_sha256 not in ("", tg.sha256(data)):  # older models do not name theirs
+        raise tg.UserError(f"{path} is not the tokenizer that {args.model} was trained with")
+    tokenizer = tg.load_tokenizer(path, sampler.cfg.vocab_size)
+    if bool(tokenizer.markers) != bool(transform) or transform not in ("", *case_ops.VERSIONS):
+        wanted = f"one of {', '.join(case_ops.VERSIONS)}" if tokenizer.markers else "none"
+        raise tg.UserError(f"--case-ops {transform!r}: for {path} it has to be {wanted}")
+    return Language(data, transform), tokenizer.bos
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -126,6 +167,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=whole, default=0, help="of the draws (0)")
     parser.add_argument("--window", type=whole, default=0, help="tokens to read; default: TRAIN_SEQ_LEN")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; default: that of DATA_DIR")
+    parser.add_argument("--case-ops", default="", help="v1, v2 or v3; default: as DATA_DIR's manifest says")
     return parser.parse_args(argv)
 
 
@@ -145,22 +187,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         text = text_to_continue(args)
         sampler = Sampler(args.model, args.window)
-        path = args.tokenizer or tg.find_data(sampler.cfg, need_train=False).tokenizer
-        tokenizer = tg.read_file(path)
-        if sampler.tokenizer_sha256 not in ("", tg.sha256(tokenizer)):  # older models do not name theirs
-            raise tg.UserError(f"{path} is not the tokenizer that {args.model} was trained with")
-        bos = tg.load_tokenizer(path, sampler.cfg.vocab_size).bos
-        processor = tg.lazy_import("sentencepiece").SentencePieceProcessor(model_proto=tokenizer)
-        tokens = [bos, *processor.encode(text)]
-        shown = ""
+        language, bos = open_language(args, sampler)
+        tokens = language.encode(text)
+        shown = language.decode(tokens) or ""
+        shown = text if text.startswith(shown) else shown  # a tokenizer may change text
         print(text, end="", flush=True)
-        drawn = []
-        for token in sampler.continue_text(tokens, bos, args.tokens, args.temperature, args.top_p, args.seed):
-            drawn.append(token)
-            decoded = processor.decode([*tokens[1:], *drawn])[len(processor.decode(tokens[1:])) :]
-            whole_text = decoded.rstrip("\ufffd")  # of a character some bytes may be yet to come
-            print(whole_text[len(shown) :], end="", flush=True)
-            shown = whole_text
+        draws = args.temperature, args.top_p, args.seed
+        for token in sampler.continue_text([bos, *tokens], bos, args.tokens, *draws):
+            tokens.append(token)
+            decoded = language.decode(tokens) or ""
+            if len(decoded) > len(shown):
+                print(decoded[len(shown) :], end="", flush=True)
+                shown = decoded
         print()
     except tg.UserError as error:
         return command.report(error)
