@@ -885,6 +885,24 @@ def test_the_place_of_a_likely_token_is_chosen(data):
     assert beginning == (2, 21)
 
 
+def test_random_texts_hold_nothing_but_text(data):
+    """Padding before a space would be no text that decoding gives back."""
+    sets = alterations(data)
+    drawn = [case.tokens[1:] for case in sets_of(sets)["rest"] if case.change == "random"]
+    assert drawn and not sets.pieces.special[np.concatenate(drawn)].any()
+
+
+def test_documents_shorter_than_a_chunk_are_audited(data, in_process, capsys, tmp_path):
+    """Other cases of `rest` are no tries of a next token, however short they are."""
+    settings = {**TINY, **SHALLOW, "VOCAB_SIZE": VOCAB_SIZE, "ITERATIONS": 3, "TTT_CHUNK_SIZE": 64,
+                "TTT_EVAL_SEQ_LEN": 96, "TTT_BATCH_SIZE": 32}
+    assert tg.main(as_environment({**settings, "DATA_DIR": data, "ARTIFACT_DIR": tmp_path / "run"})) == 0
+    capsys.readouterr()
+    assert min(map(len, alterations(data).documents)) < 64
+    status, lines = verdicts_of(capsys, tmp_path / "run", "--seed", 0, "--skip", *OPTIONAL - {"rest"})
+    assert status == 0, lines
+
+
 def test_altered_documents_are_text_of_their_tokenizer(data):
     """All of them where the script looks for that; it decodes and encodes the first 64 again."""
     tokenizer = tg.load_tokenizer(data / f"tokenizers/fineweb_{VOCAB_SIZE}_bpe.model", VOCAB_SIZE)

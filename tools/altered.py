@@ -88,6 +88,11 @@ class Pieces(NamedTuple):
         return np.setdiff1d(np.arange(len(self.size)), [self.bos, self.unknown])
 
     @property
+    def texts(self) -> np.ndarray:
+        """All ids that stand for text, or for operations on it."""
+        return np.flatnonzero(~self.special)
+
+    @property
     def needs_sidecars(self) -> bool:
         """Whether the bytes of a text do not follow from its tokens."""
         return bool(self.markers) and not self.exact
@@ -210,7 +215,7 @@ class Alterations:
         self.rng = np.random.default_rng(seed)
         self.ends = chunk_ends(max(map(len, documents)), settings)
         counts = np.bincount(np.concatenate(documents), minlength=len(pieces.size))
-        self.frequencies = (counts[pieces.tokens] + 1) / (counts[pieces.tokens] + 1).sum()  # of pieces.tokens
+        self.frequencies = (counts[pieces.texts] + 1) / (counts[pieces.texts] + 1).sum()  # of pieces.texts
 
     def targets(self, depths: list[int]) -> dict[str, int]:
         """About how many targets each set will have, by its name."""
@@ -324,7 +329,7 @@ class Alterations:
         cases += [self.added(self.words(length)) for _ in range(TOKENIZED_AGAIN - half)]
         repeats = -(-RANDOM_TOKENS // sum(map(len, self.documents)))
         for document in self.documents * repeats:
-            text = self.rng.choice(self.pieces.tokens, len(document), p=self.frequencies)
+            text = self.rng.choice(self.pieces.texts, len(document), p=self.frequencies)
             cases.append(self.added(text, "random"))
         for number, (document, length) in enumerate(beginnings):
             beginning = self.documents[document][:length]

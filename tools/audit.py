@@ -559,7 +559,7 @@ class Audit:
         self.compare("causal", "all later documents replaced", scored)
         # Where a token was drawn by its frequency, p / frequency is 1 on average, if all p add up to 1.
         frequencies = np.zeros(len(self.data.pieces.size))
-        frequencies[self.data.pieces.tokens] = self.sets.frequencies
+        frequencies[self.data.pieces.texts] = self.sets.frequencies
         ratios = np.concatenate([np.exp(-losses[: len(case.tokens) - 1]) / frequencies[case.tokens[1:]]
                                  for case, losses in scored if case.change == "random"])
         error = ratios.std() / math.sqrt(len(ratios))
@@ -567,7 +567,7 @@ class Audit:
                  f"{len(ratios)} random tokens: p / frequency {ratios.mean():.3f} +- {error:.3f}, 1 at most")
         for number, (document, length) in enumerate(beginnings):
             tries = {self.token(case.tokens, length): losses[:length] for case, losses in scored
-                     if case.number == -1 - number}
+                     if case.change == "next" and case.number == -1 - number}
             self.every_next_token(document, length, tries)
 
     def token(self, document: np.ndarray, number: int) -> int:
