@@ -439,6 +439,31 @@ def test_a_clock_that_this_hardware_does_not_keep_is_doubted(finished, in_proces
     assert any(line.startswith("NOT CHECKED  clocks") and "99.0 s on like" in line for line in lines), lines
 
 
+@pytest.mark.parametrize("said", [{"clocks": []}, {"clocks": {"scoring": {"seconds": "nan"}}},
+                                  {"settings": [1]}, {"settings": None}])
+def test_what_a_re_score_says_may_be_anything(finished, in_process, capsys, monkeypatch, said):
+    honest_score = audit.Program.score
+
+    def odd_score(*args):
+        rescore = honest_score(*args)
+        return rescore._replace(result={**rescore.result, **said})
+
+    monkeypatch.setattr(audit.Program, "score", odd_score)
+    _, lines = verdicts_of(capsys, finished, "--skip", *OPTIONAL - {"all"})
+    expected = "NOT CHECKED  clocks" if "clocks" in said else "FAIL         origin"
+    assert any(line.startswith(expected) for line in lines), lines
+
+
+def test_odd_lines_of_the_kernel_are_objects(monkeypatch):
+    """The description of a key may hold anything, also the end of a line."""
+    lines = ["25373f77 I--Q--- 1 perm 3f010000 0 0 user word", "bar: 3", "",
+             "19a19493 I--Q--- 1 perm 1f3f0000 0 65534 keyring _uid_ses.0: 1",
+             "31b26bc4 IR-Q--- 1 perm 1f3f0000 0 65534 user gone: 1"]
+    found = [line.split() for line in lines]
+    monkeypatch.setattr(confined, "rows", lambda path: found if "keys" in path else [])
+    assert confined.kernel_objects() == {"key 25373f77 word", "key bar:"}
+
+
 def test_a_run_does_not_choose_which_caveats_it_has_to_state(finished, in_process, capsys, tmp_path):
     said = json.loads((finished / "result.json").read_text())
     phases = {name: seconds for name, seconds in said["phases"].items() if name != "report"}

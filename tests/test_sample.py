@@ -95,7 +95,8 @@ def test_text_with_case_operations_is_read_as_it_was(transform):
     with open(SMOKE / "smoke.jsonl", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"][:600] for line in itertools.islice(lines, 40)]
     written = (case_ops.encode(text, transform) for text in texts)
-    language = sample.Language(prepare.train_tokenizer(written, 400, 10**6, case_ops.MARKERS), transform)
+    model = prepare.train_tokenizer(written, 400, 10**6, case_ops.MARKERS)
+    language = sample.Language(prepare.open_tokenizer(model, "the tokenizer"), transform)
     for text in ("The NASA launch. iPhone it is.\nÉ \ue001 end", *texts[:5]):
         tokens = language.encode(text)
         for count in range(len(tokens)):

@@ -193,6 +193,12 @@ def test_what_is_finished_is_not_run_again(call):
     assert out.split("\n\n")[1:] == first[1].split("\n\n")[1:]
 
 
+def test_what_else_lies_beside_runs_is_no_run(call):
+    call(TABLE)
+    shutil.copytree("runs/table/base/seed0", "runs/table/base/seed0-of-2025")
+    assert call(TABLE)[0] == 0
+
+
 def test_variants_and_seeds_may_be_added(call):
     call(TABLE)
     diary()

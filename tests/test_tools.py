@@ -322,6 +322,11 @@ def test_products_have_the_operations_of_the_model_s_matrices():
     assert work["attention"].operations == 3 * 3.5 * 4 * 64 * attended
 
 
+def test_every_kernel_of_the_script_belongs_to_a_part():
+    kernels = re.findall(r"def (\w+_program)\(", (ROOT / "train_gpt.py").read_text())
+    assert {floors.part_of(kernel) for kernel in kernels} == {*floors.PARTS} - {"attention", "all else"}
+
+
 def test_no_part_was_ever_faster_than_its_floor():
     """By the logged profile of an H200, whose kernels nearly all belong to a part."""
     log = (ROOT / "logs/profiles/2026-11-24_1xH200_step-another-card.txt").read_text()

@@ -137,8 +137,11 @@ class Moved(NamedTuple):
 
     def shift(self) -> float:
         """How far the mean may lie from 0 on a GPU: there is a limit to what a script's own noise excuses."""
-        few = 4 * COARSE / math.sqrt(max(1, self.targets))  # the mean of few targets is as uncertain
-        return max(DRIFT, min(4 * self.error, max(MOST_DRIFT, few)))
+        return max(DRIFT, min(4 * self.error, max(MOST_DRIFT, self.of_few())))
+
+    def of_few(self) -> float:
+        """How uncertain the mean of so many targets is, with as much noise as a GPU may have."""
+        return 4 * COARSE / math.sqrt(max(1, self.targets))
 
     def __str__(self) -> str:
         if not self.targets:
@@ -395,7 +398,7 @@ class Audit:
             total = len(code) + len(model)
             facts |= {"code_bytes": len(code), "packed_sha256": sha256(code), "total_bytes": total}
         wrong = differing(said, facts)
-        counted = packed.is_file() and (is_ours(code) if ours else self.program.source == code)
+        counted = packed.is_file() and (self.program.source == code or ours and is_ours(code))
         passed = True if counted else None
         self.add("size", False if wrong or total > CAP_BYTES else passed,
                  f"code {total - len(model)} + model {len(model)} = {total} bytes of {CAP_BYTES}"
@@ -453,14 +456,18 @@ class Audit:
 
     def compare_statements(self, said: dict[str, Any]):
         """Whether the artifact has the settings that result.json says, and its scoring clock is likely."""
-        ours, theirs = ({name: value for name, value in dict(result.get("settings") or {}).items()
-                         if name not in OF_A_RUN} for result in (said, self.run.result))
+        settings = said.get("settings")
+        given = settings if isinstance(settings, dict) else {}
+        ours, theirs = ({name: value for name, value in values.items() if name not in OF_A_RUN}
+                        for values in (given, self.run.result["settings"]))
         wrong = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if wrong:
             self.add("origin", False, f"result.json and the artifact differ in settings: {' '.join(wrong)}")
         if said.get("hardware") == self.run.result["hardware"]:
-            seconds, then = float(said["clocks"]["scoring"]["seconds"]), self.run.clocks["scoring"]
-            if seconds > 3 * then + 10:
+            seconds, then = math.inf, self.run.clocks["scoring"]
+            with contextlib.suppress(Exception):  # whatever foreign values lead to
+                seconds = float(said["clocks"]["scoring"]["seconds"])
+            if not seconds <= 3 * then + 10:
                 self.add("clocks", None, f"scoring takes {seconds:.1f} s on like hardware, not {then:.1f}")
 
     def score_cases(self, name: str, cases: list[Case]) -> list[tuple[Case, np.ndarray]]:
@@ -519,7 +526,7 @@ class Audit:
         moved = Moved.of(list(zip(others, theirs)))
         alike = moved.little(4 * COARSE if self.gpu else None)
         if self.gpu:  # what widens its own noise gains no room by that
-            alike = alike and abs(moved.mean) <= max(DRIFT, 4 * COARSE / math.sqrt(moved.targets))
+            alike = alike and abs(moved.mean) <= max(DRIFT, moved.of_few())
         doubt = "" if self.whole else "; other documents were not compared"
         doubt = doubt if alike else "; WHAT IT DOES OTHERWISE HAS TO BE READ"
         self.add("as this script", None if doubt else True,
@@ -601,7 +608,8 @@ class Audit:
         closed = all(self.confined) and not open_to_it
         self.add("confined", True if closed else None,
                  "it could create files in its own folder only, and not read the true data" if closed else
-                 "it could read the true data or write elsewhere: without Landlock, or among the software")
+                 "it could read the true data or write elsewhere: without Landlock, among the software, or "
+                 "with objects in the kernel from before")
 
 
 def write_verdicts(path: Path, audit: Audit):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 with command.imports("requirements-gpu.txt"):
     import torch
-    from floors import exclusion_rows, heads_rows
+    from floors import ENTRY_ROWS, SKIP_ROWS, exclusion_rows, heads_rows
 
     import train_gpt as tg
     from bench_step import ceilings, kernel_times
@@ -45,8 +45,9 @@ def make_cases(T: int, draw: Callable) -> dict[str, Case]:
     return {
         "heads": Case(*heads_case(T, H, K, E, R, draw), *(n * row for n in heads_rows(CFG)), 0),
         "exclusion": Case(*exclude_case(T, H, K, E, draw), *(n * row for n in exclusion_rows(CFG)), 0),
-        "entry": Case(*entry_case(T, D, draw), 4 * row, 7 * row, 0),
-        "entry with a skip": Case(*entry_case(T, D, draw, skip=True), 5 * row, 9 * row, 0),
+        "entry": Case(*entry_case(T, D, draw), *(n * row for n in ENTRY_ROWS), 0),
+        "entry with a skip": Case(*entry_case(T, D, draw, skip=True),
+                                  *((n + more) * row for n, more in zip(ENTRY_ROWS, SKIP_ROWS)), 0),
         "MLP sublayer": Case(*mlp_case(T, D, M, draw), 14 * row, 28 * row, 4 * T * D * M),
         "head and loss": Case(*loss_case(T, D, V, draw), 48 * row, 34 * row, 2 * T * D * V),
     }

@@ -148,9 +148,12 @@ def kernel_objects() -> set[str]:
     found = set()
     for kind in "shm", "msg", "sem":
         found |= {f"{kind} {' '.join(row[:2])}" for row in rows(f"/proc/sysvipc/{kind}")[1:]}
-    keys = [row for row in rows("/proc/keys") if not set("RDi") & set(row[1])]  # neither revoked nor dead
-    words = [row for row in keys if row[7] != "keyring" or row[8][0] not in "._"]  # those are the kernel's
-    return found | {f"key {row[0]} {row[8]}" for row in words}
+    for row in filter(None, rows("/proc/keys")):
+        number, flags, *_, kind, description = (row + [" "] * 8)[:9]  # a description may hold ends of lines
+        is_the_kernels = kind == "keyring" and description[0] in "._"
+        if not set("RDi") & set(flags) and not is_the_kernels:  # it is neither revoked nor dead
+            found.add(f"key {number} {description}".strip())
+    return found
 
 
 def rows(path: str) -> list[list[str]]:

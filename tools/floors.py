@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 PARTS = {  # of a micro-batch, by what the names of their kernels contain; the first that fits
     "attention": r"flash",
     "heads": r"heads_program",
-    "entry": r"enter_program",
+    "entry": r"ent(er|ry)_program",
     "join": r"join_program",
     "exclusion": r"exclude_program",
-    "loss": r"nll_program",
+    "loss": r"(nll|loss)_program",
     "matrix products": r"mlp_program|nvjet|splitKreduce|gemm|cutlass",
     "all else": r"",
 }
+
+
+ENTRY_ROWS, SKIP_ROWS = (4, 7), (1, 2)  # of the entry kernel forward and backward; more of them with a skip
 
 
 class Work(NamedTuple):
@@ -69,7 +72,7 @@ def work_of(cfg: Any, visits: int, skips: int, lanes: int, span_lengths: Any) ->
     return {
         "attention": Work(operations=3.5 * visits * 4 * D * squares / 2),
         "heads": Work(rows=visits * sum(heads_rows(cfg))),
-        "entry": Work(rows=11 * visits + 3 * skips),
+        "entry": Work(rows=visits * sum(ENTRY_ROWS) + skips * sum(SKIP_ROWS)),
         "join": Work(rows=8 * visits - 3 * lanes),
         "exclusion": Work(rows=visits * sum(exclusion_rows(cfg))),
         "loss": Work(rows=2 * V / D),  # logits are read, their gradient is written

@@ -14,7 +14,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import command
 
@@ -98,8 +98,8 @@ class Sampler:
 class Language:
     """A tokenizer, and the transform of the text before it, if there is one."""
 
-    def __init__(self, model: bytes, transform: str):
-        self.processor = tg.lazy_import("sentencepiece").SentencePieceProcessor(model_proto=model)
+    def __init__(self, processor: Any, transform: str):
+        self.processor = processor  # sentencepiece's
         self.transform = transform
 
     def encode(self, text: str) -> list[int]:
@@ -122,14 +122,13 @@ def open_language(args: argparse.Namespace, sampler: Sampler) -> tuple[Language,
         files = tg.find_data(sampler.cfg, need_train=False)
         path = files.tokenizer
         transform = transform or tg.Manifest.read(files.manifest, lambda *line: None).case_ops
-    data = tg.read_file(path)
-    if sampler.tokenizer_sha256 not in ("", tg.sha256(data)):  # older models do not name theirs
-        raise tg.UserError(f"{path} is not the tokenizer that {args.model} was trained with")
     tokenizer = tg.load_tokenizer(path, sampler.cfg.vocab_size)
+    if sampler.tokenizer_sha256 not in ("", tokenizer.sha256):  # older models do not name theirs
+        raise tg.UserError(f"{path} is not the tokenizer that {args.model} was trained with")
     if bool(tokenizer.markers) != bool(transform) or transform not in ("", *case_ops.VERSIONS):
         wanted = f"one of {', '.join(case_ops.VERSIONS)}" if tokenizer.markers else "none"
         raise tg.UserError(f"--case-ops {transform!r}: for {path} it has to be {wanted}")
-    return Language(data, transform), tokenizer.bos
+    return Language(tokenizer.processor, transform), tokenizer.bos
 
 
 def fraction(text: str) -> float:

@@ -31,6 +31,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -134,7 +135,8 @@ class Sweep:
         names = [variant.name for variant in variants]
         self.names = [*dict.fromkeys([*names, *read_definitions(folder)])]  # others are in the tables, too
         self.finished = {(name, int(path.name.removeprefix("seed"))): read_finished(path)
-                         for name in self.names for path in sorted((folder / name).glob("seed*[0-9]"))}
+                         for name in self.names for path in sorted((folder / name).glob("seed*"))
+                         if re.fullmatch(r"seed\d{1,18}", path.name)}
         seeds = dict.fromkeys(seed for variant in variants for seed in variant.seeds)
         wanted = [(name, seed) for seed in seeds for name, *_, own in variants if seed in own]
         self.to_come = [key for key in wanted if key not in self.finished]
