@@ -237,8 +237,9 @@ class Config:
         """
         knobs = {field.name.upper(): field for field in dataclasses.fields(cls)}
         refuse_unknown_variables(env, knobs)
+        saveable = cls().to_save()
         for name in saved:
-            if name.upper() not in knobs or name in cls.names("run"):
+            if name not in saveable:
                 raise UserError(f"EVAL_ONLY_PATH: another version of this script made it: what is {name}?")
         preset = env.get("PRESET", "")
         if preset not in PRESETS:
@@ -672,7 +673,7 @@ def find_sidecars(val: list[Path]) -> list[Path]:
     A side-car has the form of a shard. Its entries are the bytes of the shard's tokens in the raw text.
     """
     paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in val]
-    return [path for path in paths if path.is_file()]
+    return list(filter(Path.is_file, paths))
 
 def find_data(cfg: Config, need_train: bool) -> DataFiles:
     """Locate tokenizer and shards by name, without opening any. UserError says what is missing, and where."""
@@ -1119,17 +1120,16 @@ class Validation(NamedTuple):
         for start, length in zip(self.starts[first::step], self.lengths[first::step]):
             yield self.tokens[start : start + length + 1]
 
-def read_sidecars(paths: list[Path], tokenizer: Tokenizer, stream):
+def read_sidecars(paths: list[Path], tokenizer: Tokenizer, stream, counted):
     """Bytes of the raw text that every token of a stream stands for, (len(stream),). UserError if not of it.
 
-    They are the count for a tokenizer that does not give the raw text back; the table is near.
+    They are the count for a tokenizer that does not give the raw text back; `counted` is by its pieces.
     """
     sizes = np.concatenate([open_shard(path) for path in paths]).astype(np.int64)
     if len(sizes) != len(stream):
         raise UserError(f"{paths[0]} and others have {len(sizes)} entries for {len(stream)} tokens")
     if sizes[tokenizer.is_silent(stream) | (stream == tokenizer.bos)].any():
         raise UserError(f"{paths[0]} or another gives bytes to a BOS or to a marker")
-    counted = tokenizer.target_bytes(stream).sum()
     if abs(sizes.sum() - counted) > 0.01 * counted:
         raise UserError(f"{paths[0]} and others have {sizes.sum()} bytes, but the table of pieces {counted}")
     return sizes
@@ -1142,6 +1142,7 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
         check_tokens(shard, cfg.vocab_size, path)
     stream = np.concatenate(shards)
     tokens = stream.astype(np.int64)
+    by_pieces = tokenizer.target_bytes(tokens)
     # 2) Find the documents, and keep the first ones if VAL_DOC_FRACTION says so.
     starts = np.flatnonzero(tokens == tokenizer.bos)
     if not len(starts) or starts[0] != 0:
@@ -1155,7 +1156,7 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
     documents = np.split(tokens, starts[1:65])
     tokenizer.check_source(documents[:-1] or documents, paths[0])  # the last one may be cut
     # 3) Count the bytes of every target: by the pieces, or by side-cars where these cannot tell.
-    token_bytes = tokenizer.target_bytes(tokens)
+    token_bytes = by_pieces[: len(tokens) - 1]
     if not token_bytes.sum():
         raise UserError(f"{paths[0]}: the validation documents hold no text")
     heard = tokens[~tokenizer.is_silent(tokens)]
@@ -1163,7 +1164,7 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
     begin_with_space = int(tokenizer.leading_space[first].sum())
     sidecars = find_sidecars(paths)
     if sidecars and tokenizer.changes():
-        token_bytes = read_sidecars(sidecars, tokenizer, stream)[1 : len(tokens)]
+        token_bytes = read_sidecars(sidecars, tokenizer, stream, by_pieces.sum())[1 : len(tokens)]
         begin_with_space = 0
     return Validation(tokens, token_bytes, starts, lengths, begin_with_space, sha256(stream.tobytes()))
 
