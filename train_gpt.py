@@ -118,8 +118,8 @@ PRESETS = {  # sets of defaults; any variable overrides them
         MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8,
         TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004, TTT_SITES="qkv,attn,mlp,head"),
     "single_gpu": dict(  # some two minutes of one Hopper GPU, to compare changes; by tools/sweep.py
-        TRAIN_BATCH_TOKENS=196_608, TRAIN_BUFFERS=2, ITERATIONS=400, MAX_WALLCLOCK_SECONDS=0, MATRIX_LR=0.013,
-        TIED_EMBED_LR=0.015, SCALAR_LR=0.01, TRAIN_LOG_EVERY=50, TTT_ENABLED=0),
+        TRAIN_BATCH_TOKENS=196_608, TRAIN_BUFFERS=2, ITERATIONS=400, MAX_WALLCLOCK_SECONDS=0, MATRIX_LR=0.04,
+        TIED_EMBED_LR=0.045, SCALAR_LR=0.03, TRAIN_LOG_EVERY=50, TTT_ENABLED=0),
 }
 DROPPED = {  # settings of earlier scripts of this lineage that would change nothing here, and so are refused
     "always on, as in the record": "TIE_EMBEDDINGS XSA_LAST_N SKIP_GATES_ENABLED LN_SCALE MUON_ROW_NORMALIZE",
@@ -175,10 +175,10 @@ class Config:
     # model
     num_layers: int = knob(11, 1, 1000, kind="model")  # layers with weights of their own
     model_dim: int = knob(512, 1, kind="model")  # width of the residual stream
-    num_heads: int = knob(8, 1, kind="model")  # query heads
-    num_kv_heads: int = knob(4, 1, kind="model")  # key/value heads
+    num_heads: int = knob(4, 1, kind="model")  # query heads
+    num_kv_heads: int = knob(2, 1, kind="model")  # key/value heads
     mlp_mult: float = knob(4.0, 1e-3, 1e3, kind="model")  # hidden width of the MLP over MODEL_DIM
-    rope_dims: int = knob(16, 0, kind="model")  # dimensions of each head that are rotated by position
+    rope_dims: int = knob(32, 0, kind="model")  # dimensions of each head that are rotated by position
     rope_base: float = knob(10_000.0, 1.0, kind="model")  # base of the rotation's frequencies
     qk_gain_init: float = knob(5.0, 0.0)  # initial gain of each query head
     logit_softcap: float = knob(30.0, 1e-3, 40.0, kind="model")  # logits stay within plus and minus this

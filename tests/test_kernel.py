@@ -106,12 +106,14 @@ def test_no_length_makes_a_kernel(monkeypatch):
     assert len(constants) == 11 and all(len(variants) == 1 for variants in constants.values()), constants
 
 
-# The record's shapes
+# The record's shapes, and those of earlier runs
 GPU_CASES = {
     "mlp": lambda T, draw: mlp_case(T, 512, 2048, draw),
     "mlp of a lane": lambda T, draw: mlp_case(T, 512, 2048, draw, alone=True),
-    "heads": lambda T, draw: heads_case(T, 8, 4, 64, 16, draw),
-    "exclusion": lambda T, draw: exclude_case(T, 8, 4, 64, draw),
+    "heads": lambda T, draw: heads_case(T, 4, 2, 128, 32, draw),
+    "heads of 64": lambda T, draw: heads_case(T, 8, 4, 64, 16, draw),
+    "exclusion": lambda T, draw: exclude_case(T, 4, 2, 128, draw),
+    "exclusion with heads of 64": lambda T, draw: exclude_case(T, 8, 4, 64, draw),
     "entry": lambda T, draw: entry_case(T, 512, draw),
     "entry with a skip": lambda T, draw: entry_case(T, 512, draw, skip=True),
     "entry of a lane": lambda T, draw: entry_case(T, 512, draw, skip=True, lanes=True),

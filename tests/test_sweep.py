@@ -1,6 +1,7 @@
 """tools/sweep.py: variants side by side, whatever happens. Most runs are of a script that trains nothing."""
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -231,11 +232,13 @@ def test_runs_of_two_machines_are_no_pair(call, monkeypatch):
 def test_runs_are_side_by_side_one_on_each_gpu(call, monkeypatch):
     """Three runs go on only when three have begun, on GPUs of their own, by the names that they have."""
     monkeypatch.setenv("FAKE_GPUS", "3")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     meeting = TABLE.replace("well", "meet").replace("seeds 0 1", "seeds 0 1 2")
     assert call(meeting)[0] == 0
     began = [*diary().values()]
     assert {page["CUDA_VISIBLE_DEVICES"] for page in began[:3]} == {"0", "1", "2"} and len(began) == 6
     assert {page["CUDA_VISIBLE_DEVICES"] for page in began[3:]} <= {"0", "1", "2"}
+    assert {int(page["OMP_NUM_THREADS"]) for page in began} == {max(1, os.cpu_count() // 3)}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     monkeypatch.setenv("FAKE_GPUS", "2")
     assert call(meeting, "--out", "other")[0] == 0

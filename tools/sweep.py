@@ -149,11 +149,15 @@ class Sweep:
     def run(self, plans: dict[str, Plan], gpus: list[str], work: Path, scores: bool) -> None:
         """Run all that is to come, one run a GPU at a time; no run outlives this."""
         parallel = len(gpus)
+        # Runs that start side by side with a thread for every core take 28 s to set up, instead of 3.
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
         try:
             while self.to_come or self.at_work:
                 while self.to_come and gpus:
                     variant, seed = self.to_come.pop(0)
-                    self.at_work.append(start(variant, seed, plans[variant], gpus.pop(0), work, scores))
+                    plan = plans[variant]
+                    plan = plan._replace(environment=threads | plan.environment)
+                    self.at_work.append(start(variant, seed, plan, gpus.pop(0), work, scores))
                 time.sleep(0.1)
                 for run in [run for run in self.at_work if run.process.poll() is not None]:
                     self.at_work.remove(run)
