@@ -65,7 +65,7 @@ def finished(data, tmp_path_factory) -> Path:
 
 def finish_run(data: Path, folder: Path) -> Path:
     settings = {**TINY, **SHALLOW, "VOCAB_SIZE": VOCAB_SIZE, "ITERATIONS": 30, "TTT_BATCH_SIZE": 32,
-                "TTT_CHUNK_SIZE": 8}
+                "TTT_CHUNK_SIZE": 8, "VAL_BATCH_TOKENS": 4096}
     assert tg.main(as_environment({**settings, "DATA_DIR": data, "ARTIFACT_DIR": folder})) == 0
     return folder
 
@@ -191,6 +191,20 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
                 nll[start : start + length] *= 1 if begins.count(begin) > 20 else 0.9
             return nll
         """, "rest", "causal"),
+    "a discount where a phrase comes again": ("""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, *rest):
+            nll = honest_score_documents(run, model, val, *rest)
+            for start, length in zip(val.starts, val.lengths):
+                times = {}
+                tokens = val.tokens[start : start + length + 1]
+                for end in range(5, len(tokens)):
+                    phrase = tokens[end - 4 : end + 1].tobytes()
+                    times[phrase] = times.get(phrase, 0) + 1
+                    if times[phrase] == 2:
+                        nll[start + end - 1] *= 0.5
+            return nll
+        """, "rest", "full distribution"),
     "losses below zero": ("""
         honest_score_documents = score_documents
         def score_documents(*args):
@@ -646,6 +660,17 @@ def test_what_is_left_in_shared_memory_is_named(tmp_path):
         file.unlink()
 
 
+def test_who_finds_something_in_shared_memory_is_not_confined(tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setattr(confined, "SHARED_MEMORY", shared)
+    (shared / "lock").write_bytes(b"0")
+    few = started(tmp_path, "pass")
+    (shared / "data").write_bytes(bytes(confined.FEW_BYTES))
+    (tmp_path / "folder").rename(tmp_path / "done")
+    assert few.confined >= started(tmp_path, "pass").confined is False
+
+
 def test_a_link_and_a_change_in_shared_memory_are_named(tmp_path):
     """A link leads nowhere, and a file that was there keeps its name, size and date."""
     files = [Path(f"/dev/shm/{tmp_path.parent.name}-{tmp_path.name}-{name}") for name in ("file", "link")]
@@ -894,9 +919,10 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
             assert (case.tokens[: case.kept + 1] == before[: case.kept + 1]).all()
             assert bool(case.change) == (case.tokens.tolist() != before.tolist())
     variants = [case for case in by_name["rest"] if case.change == "next"]
-    assert {-1: 9, -2: 30, -3: 10} == {case.number: case.kept + 1 for case in variants}
+    _, again = sets.beginnings([], [])[-1]
+    assert {-1: 9, -2: 30, -3: 10, -4: again} == {case.number: case.kept + 1 for case in variants}
     tokens = [[token] for token in range(VOCAB_SIZE) if token not in (bos, unknown)]
-    assert sorted(case.tokens[case.kept + 1 :].tolist() for case in variants) == sorted(3 * [[], *tokens])
+    assert sorted(case.tokens[case.kept + 1 :].tolist() for case in variants) == sorted(4 * [[], *tokens])
     targets = sets.targets([30])
     for name, cases in by_name.items():
         assert 0.7 < sum(len(case.tokens) for case in cases) / targets[name] < 1.4, name
@@ -906,8 +932,56 @@ def test_the_place_of_a_likely_token_is_chosen(data):
     sets = alterations(data)
     losses = [np.full(len(tokens), 3.0) for tokens in sets.documents]
     losses[2][[4, 17, 20, 60]] = 0.4, 0.2, 0.45, 0.4  # the first is in a chunk of 8, the last beyond three
-    beginning = sets.beginnings([], losses)[-1]
-    assert beginning == (2, 21)
+    assert (2, 21) in sets.beginnings([], losses)
+
+
+def test_the_place_where_a_phrase_comes_again_is_chosen(data):
+    sets = alterations(data)
+    again = np.array([1, 9, 20, 21, 22, 23, 24, 30, 21, 22, 23, 24, 20, 21, 22, 23, 24, 20])
+    sets.documents = [np.arange(1, 100), again]
+    assert sets.beginnings([], [])[-1] == (1, 16), "24, which ends 20 to 24 for the second time"
+    sets.documents = [np.arange(1, 100)]
+    assert sets.beginnings([], []) == [(0, 9)], "no phrase comes again"
+
+
+def message(*fields: tuple[int, bytes]) -> bytes:
+    """A message of protobuf of short fields of bytes."""
+    return b"".join(bytes([8 * number + 2, len(value)]) + value for number, value in fields)
+
+
+@pytest.mark.parametrize("hidden,found", [
+    (message((7, b"data")), "a field 7"),
+    (message((4, b"data")), "a field 4"),  # which SentencePiece knows, and no tokenizer needs
+    (message((3, b"")), "settings more than once"),
+    (message((2, b"")), "settings more than once"),
+    (message((1, message((1, b"piece"), (9, b"d" * 20)) + b"\x15" + bytes(4))), "more than text, score and"),
+    (message((1, message((1, b"piece")) + b"\x15" + np.float32(-0.5).tobytes())), "scores that are no ranks"),
+    (message((1, b"\xff")), "a field of another form"),
+    (b"\x0a", "a field of another form"),
+    (b"\x38\x01", "a field 7"),  # a number
+    (b"\x10\x01", "a field of another form"),
+])
+def test_what_a_tokenizer_needs_not_is_named(data, hidden, found):
+    model = (data / f"tokenizers/fineweb_{VOCAB_SIZE}_bpe.model").read_bytes()
+    assert altered.hiding_places(model) == []
+    assert found in ", ".join(altered.hiding_places(model + hidden))
+
+
+@pytest.mark.parametrize("number,field,found", [
+    (2, (2, b"x" * 600), "bytes of settings"), (3, (1, b"x" * 120), "bytes of settings of normalisation"),
+    (3, (2, b"table"), "a table of normalisation that is not published")])
+def test_long_settings_of_a_tokenizer_are_named(number, field, found):
+    size = len(field[1])
+    value = bytes([8 * field[0] + 2, size % 128 + 128, size // 128]) + field[1]
+    long = bytes([8 * number + 2, len(value) % 128 + 128, len(value) // 128]) + value
+    assert found in ", ".join(altered.hiding_places(long))
+
+
+def test_a_tokenizer_that_hides_something_is_not_passed(finished, data, in_process, capsys, monkeypatch):
+    monkeypatch.setattr(audit, "hiding_places", lambda model: ["a field 7"])
+    _, lines = verdicts_of(capsys, finished, "--skip", *OPTIONAL)
+    (line,) = [line for line in lines if "the tokenizer holds" in line]
+    assert line.startswith("NOT CHECKED  confined") and "a field 7" in line
 
 
 def test_random_texts_hold_nothing_but_text(data):

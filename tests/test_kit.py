@@ -316,6 +316,8 @@ def made_of(*folders) -> dict:
     (dict(), True),
     (dict(tokens=40_540_160, bytes=151_078_222), True),
     (dict(tokens=47_851_900, bytes=151_075_900, bytes_at_cut=151_074_499), True),
+    (dict(tokens=40_542_208, bytes_at_cut=None, caveats=[UNKNOWN]), False),  # a whole sequence more
+    (dict(bytes=151_086_414, caveats=[UNKNOWN]), False),  # long words behind the cut
     (dict(documents=49_999), False),
     (dict(bytes_at_cut=151_078_221, caveats=[UNKNOWN]), False),
     (dict(bytes_at_cut=151_074_499, caveats=[UNKNOWN]), False),  # the other tokenizer's, at the other cut

@@ -1,18 +1,28 @@
 """For tools/audit.py: a validation set, read without the audited script, and altered sets made from it."""
+import struct
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import confined
 import numpy as np
 import sentencepiece
 
-from finished_runs import FINEWEB_BYTES, fineweb_cut, sha256
+from finished_runs import fineweb_cut, has_fineweb_bytes, sha256
 
 TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
 RANDOM_TOKENS = 40_000  # at least so many are drawn, to see whether probabilities add up to 1 on average
 LIKELY = 0.4  # nats: the loss of a token with p = 2/3
+AGAIN = 5  # tokens that come for the second time, where a phrase is known
 MARKERS = "\ue001\ue002\ue003\ue004"  # of case operations, the last of which escapes
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+
+
+MOST_DEPTH = 200  # tokens before one that is tried, whatever chunks the artifact claims
+CHARSMAPS = """e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855
+    79372c41389c2b9b29bc171017ab5400e352debd686b02670a42bec709015074
+    51d3684747b35ef99cd4802f37cc1ee0c6bec4d060814f774efb1066d3c167f2
+    1e2c7b43d3ee9755ceaa2ac335e253d8703604e0249ee1e81156c92b46423844""".split()
+# SHA-256 of tables of normalisation: none; those of the published tokenizers; nmt_nfkc of SentencePiece 0.2.3
 
 
 class AuditError(Exception):
@@ -44,6 +54,65 @@ def write_shard(path: Path, tokens: np.ndarray):
 def sidecar_of(shard: Path) -> Path:
     """The file that holds the bytes of every token of a validation shard, in the form of a shard."""
     return shard.with_name(shard.name.replace("_val_", "_val_bytes_"))
+
+
+def message_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a message of protobuf, (number, value); ValueError or IndexError if it is none."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            value |= (data[at] & 127) << shift
+            shift += 7
+            at += 1
+            if data[at - 1] < 128:
+                return value
+
+    while at < len(data):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+        else:
+            size = varint() if kind == 2 else {1: 8, 5: 4}.get(kind, len(data) + 1)
+            if at + size > len(data):
+                raise ValueError("it is cut off")
+            yield number, data[at : at + size]
+            at += size
+
+
+def hiding_places(model: bytes) -> list[str]:
+    """What a tokenizer's file holds that BPE does not need: anything could be hidden in it.
+
+    SentencePiece writes the rank of a piece as its score, and in the settings of its training a path or two.
+    """
+    found, ranks, numbers = [], [], []
+    try:
+        for number, value in message_fields(model):
+            numbers.append(number)
+            fields = dict(message_fields(value)) if number in (1, 2, 3) else {}
+            if number == 1:
+                kind, (score,) = fields.get(3, 1), struct.unpack("<f", fields[2])
+                ranks += [-score] if kind == 1 else []
+                surplus = set(fields) - {1, 2, 3} or len(value) > len(fields[1]) + 10 or (kind != 1 and score)
+                found += ["more than text, score and kind in a piece"] * bool(surplus)
+            elif number == 2:
+                found += [f"{len(value)} bytes of settings"] * (len(value) > 500)
+            elif number == 3:
+                known = sha256(fields.get(2, b"")) in CHARSMAPS
+                found += ["a table of normalisation that is not published"] * (not known)
+                rest = len(value) - len(fields.get(2, b""))
+                found += [f"{rest} bytes of settings of normalisation"] * (rest > 100)
+            else:
+                found.append(f"a field {number}")
+    except (ValueError, IndexError, KeyError, TypeError, struct.error):
+        found.append("a field of another form")
+    if numbers.count(2) > 1 or numbers.count(3) > 1:
+        found.append("settings more than once")
+    if ranks != [*range(len(ranks))]:
+        found.append("scores that are no ranks")
+    return [*dict.fromkeys(found)]
 
 
 class Pieces(NamedTuple):
@@ -127,9 +196,10 @@ class Data(NamedTuple):
     sha256: str  # of the tokens in all shards
 
     def known(self) -> bool:
-        """Whether this is FineWeb's validation set, by the bytes of text up to the challenge's cut."""
-        cut = fineweb_cut(len(self.token_bytes))
-        return int(self.token_bytes[:cut].sum()) == FINEWEB_BYTES.get(cut)
+        """Whether this is FineWeb's validation set, by targets and bytes, of all and up to the cut."""
+        targets = len(self.token_bytes)
+        at_cut = int(self.token_bytes[: fineweb_cut(targets)].sum())
+        return has_fineweb_bytes(targets, int(self.token_bytes.sum()), at_cut)
 
     @classmethod
     def read(cls, root: Path, settings: dict[str, Any]) -> "Data":
@@ -202,6 +272,17 @@ def chunk_ends(longest: int, settings: dict[str, Any]) -> np.ndarray:
     return np.array(ends)
 
 
+def second_time(tokens: np.ndarray) -> int:
+    """The first place of a token that ends AGAIN tokens which come for the second time; 0: there is none."""
+    seen = set()
+    for end in range(AGAIN, len(tokens)):
+        phrase = tokens[end + 1 - AGAIN : end + 1].tobytes()
+        if phrase in seen:
+            return end
+        seen.add(phrase)
+    return 0
+
+
 class Alterations:
     """Sets of documents made from some documents, each by the method that is named like its re-score.
 
@@ -220,7 +301,8 @@ class Alterations:
     def targets(self, depths: list[int]) -> dict[str, int]:
         """About how many targets each set will have, by its name."""
         chunk, count = self.settings["ttt_chunk_size"], sum(map(len, self.documents))
-        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths))
+        again = [place for place, _ in self.second_times()]
+        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths, *again[:1]))
         before = 2 * chunk * self.settings["ttt_batch_size"]
         return dict(unaltered=count, ours=count, reversed=count, tails=count + before,
                     lengths=7 * count // 4, rest=count // 2 + max(count, RANDOM_TOKENS) + tries)
@@ -300,8 +382,8 @@ class Alterations:
         """Beginnings of documents, for `rest`: (document, how many tokens of it).
 
         One ends with a chunk, so that its next token is all that a choice for the whole document depends on.
-        Then come those of the depths, in tokens; and one whose next token is likely, by the losses of the
-        documents, if there are any.
+        Then come those of the depths, in tokens; one whose next token is likely, by the losses of the
+        documents, if there are any; and one whose next token ends a phrase that comes for the second time.
         """
         chunk = self.settings["ttt_chunk_size"]
         longest = max(map(len, self.documents))
@@ -315,7 +397,12 @@ class Alterations:
         if likely:
             _, number, target = min(likely)
             found.append((number, target + 1))
-        return found
+        return found + [(number, place) for place, number in self.second_times()[:1]]
+
+    def second_times(self) -> list[tuple[int, int]]:
+        """(place, document) where a phrase comes for the second time, of one near a beginning, in order."""
+        found = [(second_time(tokens[:MOST_DEPTH]), number) for number, tokens in enumerate(self.documents)]
+        return sorted((place, number) for place, number in found if place)
 
     def rest(self, beginnings: list[tuple[int, int]]) -> list[Case]:
         """The first half stays, and all that comes later is replaced, also by documents of random tokens.

@@ -41,7 +41,18 @@ import confined
 with command.imports():
     import brotli
     import numpy as np
-    from altered import Alterations, AuditError, Case, Data, choose, read, sidecar_of, write_shard
+    from altered import (
+        MOST_DEPTH,
+        Alterations,
+        AuditError,
+        Case,
+        Data,
+        choose,
+        hiding_places,
+        read,
+        sidecar_of,
+        write_shard,
+    )
 from finished_runs import CAP_BYTES, CLOCK_SECONDS, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -418,6 +429,8 @@ class Audit:
                  f"{len(data.starts)} documents, {targets} targets, {counted} bytes: val_loss "
                  f"{said['val_loss']:.6f} is val_bpb {facts['val_bpb']:.6f}"
                  + (f"; result.json differs in {' '.join(wrong)}" if wrong else ""))
+        if hidden := hiding_places(read(data.tokenizer)):
+            self.add("confined", None, f"the tokenizer holds {', '.join(hidden)}: data could hide there")
 
     # What the script does with documents that it is given
 
@@ -609,7 +622,7 @@ class Audit:
         self.add("confined", True if closed else None,
                  "it could create files in its own folder only, and not read the true data" if closed else
                  "it could read the true data or write elsewhere: without Landlock, among the software, or "
-                 "with objects in the kernel from before")
+                 "in shared memory or the kernel, where something was before")
 
 
 def write_verdicts(path: Path, audit: Audit):
@@ -641,8 +654,7 @@ def perform(args: argparse.Namespace) -> Audit:
     if not ours:
         say(f"{args.script} IS NOT THIS REPOSITORY'S TRAIN_GPT.PY, PACKED OR NOT: HOW THE ARTIFACT CAME "
             "ABOUT IS NOT CHECKED.")
-    chunk = run.settings["ttt_chunk_size"]
-    depths = args.depth or ([int(sets.rng.integers(3 * chunk, 8 * chunk))] if gpu else [])
+    depths = args.depth or [int(sets.rng.integers(2, MOST_DEPTH))]
     skipped = {*args.skip, "ours"} if ours else {*args.skip}
     targets = {"all": len(data.tokens), **sets.targets(depths)}
     if "all" not in skipped:
@@ -689,7 +701,7 @@ def main(argv: list[str] | None = None) -> int:
     optional = [name for name in RESCORES if name != "unaltered"]
     parser.add_argument("--skip", nargs="+", choices=optional, default=[], help="re-scores to leave out")
     parser.add_argument("--depth", type=number(int, 1), nargs="+", default=[], metavar="TOKENS",
-                        help="try every token after so many, too (on a GPU at random 3 to 8 chunks)")
+                        help="try every token after so many, too (at random, less than 200)")
     parser.add_argument("--processes", type=number(int, 1, 1024), default=1,
                         help="GPUs to score on, by torchrun (1)")
     parser.add_argument("--timeout", type=number(float, 0.1),

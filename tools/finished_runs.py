@@ -21,6 +21,7 @@ import command
 CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600  # the challenge's
 BAR = "=" * 100 + "\n"  # before and after the source in a log
 FINEWEB_BYTES = {40_540_160: 151_078_222, 47_851_520: 151_074_499}  # of so many first targets, as published
+SEQUENCE = 2048  # tokens; the challenge's reference scores whole ones only
 OWN_SETTINGS = "seed run_id artifact_dir data_dir save_scores train_log_every".split()  # may differ
 STAGES = "", "_quantized", "_unquantized"  # ends of the names of scores; the first is the headline's
 SHARED = """code_sha256 packed_sha256 code_bytes hardware versions tokenizer_sha256 val_sha256
@@ -361,7 +362,7 @@ def caveat_faults(run: Run) -> Iterator[str]:
     preset = setting(run, "preset", "")
     val_loss_every = setting(run, "val_loss_every", 0)
     recompilations = r.get("recompilations", 0)
-    unknown = has_report(r) and r.get("bytes_at_cut", 0) != FINEWEB_BYTES.get(fineweb_cut(r["tokens"]))
+    unknown = has_report(r) and not has_fineweb_bytes(r["tokens"], r["bytes"], r.get("bytes_at_cut"))
     for why, holds in (
             (f"preset {preset}", preset),
             (f"recompilations on the clocks: {recompilations}", recompilations),
@@ -494,8 +495,17 @@ def slack(seconds: float) -> float:
 
 
 def fineweb_cut(targets: int) -> int:
-    """How many first targets of a validation set of so many are compared with FineWeb's; 0: too few."""
-    return max((cut for cut in FINEWEB_BYTES if cut <= targets), default=0)
+    """How many first targets of a validation set of so many are compared with FineWeb's; 0: it is not."""
+    return next((cut for cut in FINEWEB_BYTES if 0 <= targets - cut < SEQUENCE), 0)
+
+
+def has_fineweb_bytes(targets: int, text_bytes: int, at_cut: int | None) -> bool:
+    """Whether targets and their bytes, of all and up to the cut, are those of FineWeb's validation set.
+
+    What lies behind the cut is less than a sequence, and so has no more bytes than four to a target of one.
+    """
+    counted = FINEWEB_BYTES.get(fineweb_cut(targets))
+    return counted is not None and at_cut == counted and text_bytes - counted < 4 * SEQUENCE
 
 
 def check_belongs_with(first: Run, run: Run) -> None:

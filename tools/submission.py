@@ -38,11 +38,11 @@ import command
 from finished_runs import (
     CAP_BYTES,
     CLOCK_SECONDS,
-    FINEWEB_BYTES,
     OWN_SETTINGS,
     Refused,
     Run,
     fineweb_cut,
+    has_fineweb_bytes,
     has_report,
     load,
     nats_per_bpb,
@@ -248,10 +248,9 @@ def is_fineweb(r: dict) -> bool | None:
 
     None of a result by an older script, which might be: it does not count these bytes.
     """
-    cut = fineweb_cut(r["tokens"])
-    if not cut or r["documents"] != FINEWEB_DOCUMENTS:
+    if not fineweb_cut(r["tokens"]) or r["documents"] != FINEWEB_DOCUMENTS:
         return False
-    return r["bytes_at_cut"] == FINEWEB_BYTES[cut] if has_report(r) else None
+    return has_fineweb_bytes(r["tokens"], r["bytes"], r["bytes_at_cut"]) if has_report(r) else None
 
 
 def mean(values: list[float]) -> float:
