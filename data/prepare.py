@@ -27,15 +27,19 @@ input's size. So the input is read several times and has to be files.
 """
 import argparse
 import concurrent.futures
+import contextlib
+import functools
 import gzip
 import hashlib
 import io
 import itertools
 import json
 import lzma
+import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import threading
 import zlib
@@ -245,6 +249,25 @@ class Encoded(NamedTuple):
     inexact: int  # documents left out, as they would not decode to themselves
 
 
+@contextlib.contextmanager
+def in_processes(count: int) -> Iterator[Callable]:
+    """A map that spreads its calls over so many processes. These leave Ctrl-C to this one."""
+    if count == 1:
+        yield map
+        return
+    with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), signal.signal,
+                                                (signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield functools.partial(pool.map, chunksize=50)
+
+
+def undo_transform(written: str, transform: str) -> str | None:
+    """The text that a transform made this of; None if it makes it of none."""
+    try:
+        return case_ops.decode(written, transform)
+    except case_ops.CaseError:
+        return None
+
+
 class Job(NamedTuple):
     """What both splits need."""
     tokenizer: sentencepiece.SentencePieceProcessor
@@ -254,6 +277,7 @@ class Job(NamedTuple):
     val_docs: int
     folder: pathlib.Path  # where shards are written
     transform: str = ""  # of case_ops.VERSIONS, or none
+    map: Callable = map  # for transforms, as no thread of Python's would speed them up
 
     def texts(self, split: str) -> Iterator[str]:
         """The documents of a split: the first ones of the input, or the rest."""
@@ -266,7 +290,7 @@ class Job(NamedTuple):
         bos = self.tokenizer.bos_id()
         written = texts
         if self.transform:
-            written = [case_ops.encode(text, self.transform) for text in texts]
+            written = [*self.map(case_ops.encode, texts, itertools.repeat(self.transform))]
         encoded = self.tokenizer.encode(written, num_threads=self.threads, return_type="numpy")
         tokens = []
         empty = inexact = 0
@@ -281,13 +305,9 @@ class Job(NamedTuple):
     def decode(self, documents: list[np.ndarray]) -> list[str | None]:
         """The texts of documents without BOS; None for one that no transform writes."""
         written = self.tokenizer.decode(documents, num_threads=self.threads)
-        return list(map(self.undo_transform, written)) if self.transform else written
-
-    def undo_transform(self, written: str) -> str | None:
-        try:
-            return case_ops.decode(written, self.transform)
-        except case_ops.CaseError:
-            return None
+        if self.transform:
+            written = [*self.map(undo_transform, written, itertools.repeat(self.transform))]
+        return written
 
 
 # ---- Shards ------------------------------------------------------------------------------------------------
@@ -432,7 +452,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-key", default="text",
                         help='name of the text in each JSON object (default "text")')
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
-                        help="threads (default: one a core)")
+                        help="threads, or processes for case operations (default: one a core)")
     args = parser.parse_args(argv)
     if args.val_docs < 1 or args.workers < 1 or args.tokenizer_bytes < 1:
         parser.error("--val-docs, --workers and --tokenizer-bytes want at least 1")
@@ -535,12 +555,14 @@ def fill(args: argparse.Namespace, places: Places, model: bytes | None) -> dict:
     held_out: set[bytes] = set()
     job = Job(tokenizer, args.workers, args.input, args.text_key, args.val_docs, places.part,
               args.case_ops)
-    for split in ("val", "train"):
-        counts, paths, kept = write_split(job, split, args.shard_tokens, held_out)
-        verify_split(job, split, paths, kept, held_out)
-        manifest[split] = {**counts, "shards": {path.name: command.sha256_of(path) for path in paths}}
-        listed = [f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()]
-        command.say(f"{split}: " + ", ".join(listed))
+    with in_processes(args.workers if args.case_ops else 1) as mapped:
+        job = job._replace(map=mapped)
+        for split in ("val", "train"):
+            counts, paths, kept = write_split(job, split, args.shard_tokens, held_out)
+            verify_split(job, split, paths, kept, held_out)
+            manifest[split] = {**counts, "shards": {path.name: command.sha256_of(path) for path in paths}}
+            listed = [f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()]
+            command.say(f"{split}: " + ", ".join(listed))
     # 3) Everything has passed: give tokenizer and folder their names.
     (places.part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     is_new = not places.tokenizer.exists()

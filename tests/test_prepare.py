@@ -231,7 +231,8 @@ def test_what_a_wrong_transform_changes_is_left_out(tmp_path, monkeypatch):
     data = write_jsonl(tmp_path / "a.jsonl", ["small letters only", "also this", "A capital", "the last"])
     model = tmp_path / "a.model"
     model.write_bytes(trained(user_defined_symbols=list(MARKERS)))
-    arguments = [data, "--out", tmp_path / "out", "--val-docs", 1, "--tokenizer", model, "--case-ops", "v1"]
+    arguments = [data, "--out", tmp_path / "out", "--val-docs", 1, "--tokenizer", model, "--case-ops", "v1",
+                 "--workers", 1]
     manifest = prepare.prepare(prepare.parse_arguments(list(map(str, arguments))))
     assert (manifest["train"]["documents"], manifest["train"]["left_out_inexact"]) == (2, 1)
 
@@ -471,7 +472,9 @@ def start(wait_for, *arguments):
 
 @pytest.mark.parametrize("options,val_docs,begun", [
     (["--vocab-size", 8192], 3, ""), (["--tokenizer", MODEL], 9000, "fineweb_val_000000.bin"),
-    (["--tokenizer", MODEL], 3, "fineweb_train_000000.bin")], ids=["tokenizer", "validation", "training"])
+    (["--tokenizer", MODEL], 3, "fineweb_train_000000.bin"),
+    (["--vocab-size", 1024, "--case-ops", "v2", "--tokenizer-bytes", 10**6], 3, "fineweb_train_000000.bin")],
+    ids=["tokenizer", "validation", "training", "case operations"])
 def test_ctrl_c_ends_in_one_line_and_leaves_nothing(tmp_path, long_input, options, val_docs, begun):
     """While the tokenizer is trained, and while shards are written."""
     pieces = options[1] if options[0] == "--vocab-size" else 1024
