@@ -103,6 +103,7 @@ def log_lines(r: dict, source: str) -> list[str]:
              f"device:{device} world_size:{gpus} attention:flash3_attention kernels:Triton",
              "=" * 100, source, "=" * 100,
              f"tokenizer: sha256:{r['tokenizer_sha256']} changes in text: nothing",
+             *([f"case operations: {r['case_ops']} sidecars:0"] if "case_ops" in r else []),
              "step:1/2 train_loss:9.0",
              f"train: steps:{r['steps']} tokens:9 epochs:1.0{left_out}",
              "training shards read: 1 of 2",
@@ -818,6 +819,14 @@ def test_mixed_scripts_are_refused(tmp_path, refused):
     second = write_run(tmp_path / "b", r, other)
     assert finished_runs.load([second])
     assert "code_sha256" in refused(submission.main, "check", first, second)
+
+
+def test_case_operations_are_those_of_the_log(tmp_path, refused):
+    folder = write_run(tmp_path / "run", result_of_seed(0, case_ops="v2"))
+    assert finished_runs.load([folder])
+    log = folder / "log.txt"
+    log.write_text(log.read_text().replace("case operations: v2", "case operations: v1"))
+    assert "no line `case operations: v2" in refused(submission.main, "check", folder)
 
 
 @pytest.mark.parametrize("file, old, new, words", [

@@ -290,6 +290,8 @@ def lines_after_source(r: dict) -> dict[str, str]:
         lines["recompilations on the clocks:"] = f"{r['recompilations']:d}\n"
     if has_report(r):
         lines["tokenizer: sha256:"] = f"{r['tokenizer_sha256']} "
+    if "case_ops" in r:
+        lines["case operations: "] = f"{r['case_ops']} sidecars:"
     return lines
 
 
@@ -521,7 +523,7 @@ def shared_facts(r: dict) -> dict[str, Any]:
     """What has to be the same in all runs of a submission."""
     facts = {f"setting {name}": value for name, value in r["settings"].items() if name not in OWN_SETTINGS}
     facts |= {name: r[name] for name in SHARED}
-    facts |= {name: r.get(name) for name in ("train_sha256", "bytes_at_cut")}  # older runs lack them
+    facts |= {name: r.get(name) for name in ("train_sha256", "bytes_at_cut", "case_ops")}  # some runs lack them
     return facts
 
 
