@@ -1120,18 +1120,19 @@ class Validation(NamedTuple):
         for start, length in zip(self.starts[first::step], self.lengths[first::step]):
             yield self.tokens[start : start + length + 1]
 
-def read_sidecars(paths: list[Path], tokenizer: Tokenizer, stream, counted):
+def read_sidecars(paths: list[Path], tokenizer: Tokenizer, stream, piece_bytes):
     """Bytes of the raw text that every token of a stream stands for, (len(stream),). UserError if not of it.
 
-    They are the count for a tokenizer that does not give the raw text back; `counted` is by its pieces.
+    They are the count for a tokenizer that does not give the raw text back. By its pieces it is piece_bytes,
+    which may differ by 1 %.
     """
     sizes = np.concatenate([open_shard(path) for path in paths]).astype(np.int64)
     if len(sizes) != len(stream):
         raise UserError(f"{paths[0]} and others have {len(sizes)} entries for {len(stream)} tokens")
     if sizes[tokenizer.is_silent(stream) | (stream == tokenizer.bos)].any():
         raise UserError(f"{paths[0]} or another gives bytes to a BOS or to a marker")
-    if abs(sizes.sum() - counted) > 0.01 * counted:
-        raise UserError(f"{paths[0]} and others have {sizes.sum()} bytes, but the table of pieces {counted}")
+    if abs(sizes.sum() - piece_bytes) > 0.01 * piece_bytes:
+        raise UserError(f"{paths[0]} and others have {sizes.sum()} bytes, by pieces {piece_bytes}")
     return sizes
 
 def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Validation:
@@ -3169,11 +3170,12 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
 # ---- 12 The run --------------------------------------------------------------------------------------------
 
 # FineWeb's validation as the challenge scores it: so many first targets, by the published tokenizers without
-# and with case operations, have so many bytes of text. What comes after them is less than a sequence.
+# and with case operations, have so many bytes of text. Less than one sequence of 2048 tokens follows; 8192 is
+# the bound of its bytes, 4 a token.
 FINEWEB_BYTES = {40_540_160: 151_078_222, 47_851_520: 151_074_499}
 
 def fineweb_cut(targets: int) -> int:
-    """The cut that a validation set of so many targets has if it is FineWeb's; 0: it is not."""
+    """The cut of a validation set of so many targets if it may be FineWeb's, else 0."""
     return next((cut for cut in FINEWEB_BYTES if 0 <= targets - cut < 2048), 0)
 
 @dataclasses.dataclass
@@ -3238,7 +3240,7 @@ class Result:
     def is_fineweb(self) -> bool:
         """Whether validation has FineWeb's bytes up to its cut, and less than a sequence behind it."""
         counted = FINEWEB_BYTES.get(fineweb_cut(self.tokens), 0)
-        return counted == self.bytes_at_cut > self.bytes - 8192
+        return self.bytes_at_cut == counted and self.bytes - counted < 8192
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}

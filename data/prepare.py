@@ -251,12 +251,17 @@ class Encoded(NamedTuple):
 
 @contextlib.contextmanager
 def in_processes(count: int) -> Iterator[Callable]:
-    """A map that spreads its calls over so many processes. These leave Ctrl-C to this one."""
+    """A map over so many processes, which ignore Ctrl-C: this process ends them."""
     if count == 1:
         yield map
         return
-    with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), signal.signal,
-                                                (signal.SIGINT, signal.SIG_IGN)) as pool:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(count, context, command.end_with_parent) as pool:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes that start now
+        try:
+            list(pool.map(int, range(count)))  # each of the first calls starts one
+        finally:
+            signal.signal(signal.SIGINT, handler)
         yield functools.partial(pool.map, chunksize=50)
 
 
@@ -277,7 +282,7 @@ class Job(NamedTuple):
     val_docs: int
     folder: pathlib.Path  # where shards are written
     transform: str = ""  # of case_ops.VERSIONS, or none
-    map: Callable = map  # for transforms, as no thread of Python's would speed them up
+    map: Callable = map  # over processes, for transforms: they are pure Python, which threads do not speed up
 
     def texts(self, split: str) -> Iterator[str]:
         """The documents of a split: the first ones of the input, or the rest."""

@@ -185,8 +185,8 @@ def adapted_probabilities_sum_to_one() -> bool:
     cfg = tiny_config(VOCAB_SIZE=64, TTT_LORA_LR=0.03, TTT_BATCH_SIZE=64)
     rng = np.random.default_rng(0)
     again, other = np.resize(rng.integers(4, 64, 8), 60), rng.integers(4, 64, 60)
-    counts = 0, 6, 13, 16, 22, 31, 40
-    beginnings = [np.append(1, text[:count]) for text in (again, other) for count in counts]
+    beginnings = [np.append(1, text[:count])
+                  for text, counts in ((again, (6, 13, 22, 40)), (other, (0, 16))) for count in counts]
     documents = [np.append(beginning, piece) for beginning in beginnings for piece in range(64)]
     losses = score(documents, cfg)
     of_last_token = np.array([nll[len(document) - 2] for nll, document in zip(losses, documents)])

@@ -463,7 +463,8 @@ def long_input(tmp_path_factory):
 
 def start(wait_for, *arguments):
     """A process that has come so far as to make a file or folder."""
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     while not wait_for.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -480,7 +481,7 @@ def test_ctrl_c_ends_in_one_line_and_leaves_nothing(tmp_path, long_input, option
     pieces = options[1] if options[0] == "--vocab-size" else 1024
     part = tmp_path / f"out/datasets/fineweb10B_sp{pieces}.part"
     process = start(part / begun, long_input, "--out", tmp_path / "out", "--val-docs", val_docs, *options)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a console does, which tells all processes of the group
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "error: interrupted\n"
     assert not files_in(tmp_path) and not part.exists()

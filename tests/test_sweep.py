@@ -1,7 +1,6 @@
 """tools/sweep.py: variants side by side, whatever happens. Most runs are of a script that trains nothing."""
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -238,16 +237,18 @@ def test_runs_are_side_by_side_one_on_each_gpu(call, monkeypatch):
     began = [*diary().values()]
     assert {page["CUDA_VISIBLE_DEVICES"] for page in began[:3]} == {"0", "1", "2"} and len(began) == 6
     assert {page["CUDA_VISIBLE_DEVICES"] for page in began[3:]} <= {"0", "1", "2"}
-    assert {int(page["OMP_NUM_THREADS"]) for page in began} == {max(1, os.cpu_count() // 3)}
+    assert {int(page["OMP_NUM_THREADS"]) for page in began} == {max(1, sweep.cores() // 3)}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     monkeypatch.setenv("FAKE_GPUS", "2")
     assert call(meeting, "--out", "other")[0] == 0
     assert {page["CUDA_VISIBLE_DEVICES"] for page in diary().values()} == {"GPU-a", "GPU-b"}
 
 
-def test_on_a_cpu_one_follows_the_other(call):
+def test_on_a_cpu_one_follows_the_other(call, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     call(TABLE)
     assert not any(page.get("CUDA_VISIBLE_DEVICES") for page in diary().values())
+    assert not any("OMP_NUM_THREADS" in page for page in diary().values()), "the script's own default counts"
 
 
 def test_settings_come_from_the_table_alone(call, monkeypatch):

@@ -12,17 +12,18 @@ from finished_runs import fineweb_cut, has_fineweb_bytes, sha256
 TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
 RANDOM_TOKENS = 40_000  # at least so many are drawn, to see whether probabilities add up to 1 on average
 LIKELY = 0.4  # nats: the loss of a token with p = 2/3
-AGAIN = 5  # tokens that come for the second time, where a phrase is known
+PHRASE_TOKENS = 5
 MARKERS = "\ue001\ue002\ue003\ue004"  # of case operations, the last of which escapes
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
-MOST_DEPTH = 200  # tokens before one that is tried, whatever chunks the artifact claims
-CHARSMAPS = """e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855
-    79372c41389c2b9b29bc171017ab5400e352debd686b02670a42bec709015074
-    51d3684747b35ef99cd4802f37cc1ee0c6bec4d060814f774efb1066d3c167f2
-    1e2c7b43d3ee9755ceaa2ac335e253d8703604e0249ee1e81156c92b46423844""".split()
-# SHA-256 of tables of normalisation: none; those of the published tokenizers; nmt_nfkc of SentencePiece 0.2.3
+MOST_DEPTH = 200  # most tokens before a tried place; does not depend on the chunk size of the artifact
+KNOWN_NORMALIZATIONS = {  # SHA-256 of the tables by which tokenizers normalise text
+    "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",  # none
+    "79372c41389c2b9b29bc171017ab5400e352debd686b02670a42bec709015074",  # of the published plain tokenizer
+    "51d3684747b35ef99cd4802f37cc1ee0c6bec4d060814f774efb1066d3c167f2",  # of that with case operations
+    "1e2c7b43d3ee9755ceaa2ac335e253d8703604e0249ee1e81156c92b46423844",  # nmt_nfkc of SentencePiece 0.2.3
+}
 
 
 class AuditError(Exception):
@@ -87,25 +88,18 @@ def hiding_places(model: bytes) -> list[str]:
 
     SentencePiece writes the rank of a piece as its score, and in the settings of its training a path or two.
     """
-    found, ranks, numbers = [], [], []
+    faults_of = {1: piece_faults, 2: trainer_faults, 3: normalizer_faults}
+    found, numbers, ranks = [], [], []
     try:
         for number, value in message_fields(model):
             numbers.append(number)
-            fields = dict(message_fields(value)) if number in (1, 2, 3) else {}
-            if number == 1:
-                kind, (score,) = fields.get(3, 1), struct.unpack("<f", fields[2])
-                ranks += [-score] if kind == 1 else []
-                surplus = set(fields) - {1, 2, 3} or len(value) > len(fields[1]) + 10 or (kind != 1 and score)
-                found += ["more than text, score and kind in a piece"] * bool(surplus)
-            elif number == 2:
-                found += [f"{len(value)} bytes of settings"] * (len(value) > 500)
-            elif number == 3:
-                known = sha256(fields.get(2, b"")) in CHARSMAPS
-                found += ["a table of normalisation that is not published"] * (not known)
-                rest = len(value) - len(fields.get(2, b""))
-                found += [f"{rest} bytes of settings of normalisation"] * (rest > 100)
+            if number in faults_of:
+                fields = dict(message_fields(value))
+                found += faults_of[number](len(value), fields)
             else:
                 found.append(f"a field {number}")
+            if number == 1 and is_learned(fields):
+                ranks.append(-score(fields))
     except (ValueError, IndexError, KeyError, TypeError, struct.error):
         found.append("a field of another form")
     if numbers.count(2) > 1 or numbers.count(3) > 1:
@@ -113,6 +107,33 @@ def hiding_places(model: bytes) -> list[str]:
     if ranks != [*range(len(ranks))]:
         found.append("scores that are no ranks")
     return [*dict.fromkeys(found)]
+
+
+def is_learned(piece: dict[int, Any]) -> bool:
+    return piece.get(3, 1) == 1  # its kind; others are control, unknown, byte and user-defined pieces
+
+
+def score(piece: dict[int, Any]) -> float:
+    return struct.unpack("<f", piece[2])[0]
+
+
+def piece_faults(size: int, fields: dict[int, Any]) -> Iterator[str]:
+    most = len(fields[1]) + 10  # tags, lengths, score and kind take at most 10 bytes
+    if set(fields) - {1, 2, 3} or size > most or (score(fields) and not is_learned(fields)):
+        yield "more than text, score and kind in a piece"
+
+
+def trainer_faults(size: int, fields: dict[int, Any]) -> Iterator[str]:
+    if size > 500:
+        yield f"{size} bytes of settings of its training"
+
+
+def normalizer_faults(size: int, fields: dict[int, Any]) -> Iterator[str]:
+    table = fields.get(2, b"")
+    if sha256(table) not in KNOWN_NORMALIZATIONS:
+        yield "a table of normalisation that is not published"
+    if size - len(table) > 100:
+        yield f"{size - len(table)} bytes of settings of normalisation"
 
 
 class Pieces(NamedTuple):
@@ -272,11 +293,11 @@ def chunk_ends(longest: int, settings: dict[str, Any]) -> np.ndarray:
     return np.array(ends)
 
 
-def second_time(tokens: np.ndarray) -> int:
-    """The first place of a token that ends AGAIN tokens which come for the second time; 0: there is none."""
+def first_repetition(tokens: np.ndarray) -> int:
+    """Where PHRASE_TOKENS tokens come for the second time: the place of the last of them. 0: nowhere."""
     seen = set()
-    for end in range(AGAIN, len(tokens)):
-        phrase = tokens[end + 1 - AGAIN : end + 1].tobytes()
+    for end in range(PHRASE_TOKENS, len(tokens)):
+        phrase = tokens[end + 1 - PHRASE_TOKENS : end + 1].tobytes()
         if phrase in seen:
             return end
         seen.add(phrase)
@@ -301,7 +322,7 @@ class Alterations:
     def targets(self, depths: list[int]) -> dict[str, int]:
         """About how many targets each set will have, by its name."""
         chunk, count = self.settings["ttt_chunk_size"], sum(map(len, self.documents))
-        again = [place for place, _ in self.second_times()]
+        again = [place for place, _ in self.repetitions()]
         tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths, *again[:1]))
         before = 2 * chunk * self.settings["ttt_batch_size"]
         return dict(unaltered=count, ours=count, reversed=count, tails=count + before,
@@ -397,11 +418,12 @@ class Alterations:
         if likely:
             _, number, target = min(likely)
             found.append((number, target + 1))
-        return found + [(number, place) for place, number in self.second_times()[:1]]
+        return found + [(number, place) for place, number in self.repetitions()[:1]]
 
-    def second_times(self) -> list[tuple[int, int]]:
+    def repetitions(self) -> list[tuple[int, int]]:
         """(place, document) where a phrase comes for the second time, of one near a beginning, in order."""
-        found = [(second_time(tokens[:MOST_DEPTH]), number) for number, tokens in enumerate(self.documents)]
+        near = [tokens[:MOST_DEPTH] for tokens in self.documents]
+        found = [(first_repetition(tokens), number) for number, tokens in enumerate(near)]
         return sorted((place, number) for place, number in found if place)
 
     def rest(self, beginnings: list[tuple[int, int]]) -> list[Case]:

@@ -477,10 +477,12 @@ class Audit:
         if wrong:
             self.add("origin", False, f"result.json and the artifact differ in settings: {' '.join(wrong)}")
         if said.get("hardware") == self.run.result["hardware"]:
-            seconds, then = math.inf, self.run.clocks["scoring"]
+            seconds, then = math.nan, self.run.clocks["scoring"]
             with contextlib.suppress(Exception):  # whatever foreign values lead to
                 seconds = float(said["clocks"]["scoring"]["seconds"])
-            if not seconds <= 3 * then + 10:
+            if math.isnan(seconds):
+                self.add("clocks", None, "it does not say how long scoring took")
+            elif seconds > 3 * then + 10:
                 self.add("clocks", None, f"scoring takes {seconds:.1f} s on like hardware, not {then:.1f}")
 
     def score_cases(self, name: str, cases: list[Case]) -> list[tuple[Case, np.ndarray]]:
@@ -701,7 +703,7 @@ def main(argv: list[str] | None = None) -> int:
     optional = [name for name in RESCORES if name != "unaltered"]
     parser.add_argument("--skip", nargs="+", choices=optional, default=[], help="re-scores to leave out")
     parser.add_argument("--depth", type=number(int, 1), nargs="+", default=[], metavar="TOKENS",
-                        help="try every token after so many, too (at random, less than 200)")
+                        help="try every token after so many, too (one random depth below 200)")
     parser.add_argument("--processes", type=number(int, 1, 1024), default=1,
                         help="GPUs to score on, by torchrun (1)")
     parser.add_argument("--timeout", type=number(float, 0.1),

@@ -4,9 +4,11 @@ Whatever ends a command early is one line on stderr: a mistake, a missing packag
 console that is gone ends nothing but its output.
 """
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn
@@ -42,6 +44,15 @@ def say(text: Any) -> None:
 def silence() -> None:
     """Let nothing more reach stdout, not even what Python still holds of it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def end_with_parent() -> None:
+    """Let Linux end this process when the one that started it is killed, so that it frees its GPU."""
+    if LIBC:
+        LIBC.prctl(1, signal.SIGKILL)
 
 
 def interrupted() -> NoReturn:

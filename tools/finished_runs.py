@@ -497,14 +497,14 @@ def slack(seconds: float) -> float:
 
 
 def fineweb_cut(targets: int) -> int:
-    """How many first targets of a validation set of so many are compared with FineWeb's; 0: it is not."""
+    """How many first targets of a validation set of so many are compared with FineWeb's; 0: it is another."""
     return next((cut for cut in FINEWEB_BYTES if 0 <= targets - cut < SEQUENCE), 0)
 
 
 def has_fineweb_bytes(targets: int, text_bytes: int, at_cut: int | None) -> bool:
     """Whether targets and their bytes, of all and up to the cut, are those of FineWeb's validation set.
 
-    What lies behind the cut is less than a sequence, and so has no more bytes than four to a target of one.
+    Less than one sequence follows the cut; 4 bytes a token, about what English has, bound its text.
     """
     counted = FINEWEB_BYTES.get(fineweb_cut(targets))
     return counted is not None and at_cut == counted and text_bytes - counted < 4 * SEQUENCE

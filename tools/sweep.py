@@ -27,7 +27,6 @@ the folder, and pair runs of one machine only.
 """
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -50,7 +49,6 @@ from finished_runs import Refused, read_finished, read_object, sha256
 
 KEPT = "log.txt", "metrics.jsonl", "scores.npz", MACHINE, "result.json"
 DEFINITION = {"source", "settings", "script"}  # what sweep.json has of a variant; of its script, the SHA-256
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Started(NamedTuple):
@@ -149,8 +147,8 @@ class Sweep:
     def run(self, plans: dict[str, Plan], gpus: list[str], work: Path, scores: bool) -> None:
         """Run all that is to come, one run a GPU at a time; no run outlives this."""
         parallel = len(gpus)
-        # Runs that start side by side with a thread for every core take 28 s to set up, instead of 3.
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
+        # Runs side by side would each start a thread for every core.
+        threads = {"OMP_NUM_THREADS": str(max(1, cores() // parallel))} if parallel > 1 else {}
         try:
             while self.to_come or self.at_work:
                 while self.to_come and gpus:
@@ -220,7 +218,7 @@ def start(variant: str, seed: int, plan: Plan, gpu: str, work: Path, scores: boo
     with open(place / "stderr.txt", "wb") as stderr:
         process = subprocess.Popen([sys.executable, str(plan.script)], cwd=plan.cwd, stderr=stderr,
                                    env=plan.environment | own, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, preexec_fn=end_with_parent)
+                                   stdout=subprocess.DEVNULL, preexec_fn=command.end_with_parent)
     return Started(variant, seed, gpu, place, process)
 
 
@@ -230,10 +228,9 @@ def this_machine() -> str:
     return boot.read_text(encoding="utf-8").strip() if boot.exists() else platform.node()
 
 
-def end_with_parent() -> None:
-    """Let Linux end this process when the sweep is killed, so that it does not go on and hold a GPU."""
-    if LIBC:
-        LIBC.prctl(1, signal.SIGKILL)
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 # ---- The command -------------------------------------------------------------------------------------------
