@@ -480,6 +480,21 @@ def test_odd_lines_of_the_kernel_are_objects(monkeypatch):
     assert confined.kernel_objects() == {"key 25373f77 word", "key bar:"}
 
 
+def test_a_result_that_says_two_things_is_refused(finished, tmp_path, capsys):
+    run = with_result(tmp_path / "run", finished)
+    text = (run / "result.json").read_text()
+    (run / "result.json").write_text(text.replace("{", '{"val_bpb": 1.0, ', 1))
+    assert audit.main([str(run)]) == 2
+    assert "it has a name twice" in capsys.readouterr().err
+
+
+def test_a_caveat_that_is_denied_is_not_stated(finished, in_process, capsys, tmp_path):
+    run = with_result(tmp_path / "run", finished, caveats=["no unknown validation set, not not on 8 GPUs"])
+    _, lines = verdicts_of(capsys, run, "--skip", *OPTIONAL)
+    (line,) = [line for line in lines if line.startswith("FAIL         caveats")]
+    assert "not stated: unknown validation set" in line and "not stated: not on 8 GPUs" in line
+
+
 def test_a_run_does_not_choose_which_caveats_it_has_to_state(finished, in_process, capsys, tmp_path):
     said = json.loads((finished / "result.json").read_text())
     phases = {name: seconds for name, seconds in said["phases"].items() if name != "report"}
@@ -958,7 +973,8 @@ def message(*fields: tuple[int, bytes]) -> bytes:
     (message((4, b"data")), "a field 4"),  # which SentencePiece knows, and no tokenizer needs
     (message((3, b"")), "settings more than once"),
     (message((2, b"")), "settings more than once"),
-    (message((1, message((1, b"piece"), (9, b"d" * 20)) + b"\x15" + bytes(4))), "more than text, score and"),
+    (message((1, message((1, b"piece"), (9, b"d" * 20)) + b"\x15" + bytes(4))), "more than a short text, sc"),
+    (b"\x0a\x84\x01" + message((1, b"d" * 123)) + b"\x15" + bytes(4) + b"\x18\x03", "more than a short text"),
     (message((1, message((1, b"piece")) + b"\x15" + np.float32(-0.5).tobytes())), "scores that are no ranks"),
     (message((1, b"\xff")), "a field of another form"),
     (b"\x0a", "a field of another form"),

@@ -118,9 +118,9 @@ def score(piece: dict[int, Any]) -> float:
 
 
 def piece_faults(size: int, fields: dict[int, Any]) -> Iterator[str]:
-    most = len(fields[1]) + 10  # tags, lengths, score and kind take at most 10 bytes
+    most = min(len(fields[1]), 100) + 10  # 16 characters; tags, lengths, score and kind take at most 10 bytes
     if set(fields) - {1, 2, 3} or size > most or (score(fields) and not is_learned(fields)):
-        yield "more than text, score and kind in a piece"
+        yield "more than a short text, score and kind in a piece"
 
 
 def trainer_faults(size: int, fields: dict[int, Any]) -> Iterator[str]:

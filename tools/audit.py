@@ -53,7 +53,7 @@ with command.imports():
         sidecar_of,
         write_shard,
     )
-from finished_runs import CAP_BYTES, CLOCK_SECONDS, sha256
+from finished_runs import CAP_BYTES, CLOCK_SECONDS, once_each, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
@@ -182,7 +182,7 @@ class FinishedRun(NamedTuple):
         file = folder / "result.json"
         data = read(file)
         try:
-            result = dict(json.loads(data))
+            result = dict(json.loads(data, object_pairs_hook=once_each))
             for kind, names in FIELDS.items():
                 for name in names.split():
                     if not isinstance(result[name], kind):
@@ -387,8 +387,8 @@ class Audit:
         self.add("all documents", fraction == 1 and said.get("documents") == self.data.available,
                  f"{said.get('documents')} of {self.data.available}, VAL_DOC_FRACTION={fraction:g}")
         due = {"training took": "training" in late, "scoring took": "scoring" in late,
-               "plain score": unadapted, "VAL_DOC_FRACTION": fraction < 1,
-               "bytes of": said["total_bytes"] > CAP_BYTES}
+               f"{unadapted} targets have their plain score": unadapted, "VAL_DOC_FRACTION": fraction < 1,
+               f"{said['total_bytes']} bytes of": said["total_bytes"] > CAP_BYTES}
         if ours or "tokenizer_sha256" in said:  # older scripts did not state these
             due |= {"unknown validation set": not self.data.known(),
                     "not on 8 GPUs": not said["hardware"].startswith("8 x NVIDIA"),
@@ -396,7 +396,8 @@ class Audit:
                     "preset": settings.get("preset"), "VAL_LOSS_EVERY": settings.get("val_loss_every"),
                     "recompilations": said.get("recompilations")}
         stated = "; ".join(map(str, said["caveats"])) or "none"
-        missing = [text for text, holds in due.items() if holds and text not in stated]
+        missing = [text for text, holds in due.items()
+                   if holds and not any(str(caveat).startswith(text) for caveat in said["caveats"])]
         self.add("caveats", not missing, stated + "".join(f"; not stated: {text}" for text in missing))
 
     def size(self, ours: bool):
@@ -532,7 +533,8 @@ class Audit:
         try:
             self.others = program.score("ours", tokens).losses
         except AuditError as error:
-            self.add("as this script", None, f"this repository's script cannot score the artifact: {error}")
+            self.add("as this script", None, "this repository's script cannot score the artifact, so that ALL OF "
+                     f"THE OTHER HAS TO BE READ: {error}")
 
     def as_ours(self):
         """Whether the script scores as this repository's does. It may honestly do otherwise."""

@@ -51,6 +51,14 @@ class Run(NamedTuple):
     verdicts: dict[str, str]  # of an audit of this run, by rule, if its audit.json is beside the log
 
 
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError if it has a name twice, of which readers would see different values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it has a name twice")
+    return found
+
+
 # ---- Reading -----------------------------------------------------------------------------------------------
 
 def load(paths: list[Path]) -> list[Run]:
@@ -182,7 +190,7 @@ def parse_object(where: Path | str, text: str | bytes, number: Callable | None =
     """The JSON object that a file, or a line of it, holds; its numbers have to be finite unless told."""
     number = number or finite
     try:
-        parsed = json.loads(text, parse_float=number, parse_constant=number)
+        parsed = json.loads(text, parse_float=number, parse_constant=number, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
         raise Refused(f"{where}: damaged, no JSON object ({error})") from error
     if not isinstance(parsed, dict):
