@@ -533,8 +533,8 @@ class Audit:
         try:
             self.others = program.score("ours", tokens).losses
         except AuditError as error:
-            self.add("as this script", None, "this repository's script cannot score the artifact, so that ALL OF "
-                     f"THE OTHER HAS TO BE READ: {error}")
+            self.add("as this script", None, "this repository's script cannot score the artifact: ALL OF THE "
+                     f"OTHER HAS TO BE READ ({error})")
 
     def as_ours(self):
         """Whether the script scores as this repository's does. It may honestly do otherwise."""
