@@ -111,8 +111,8 @@ def lazy_import(name: str, remedy: str = "pip install -r requirements.txt") -> A
 PRESETS = {  # sets of defaults; any variable overrides them
     "": {},
     "smoke": dict(  # the whole pipeline on the bundled Wikipedia text, four minutes on two CPU cores
-        DATA_DIR="data/smoke", VOCAB_SIZE=1024, NUM_LAYERS=7, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2,
-        ROPE_DIMS=8, LOOP_START=2, LOOP_END=3, PARALLEL_START_LAYER=5, TRAIN_BATCH_TOKENS=2048,
+        DATA_DIR="data/smoke", VOCAB_SIZE=1024, NUM_LAYERS=7, MODEL_DIM=64, ROPE_DIMS=8, LOOP_START=2,
+        LOOP_END=3, PARALLEL_START_LAYER=5, TRAIN_BATCH_TOKENS=2048,
         TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400,
         MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08, MUON_MOMENTUM=0.9,
         MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8,
@@ -1120,19 +1120,19 @@ class Validation(NamedTuple):
         for start, length in zip(self.starts[first::step], self.lengths[first::step]):
             yield self.tokens[start : start + length + 1]
 
-def read_sidecars(paths: list[Path], tokenizer: Tokenizer, stream, piece_bytes):
+def read_sidecars(paths: list[Path], tokenizer: Tokenizer, stream, by_table):
     """Bytes of the raw text that every token of a stream stands for, (len(stream),). UserError if not of it.
 
-    They are the count for a tokenizer that does not give the raw text back. By its pieces it is piece_bytes,
-    which may differ by 1 %.
+    They are the count for a tokenizer that does not give the raw text back. By the table of its pieces it is
+    by_table, which may differ by 1 %.
     """
     sizes = np.concatenate([open_shard(path) for path in paths]).astype(np.int64)
     if len(sizes) != len(stream):
         raise UserError(f"{paths[0]} and others have {len(sizes)} entries for {len(stream)} tokens")
     if sizes[tokenizer.is_silent(stream) | (stream == tokenizer.bos)].any():
         raise UserError(f"{paths[0]} or another gives bytes to a BOS or to a marker")
-    if abs(sizes.sum() - piece_bytes) > 0.01 * piece_bytes:
-        raise UserError(f"{paths[0]} and others have {sizes.sum()} bytes, by pieces {piece_bytes}")
+    if abs(sizes.sum() - by_table) > 0.01 * by_table:
+        raise UserError(f"{paths[0]} and others have {sizes.sum()} bytes, but the table of pieces {by_table}")
     return sizes
 
 def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Validation:
@@ -1143,7 +1143,7 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
         check_tokens(shard, cfg.vocab_size, path)
     stream = np.concatenate(shards)
     tokens = stream.astype(np.int64)
-    by_pieces = tokenizer.target_bytes(tokens)
+    by_table = tokenizer.target_bytes(tokens)
     # 2) Find the documents, and keep the first ones if VAL_DOC_FRACTION says so.
     starts = np.flatnonzero(tokens == tokenizer.bos)
     if not len(starts) or starts[0] != 0:
@@ -1157,7 +1157,7 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
     documents = np.split(tokens, starts[1:65])
     tokenizer.check_source(documents[:-1] or documents, paths[0])  # the last one may be cut
     # 3) Count the bytes of every target: by the pieces, or by side-cars where these cannot tell.
-    token_bytes = by_pieces[: len(tokens) - 1]
+    token_bytes = by_table[: len(tokens) - 1]
     if not token_bytes.sum():
         raise UserError(f"{paths[0]}: the validation documents hold no text")
     heard = tokens[~tokenizer.is_silent(tokens)]
@@ -1165,7 +1165,7 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
     begin_with_space = int(tokenizer.leading_space[first].sum())
     sidecars = find_sidecars(paths)
     if sidecars and tokenizer.changes():
-        token_bytes = read_sidecars(sidecars, tokenizer, stream, by_pieces.sum())[1 : len(tokens)]
+        token_bytes = read_sidecars(sidecars, tokenizer, stream, by_table.sum())[1 : len(tokens)]
         begin_with_space = 0
     return Validation(tokens, token_bytes, starts, lengths, begin_with_space, sha256(stream.tobytes()))
 

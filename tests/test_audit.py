@@ -951,7 +951,8 @@ def test_the_place_of_a_likely_token_is_chosen(data):
     sets = alterations(data)
     losses = [np.full(len(tokens), 3.0) for tokens in sets.documents]
     losses[2][[4, 17, 20, 60]] = 0.4, 0.2, 0.45, 0.4  # the first is in a chunk of 8, the last beyond three
-    assert (2, 21) in sets.beginnings([], losses)
+    *_, beginning, _ = sets.beginnings([], losses)  # the last is where a phrase comes again
+    assert beginning == (2, 21)
 
 
 def test_the_place_where_a_phrase_comes_again_is_chosen(data):

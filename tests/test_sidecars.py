@@ -88,7 +88,7 @@ def test_without_side_cars_nothing_begins(with_sidecars, run):
     (lambda sizes, tokens: sizes[:-1], "entries for"),
     (lambda sizes, tokens: sizes + (tokens == 1), "bytes to a BOS or to a marker"),
     (lambda sizes, tokens: sizes + 3 * (tokens == 4), "bytes to a BOS or to a marker"),
-    (lambda sizes, tokens: sizes + 2 * (sizes > 3), "bytes, by pieces")])
+    (lambda sizes, tokens: sizes + 2 * (sizes > 3), "bytes, but the table of pieces")])
 def test_a_side_car_of_something_else_is_refused(with_sidecars, change, says):
     data, _ = with_sidecars
     folder = shards_folder(data)

@@ -13,11 +13,9 @@ TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to k
 RANDOM_TOKENS = 40_000  # at least so many are drawn, to see whether probabilities add up to 1 on average
 LIKELY = 0.4  # nats: the loss of a token with p = 2/3
 PHRASE_TOKENS = 5
+MOST_DEPTH = 200  # most tokens before a tried place; does not depend on the chunk size of the artifact
 MARKERS = "\ue001\ue002\ue003\ue004"  # of case operations, the last of which escapes
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-
-
-MOST_DEPTH = 200  # most tokens before a tried place; does not depend on the chunk size of the artifact
 KNOWN_NORMALIZATIONS = {  # SHA-256 of the tables by which tokenizers normalise text
     "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",  # none
     "79372c41389c2b9b29bc171017ab5400e352debd686b02670a42bec709015074",  # of the published plain tokenizer
@@ -322,8 +320,8 @@ class Alterations:
     def targets(self, depths: list[int]) -> dict[str, int]:
         """About how many targets each set will have, by its name."""
         chunk, count = self.settings["ttt_chunk_size"], sum(map(len, self.documents))
-        again = [place for place, _ in self.repetitions()]
-        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths, *again[:1]))
+        again = sum(place for _, place in self.repeated())
+        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths, again))
         before = 2 * chunk * self.settings["ttt_batch_size"]
         return dict(unaltered=count, ours=count, reversed=count, tails=count + before,
                     lengths=7 * count // 4, rest=count // 2 + max(count, RANDOM_TOKENS) + tries)
@@ -418,13 +416,14 @@ class Alterations:
         if likely:
             _, number, target = min(likely)
             found.append((number, target + 1))
-        return found + [(number, place) for place, number in self.repetitions()[:1]]
+        return found + self.repeated()
 
-    def repetitions(self) -> list[tuple[int, int]]:
-        """(place, document) where a phrase comes for the second time, of one near a beginning, in order."""
+    def repeated(self) -> list[tuple[int, int]]:
+        """The one of `beginnings` before the earliest place where a phrase comes again, or none."""
         near = [tokens[:MOST_DEPTH] for tokens in self.documents]
-        found = [(first_repetition(tokens), number) for number, tokens in enumerate(near)]
-        return sorted((place, number) for place, number in found if place)
+        places = [(first_repetition(tokens), number) for number, tokens in enumerate(near)]
+        earliest = sorted((place, number) for place, number in places if place)[:1]
+        return [(number, place) for place, number in earliest]
 
     def rest(self, beginnings: list[tuple[int, int]]) -> list[Case]:
         """The first half stays, and all that comes later is replaced, also by documents of random tokens.

@@ -422,15 +422,16 @@ class Audit:
         said, data = self.run.result, self.data
         targets = len(data.tokens) - 1
         counted = int(data.token_bytes.sum())
+        tokenizer = read(data.tokenizer)
         facts = dict(documents=len(data.starts), tokens=targets, bytes=counted, val_sha256=data.sha256,
-                     tokenizer_sha256=sha256(read(data.tokenizer)),
+                     tokenizer_sha256=sha256(tokenizer),
                      val_bpb=said["val_loss"] * targets / (math.log(2) * counted))
         wrong = differing(said, facts)
         self.add("headline", not wrong,
                  f"{len(data.starts)} documents, {targets} targets, {counted} bytes: val_loss "
                  f"{said['val_loss']:.6f} is val_bpb {facts['val_bpb']:.6f}"
                  + (f"; result.json differs in {' '.join(wrong)}" if wrong else ""))
-        if hidden := hiding_places(read(data.tokenizer)):
+        if hidden := hiding_places(tokenizer):
             self.add("confined", None, f"the tokenizer holds {', '.join(hidden)}: data could hide there")
 
     # What the script does with documents that it is given

@@ -5,9 +5,11 @@ nothing but these, GPUs and what the machine's software is made of. It can make 
 it leaves in shared memory, in System V memory, queues and semaphores, in the kernel's keyrings or in the
 limits of this process is reported. If the kernel holds some of these beforehand, or shared memory more than
 FEW_BYTES, the program is not confined.
-Landlock does not close the network and the metadata of files: names, sizes, times, attributes are seen, and
-those of its own user's files changed. By these a program could still leave word for its next run, and find
-what somebody put among the software or into a message queue before.
+
+Landlock does not close the network, the limits and priorities of other processes, and the metadata of files:
+names, sizes, times and attributes are seen, and those of its own user's files changed. By these a program
+could still leave word for its next run, and find what somebody put among the software or into a message queue
+before.
 """
 import contextlib
 import ctypes

@@ -149,13 +149,12 @@ class Sweep:
         parallel = len(gpus)
         # Runs side by side would each start a thread for every core.
         threads = {"OMP_NUM_THREADS": str(max(1, cores() // parallel))} if parallel > 1 else {}
+        plans = {name: plan._replace(environment=threads | plan.environment) for name, plan in plans.items()}
         try:
             while self.to_come or self.at_work:
                 while self.to_come and gpus:
                     variant, seed = self.to_come.pop(0)
-                    plan = plans[variant]
-                    plan = plan._replace(environment=threads | plan.environment)
-                    self.at_work.append(start(variant, seed, plan, gpus.pop(0), work, scores))
+                    self.at_work.append(start(variant, seed, plans[variant], gpus.pop(0), work, scores))
                 time.sleep(0.1)
                 for run in [run for run in self.at_work if run.process.poll() is not None]:
                     self.at_work.remove(run)
