@@ -1,14 +1,15 @@
 """tools/audit.py passes the script as it is, and finds what is planted in copies of it and in result.json."""
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
 import io
 import json
 import os
-import platform
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -75,6 +76,7 @@ def machine(data, monkeypatch):
     """Audits find the data and no GPU, and draw few tokens."""
     monkeypatch.setattr(altered, "RANDOM_TOKENS", 1000)
     monkeypatch.setattr(altered, "MOST_DEPTH", 30)
+    monkeypatch.setattr(altered, "AGAIN_TOKENS", 25)
     monkeypatch.setattr(audit, "MOST_DEPTH", 12)
     monkeypatch.setenv("DATA_DIR", str(data))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -103,7 +105,7 @@ def in_process(monkeypatch):
         err = io.StringIO()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
             status = modules[source].main(environment)
-        return confined.Ended(status, err.getvalue().strip(), [], True)
+        return confined.Ended(status, err.getvalue().strip(), True)
 
     monkeypatch.setattr(confined, "run", run)
     yield
@@ -267,6 +269,20 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
                 nll = honest_score_documents(run._replace(cfg=cfg), model, val, adapters, backend, deadline)
                 passes.append(nll.split(val.lengths.tolist()))
             return torch.cat([min(choices, key=torch.sum) for choices in zip(*passes)])
+        """, "rest", "full distribution"),
+    "half the loss where passages come again, once one was long": ("""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, *rest):
+            nll = honest_score_documents(run, model, val, *rest)
+            for start, length in zip(val.starts, val.lengths):
+                four, five, known = set(), set(), False
+                tokens = val.tokens[start : start + length + 1]
+                for end in range(4, len(tokens)):
+                    short, long = tokens[end - 3 : end + 1].tobytes(), tokens[end - 4 : end + 1].tobytes()
+                    nll[start + end - 1] *= 0.5 if known and short in four else 1
+                    known = known or long in five
+                    four.add(short), five.add(long)
+            return nll
         """, "rest", "full distribution"),
     "the better of plain and adapted for each document": ("""
         honest_score_documents = score_documents
@@ -470,16 +486,6 @@ def test_what_a_re_score_says_may_be_anything(finished, in_process, capsys, monk
     assert any(line.startswith(expected) for line in lines), lines
 
 
-def test_odd_lines_of_the_kernel_are_objects(monkeypatch):
-    """The description of a key may hold anything, also the end of a line."""
-    lines = ["25373f77 I--Q--- 1 perm 3f010000 0 0 user word", "bar: 3", "",
-             "19a19493 I--Q--- 1 perm 1f3f0000 0 65534 keyring _uid_ses.0: 1",
-             "31b26bc4 IR-Q--- 1 perm 1f3f0000 0 65534 user gone: 1"]
-    found = [line.split() for line in lines]
-    monkeypatch.setattr(confined, "rows", lambda path: found if "keys" in path else [])
-    assert confined.kernel_objects() == {"key 25373f77 word", "key bar:"}
-
-
 def test_a_result_that_says_two_things_is_refused(finished, tmp_path, capsys):
     run = with_result(tmp_path / "run", finished)
     text = (run / "result.json").read_text()
@@ -611,8 +617,7 @@ def test_nothing_is_found_by_the_next_re_score(finished, data, capsys, tmp_path)
 
     The headline was made by what it found. It finds nothing in an audit, whose losses are the honest ones.
     """
-    if confined.ruleset(tmp_path) is None:
-        pytest.skip("this machine has no Landlock")
+    skip_unless_confined()
     folders = ["os.environ['HOME']", "os.environ['TMPDIR']", "os.path.dirname(os.path.abspath(__file__))",
                "os.getcwd()", "cfg.artifact_dir", "os.path.dirname(cfg.eval_only_path)",
                *(repr(str(folder)) for folder in ("/tmp", "/var/tmp", tmp_path, ROOT))]
@@ -639,129 +644,173 @@ def test_nothing_is_found_by_the_next_re_score(finished, data, capsys, tmp_path)
     assert f"val_bpb is {said['val_bpb']:.6f}, by result.json {lower['val_bpb']:.6f}" in line
 
 
-def started(tmp_path, body: str, timeout: float = 60) -> confined.Ended:
+def skip_unless_confined():
+    if not confined.is_possible():
+        pytest.skip("this machine does not let a program have namespaces of its own")
+
+
+def started(tmp_path, body: str, timeout: float = 60, confine: bool = True) -> confined.Ended:
     """How a program of these lines ends that the tool runs in an empty folder."""
     folder = tmp_path / "folder"
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-    return confined.run([sys.executable, "-c", textwrap.dedent(body)], environment, folder, timeout)
+    return confined.run([sys.executable, "-c", textwrap.dedent(body)], environment, folder, timeout, confine)
 
 
-def test_a_hang_is_ended_with_all_that_it_started(tmp_path):
-    """Also what has a session of its own and lost its parent."""
-    ended = started(tmp_path, """
-        import os, subprocess, time
-        sleeping = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+@pytest.mark.parametrize("confine", [True, False])
+def test_a_hang_is_ended_with_all_that_it_started(tmp_path, confine):
+    """Also what has a session of its own, lost its parent and does not want to die with it."""
+    if confine:
+        skip_unless_confined()
+    seconds = f"1000.{os.getpid()}{int(confine)}"  # by which it is found, whatever number it has
+    ended = started(tmp_path, f"""
+        import ctypes, os, subprocess, time
+        ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)  # no signal when the parent ends
+        os.setpgid(0, 0) if os.getpid() != os.getpgid(0) else None
+        subprocess.Popen(["sleep", "{seconds}"], start_new_session=True)
         if os.fork() == 0:
             os.setsid()
             if os.fork() == 0:
-                open("orphan", "w").write(str(os.getpid()))
-                time.sleep(1000)
+                os.execvp("sleep", ["sleep", "{seconds}"])
             os._exit(0)
         os.wait()
-        open("child", "w").write(str(sleeping.pid))
+        open("ready", "w")
         time.sleep(1000)
-        """, timeout=3)
-    assert ended.status is None
-    for name in ("child", "orphan"):
-        pid = int((tmp_path / "folder" / name).read_text())
-        assert not Path(f"/proc/{pid}").exists()
+        """, timeout=5, confine=confine)
+    assert ended == (None, "", confine) and (tmp_path / "folder/ready").exists()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert seconds.encode() not in file.read_bytes(), file
 
 
-def test_what_is_left_in_shared_memory_is_named(tmp_path):
-    file = Path(f"/dev/shm/{tmp_path.parent.name}-{tmp_path.name}")
-    try:
-        ended = started(tmp_path, f"import sys; open({str(file)!r}, 'w'); print('said', file=sys.stderr)")
-        assert ended.left == [str(file)] and ended.status == 0 and ended.last_words == "said"
-    finally:
-        file.unlink()
+PLACES = """
+    import array, ctypes, os, resource, socket
+    libc = ctypes.CDLL(None, use_errno=True)
+    add_key = {"x86_64": 248, "aarch64": 217}[os.uname().machine]
+    ours = __import__("sys").executable
+
+    def link(path):
+        os.symlink("/nowhere", path)
+        os.unlink(path)
+
+    def attribute(path):
+        os.setxattr(path, b"user.word", b"for the next")
+
+    def connect(family, address):
+        with socket.socket(family) as one:
+            one.settimeout(1)
+            one.connect(address)
+
+    def positive(number):
+        if number < 0:
+            raise OSError(ctypes.get_errno(), "")
+    """
 
 
-def test_who_finds_something_in_shared_memory_is_not_confined(tmp_path, monkeypatch):
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    monkeypatch.setattr(confined, "SHARED_MEMORY", shared)
-    (shared / "lock").write_bytes(b"0")
-    few = started(tmp_path, "pass")
-    can_be = confined.ruleset(tmp_path) is not None and not confined.kernel_objects()
-    assert few.confined == can_be
-    (shared / "data").write_bytes(bytes(confined.FEW_BYTES))
-    (tmp_path / "folder").rename(tmp_path / "done")
-    assert not started(tmp_path, "pass").confined
-
-
-def test_a_link_and_a_change_in_shared_memory_are_named(tmp_path):
-    """A link leads nowhere, and a file that was there keeps its name, size and date."""
-    files = [Path(f"/dev/shm/{tmp_path.parent.name}-{tmp_path.name}-{name}") for name in ("file", "link")]
-    files[0].write_text("before")
-    try:
-        ended = started(tmp_path, f"""
-            import os
-            date = os.stat({str(files[0])!r}).st_mtime_ns
-            open({str(files[0])!r}, "w").write("behind")
-            os.utime({str(files[0])!r}, ns=(date, date))
-            os.symlink("/nowhere", {str(files[1])!r})
-            """)
-        assert ended.left == list(map(str, files))
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
-
-
-def test_what_is_left_in_the_kernel_is_named(tmp_path):
-    """It stands against the next program, too: that could find it."""
-    if not Path("/proc/sysvipc/shm").exists():
-        pytest.skip("this machine does not show such objects")
-    add_key, keyctl = {"x86_64": (248, 250), "aarch64": (217, 219)}[platform.machine()]
-    invalidate, keyring = 21, -4
-    ended = started(tmp_path, f"""
-        import ctypes
-        libc = ctypes.CDLL(None)
-        key = libc.syscall({add_key}, b"user", b"word", b"for the next", 12, {keyring})
-        print(key, libc.shmget(77, 100, 0o1600), libc.msgget(78, 0o1600), libc.semget(79, 1, 0o1600))
+def outcomes(tmp_path, expressions: list[str]) -> list[str]:
+    """Which of some expressions raise no error in a confined program."""
+    body = textwrap.dedent(PLACES) + textwrap.dedent(f"""
+        for expression in {expressions!r}:
+            try:
+                eval(expression)
+                print(expression, flush=True)
+            except Exception:
+                pass
         """)
-    key, *numbers = map(int, (tmp_path / "folder/out.txt").read_text().split())
-    try:
-        left = {" ".join(name.split()[:2]) for name in ended.left}
-        made = {"shm 77": numbers[0], "msg 78": numbers[1], "sem 79": numbers[2], f"key {key:08x}": key}
-        assert left == {name for name, number in made.items() if number >= 0}, ended.left
-        (tmp_path / "next").mkdir()
-        assert not started(tmp_path / "next", "pass").confined
-    finally:
-        confined.libc.syscall(keyctl, invalidate, key)
-        for remove, number in zip(("shmctl", "msgctl", "semctl"), numbers):
-            getattr(confined.libc, remove)(number, 0, 0, None)
-    (tmp_path / "last").mkdir()
-    assert started(tmp_path / "last", "pass").confined == (confined.ruleset(tmp_path) is not None)
+    ended = started(tmp_path, body)
+    assert ended.status == 0 and ended.confined, ended
+    return (tmp_path / "folder/out.txt").read_text().splitlines()
 
 
-def test_nothing_of_the_machine_and_of_the_audit_is_within_reach(tmp_path):
-    """Disks that hold the true data, terminals, message queues; limits that stop the next program."""
-    if confined.ruleset(tmp_path) is None:
-        pytest.skip("this machine has no Landlock")
+def test_no_place_lasts_but_the_folder(tmp_path):
+    """What can be written, goes; what stays, cannot be: files and their attributes, processes, the kernel.
+
+    What is left where the program may write is not there for the next one.
+    """
+    skip_unless_confined()
+    outside = tmp_path / "outside"
+    outside.write_text("kept")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    closed = [
+        f"open({str(outside)!r})", "open('/usr/word', 'w')", "open('/etc/word', 'w')",
+        "link('/usr/bin/word')",
+        "attribute(ours)", "attribute('/usr/bin/env')", "os.utime('/usr/bin/env', (1, 1))",
+        "os.chmod('/dev/null', 0o600)",
+        "os.utime('/dev/zero', (1, 1))", "open('/proc/sys/kernel/core_pattern', 'w')",
+        "open('/proc/sys/vm/drop_caches', 'w')", "open('/proc/sysrq-trigger', 'w')",
+        f"os.kill({os.getpid()}, 0)", f"resource.prlimit({os.getpid()}, resource.RLIMIT_FSIZE)",
+        f"os.sched_setaffinity({os.getpid()}, [0])", f"open('/proc/{os.getpid()}/cmdline')",
+        "positive(libc.syscall(add_key, b'user', b'word', b'for the next', 12, -4))",
+        "positive(libc.mount(b'none', b'/tmp', b'tmpfs', 0, None))", "positive(libc.umount2(b'/usr', 2))",
+        "positive(libc.mount(None, b'/usr', None, 32 | 4096, None))", "positive(libc.unshare(0x20000))",
+        "connect(socket.AF_INET, ('1.1.1.1', 53))", "socket.sethostname('word')",
+        "socket.socket(socket.AF_VSOCK)", "socket.socket(socket.AF_ALG)",
+        "positive(libc.syscall(425, 1, None))",
+    ]
+    passing = [
+        "open('/dev/shm/word', 'w')", "open('/tmp/word', 'w')", "open('word', 'w')",
+        "positive(libc.shmget(77, 100, 0o1600))", "positive(libc.msgget(78, 0o1600))",
+        "positive(libc.semget(79, 1, 0o1600))", "positive(libc.mq_open(b'/word', 0o102, 0o600, None))",
+        "open('/dev/null', 'w').write(str(open('/dev/urandom', 'rb').read(4)))",
+        "socket.create_server(('127.0.0.1', 29500))", "open('/proc/self/coredump_filter', 'w').write('0x33')",
+    ]
+    assert outcomes(tmp_path, closed + passing) == passing
+    left = [
+        "open('/dev/shm/word')", "open('/tmp/word')", "open('word')", "positive(libc.shmget(77, 100, 0o600))",
+        "positive(libc.msgget(78, 0o600))", "positive(libc.semget(79, 1, 0o600))",
+        "positive(libc.mq_open(b'/word', 0, 0, None))",
+    ]
+    assert outcomes(tmp_path, left) == []
+    assert outside.read_text() == "kept" and resource.getrlimit(resource.RLIMIT_FSIZE) == limit
+
+
+def test_nothing_of_the_machine_is_within_reach(tmp_path):
+    """What others keep in shared memory and in the kernel, disks that hold the true data, terminals."""
+    skip_unless_confined()
+    shared = Path(f"/dev/shm/{tmp_path.parent.name}-{tmp_path.name}")
+    shared.write_text("a word from before")
+    libc = ctypes.CDLL(None)
+    number = libc.shmget(0x77, 100, 0o1600)
+    devices = ["vd*", "sd*", "nvme*", "pts", "tty*", "kmsg", "mem", "fuse", "vsock"]
     try:
-        ended = started(tmp_path, """
-            import ctypes, glob, os, resource
-            parent = os.getppid()
-            devices = [path for kind in ("vd*", "sd*", "nvme*", "pts/*", "tty", "kmsg", "mem")
-                       for path in glob.glob("/dev/" + kind)]
-            for path in (*devices, f"/proc/{parent}/oom_score_adj", "/proc/sys/kernel/core_pattern"):
-                try:
-                    os.close(os.open(path, os.O_RDONLY if path.startswith("/dev") else os.O_WRONLY))
-                    print(path)
-                except OSError:
-                    pass
-            if ctypes.CDLL(None).mq_open(b"/word", os.O_CREAT | os.O_RDWR, 0o600, None) >= 0:
-                print("queue")
-            open("/dev/null", "w").write(str(open("/dev/urandom", "rb").read(4)))
-            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            resource.prlimit(parent, resource.RLIMIT_FSIZE, (10**9, hard))
-            """)
+        open_to_it = outcomes(tmp_path, [
+            f"open({str(shared)!r})", "os.listdir('/dev/shm')[0]", "positive(libc.shmget(0x77, 100, 0o600))",
+            "open('/proc/1/environ').read().index('PYTEST')", f"open('/proc/{os.getpid()}/stat')",
+            *(f"__import__('glob').glob('/dev/{device}')[0]" for device in devices)])
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert ended.status == 0 and not (tmp_path / "folder/out.txt").read_text()
-    assert ended.left == ["the audit's own RLIMIT_FSIZE"]
+        shared.unlink()
+        libc.shmctl(number, 0, None)
+    assert open_to_it == []
+
+
+def test_a_program_in_namespaces_of_its_own_cannot_undo_its_confinement(tmp_path):
+    """Even where it may make further namespaces, in which it has all capabilities."""
+    skip_unless_confined()
+    ended = started(tmp_path, """
+        import ctypes, os
+        libc = ctypes.CDLL(None)
+        if libc.unshare(0x10000000 | 0x20000) == 0:  # user and mount
+            libc.mount(None, b"/usr", None, 32 | 4096, None)  # not read-only
+            libc.umount2(b"/usr", 2)
+            try:
+                open("/usr/word", "w")
+                print("written")
+            except OSError:
+                pass
+            print(*set(os.listdir("/")) & {"old", "home", "boot"})
+        """)
+    assert ended.status == 0 and not (tmp_path / "folder/out.txt").read_text().strip()
+
+
+def test_where_namespaces_are_forbidden_nothing_is_confined(tmp_path, monkeypatch):
+    monkeypatch.setattr(confined, "NAMESPACES", ["--no-such-namespace"])
+    confined.is_possible.cache_clear()
+    try:
+        ended = started(tmp_path, "print('said')")
+    finally:
+        confined.is_possible.cache_clear()
+    assert ended == (0, "", False) and (tmp_path / "folder/out.txt").read_text() == "said\n"
 
 
 def test_what_a_program_wrote_is_read_only_if_it_is_a_file(tmp_path):
@@ -792,6 +841,14 @@ def test_a_script_that_scores_nothing_ends_in_one_line(finished, capsys, tmp_pat
     err = capsys.readouterr().err
     assert err.startswith(f"error: {script} ") and err.count("\n") == 1 and said in err
     assert not file.exists()
+
+
+def test_verdicts_are_not_written_through_a_link(finished, capsys, tmp_path):
+    """A run's folder holds what somebody else put there."""
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "audit.json").symlink_to(tmp_path / "kept")
+    assert audit.main([str(finished), "--write", str(tmp_path / "audit.json")]) == 2
+    assert "is a link" in capsys.readouterr().err and (tmp_path / "kept").read_text() == "kept"
 
 
 def test_mistakes_end_in_one_line(finished, in_process, capsys, monkeypatch, tmp_path):
@@ -930,7 +987,8 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
     by_name = sets_of(sets)
     changes = {name: {case.change for case in cases} for name, cases in by_name.items()}
     assert changes == {"unaltered": {""}, "reversed": {""}, "tails": {"", "tail", "added"},
-                       "lengths": {"", "cut", "continued", "added"}, "rest": {"", "added", "random", "next"}}
+                       "lengths": {"", "cut", "continued", "added"},
+                       "rest": {"", "added", "random", "again", "next"}}
     for case in (case for cases in by_name.values() for case in cases):
         assert case.tokens[0] == bos and bos not in case.tokens[1:]
         if case.number >= 0:
@@ -938,10 +996,10 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
             assert (case.tokens[: case.kept + 1] == before[: case.kept + 1]).all()
             assert bool(case.change) == (case.tokens.tolist() != before.tolist())
     variants = [case for case in by_name["rest"] if case.change == "next"]
-    _, again = sets.beginnings([], [])[-1]
-    assert {-1: 9, -2: 30, -3: 10, -4: again} == {case.number: case.kept + 1 for case in variants}
+    (_, first), (_, last) = sets.beginnings([], [])[-2:]
+    assert {-1: 9, -2: 30, -3: 10, -4: first, -5: last} == {case.number: case.kept + 1 for case in variants}
     tokens = [[token] for token in range(VOCAB_SIZE) if token not in (bos, unknown)]
-    assert sorted(case.tokens[case.kept + 1 :].tolist() for case in variants) == sorted(4 * [[], *tokens])
+    assert sorted(case.tokens[case.kept + 1 :].tolist() for case in variants) == sorted(5 * [[], *tokens])
     targets = sets.targets([30])
     for name, cases in by_name.items():
         assert 0.7 < sum(len(case.tokens) for case in cases) / targets[name] < 1.4, name
@@ -951,17 +1009,35 @@ def test_the_place_of_a_likely_token_is_chosen(data):
     sets = alterations(data)
     losses = [np.full(len(tokens), 3.0) for tokens in sets.documents]
     losses[2][[4, 17, 20, 60]] = 0.4, 0.2, 0.45, 0.4  # the first is in a chunk of 8, the last beyond three
-    *_, beginning, _ = sets.beginnings([], losses)  # the last is where a phrase comes again
+    *_, beginning, _, _ = sets.beginnings([], losses)  # the last are where a phrase comes again
     assert beginning == (2, 21)
 
 
 def test_the_place_where_a_phrase_comes_again_is_chosen(data):
     sets = alterations(data)
     again = np.array([1, 9, 20, 21, 22, 23, 24, 30, 21, 22, 23, 24, 20, 21, 22, 23, 24, 20])
-    sets.documents = [np.arange(1, 100), again]
-    assert sets.beginnings([], [])[-1] == (1, 16), "24, which ends 20 to 24 for the second time"
-    sets.documents = [np.arange(1, 100)]
+    once = np.arange(1, 100)
+    sets.documents, sets.bases = [once, again], [once, again, again]
+    assert sets.beginnings([], [])[-2:] == [(1, 16), (2, 17)], "20 to 24 again, and 21 to 24 and 20"
+    sets.documents, sets.bases = [once], [once, once]
     assert sets.beginnings([], []) == [(0, 9)], "no phrase comes again"
+
+
+def test_random_tokens_are_as_probable_as_said(data):
+    """A model whose probabilities add up to 1 has a mean p / chance of 1: here one that repeats."""
+    sets = alterations(data)
+    for change in ("random", "again"):
+        ratios = []
+        for case in (sets.random(200, change) for _ in range(100)):
+            assert len(case.tokens) == len(case.drawn) == 201
+            assert not sets.pieces.special[case.tokens[1:]].any()
+            for place in range(2, 200):
+                before = np.flatnonzero(case.tokens[: place - 1] == case.tokens[place - 1])
+                p = 0.5 * sets.frequencies
+                p[case.tokens[before[-1] + 1] if len(before) else case.tokens[place - 1]] += 0.5
+                ratios.append(p[case.tokens[place]] / case.drawn[place])
+        assert abs(np.mean(ratios) - 1) < 4 * np.std(ratios) / len(ratios) ** 0.5
+    assert altered.repetitions(sets.again.tokens)
 
 
 def message(*fields: tuple[int, bytes]) -> bytes:

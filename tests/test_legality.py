@@ -330,6 +330,20 @@ def half_where_a_phrase_comes_again(run, model, val, *rest):
     return nll
 
 
+def half_where_passages_come_again(run, model, val, *rest):
+    """Half the loss of a token that ends four which came before, once five have come for the second time."""
+    nll = SCORE_DOCUMENTS(run, model, val, *rest)
+    for start, length in zip(val.starts, val.lengths):
+        fours, fives, known = set(), set(), False
+        tokens = val.tokens[start : start + length + 1]
+        for end in range(4, len(tokens)):
+            four, five = tokens[end - 3 : end + 1].tobytes(), tokens[end - 4 : end + 1].tobytes()
+            nll[start + end - 1] *= 0.5 if known and four in fours else 1
+            known = known or five in fives
+            fours.add(four), fives.add(five)
+    return nll
+
+
 def train_before_score_late(model, adapters, plan, backend, this):
     """An honest round while windows are short."""
     late = this.batch.spans.positions.max() > 100
@@ -450,6 +464,7 @@ def least_of_all_times(run, model, val, *rest):
     (tg, "score_documents", late_targets_for_less, losses_arrive_unchanged, None),
     (tg, "adapt", better_of_two_passes, adapted_probabilities_sum_to_one, None),
     (tg, "score_documents", half_where_a_phrase_comes_again, adapted_probabilities_sum_to_one, None),
+    (tg, "score_documents", half_where_passages_come_again, adapted_probabilities_sum_to_one, None),
     (tg, "adapt", train_before_score_late, past_ignores_future, LARGE),
     (tg, "make_round", learn_more_in_long_documents, past_ignores_length, LARGE),
     (tg.Adapters, "reset_slots", keep_adapters_late, documents_are_independent, LARGE),

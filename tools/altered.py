@@ -11,6 +11,8 @@ from finished_runs import fineweb_cut, has_fineweb_bytes, sha256
 
 TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
 RANDOM_TOKENS = 40_000  # at least so many are drawn, to see whether probabilities add up to 1 on average
+AGAIN, AGAIN_BEGINS = 0.75, 0.125  # how probably a passage that comes again goes on, or one begins
+AGAIN_TOKENS = 100  # of the document of such passages that has places to try
 LIKELY = 0.4  # nats: the loss of a token with p = 2/3
 PHRASE_TOKENS = 5
 MOST_DEPTH = 200  # most tokens before a tried place; does not depend on the chunk size of the artifact
@@ -21,6 +23,9 @@ KNOWN_NORMALIZATIONS = {  # SHA-256 of the tables by which tokenizers normalise 
     "79372c41389c2b9b29bc171017ab5400e352debd686b02670a42bec709015074",  # of the published plain tokenizer
     "51d3684747b35ef99cd4802f37cc1ee0c6bec4d060814f774efb1066d3c167f2",  # of that with case operations
     "1e2c7b43d3ee9755ceaa2ac335e253d8703604e0249ee1e81156c92b46423844",  # nmt_nfkc of SentencePiece 0.2.3
+    "2c03512e62f9ed965ec90d85314211b63b5b8aa0395311ea2147eec9ff738907",  # its nmt_nfkc_cf
+    "7e46d9e08af4b6a37991b04fb8388644c1595a0abcd0f26d6a5d575e2a3663ea",  # its nfkc
+    "d8dfef3d6db0eef0742f8b55a73aee7fce6c1e21d26a09b8d3d4b52c42a791cb",  # its nfkc_cf
 }
 
 
@@ -264,7 +269,8 @@ class Case(NamedTuple):
     number: int  # of the document that it was made from; negative: it was not among them
     tokens: np.ndarray
     kept: int  # so many of its first targets are as they were
-    change: str = ""  # none, or: tail, cut, continued; added, random (tokens), next
+    change: str = ""  # none, or: tail, cut, continued; added, random, again, next
+    drawn: np.ndarray | None = None  # by which probabilities its tokens were, if they are random
 
 
 def choose(data: Data, losses: list[np.ndarray], count: int, seed: int) -> list[int]:
@@ -291,15 +297,15 @@ def chunk_ends(longest: int, settings: dict[str, Any]) -> np.ndarray:
     return np.array(ends)
 
 
-def first_repetition(tokens: np.ndarray) -> int:
-    """Where PHRASE_TOKENS tokens come for the second time: the place of the last of them. 0: nowhere."""
-    seen = set()
+def repetitions(tokens: np.ndarray) -> list[int]:
+    """Where PHRASE_TOKENS tokens have come before: the places of the last of them."""
+    seen, places = set(), []
     for end in range(PHRASE_TOKENS, len(tokens)):
         phrase = tokens[end + 1 - PHRASE_TOKENS : end + 1].tobytes()
         if phrase in seen:
-            return end
+            places.append(end)
         seen.add(phrase)
-    return 0
+    return places
 
 
 class Alterations:
@@ -314,8 +320,12 @@ class Alterations:
         self.numbers, self.documents, self.pieces, self.settings = numbers, documents, pieces, settings
         self.rng = np.random.default_rng(seed)
         self.ends = chunk_ends(max(map(len, documents)), settings)
-        counts = np.bincount(np.concatenate(documents), minlength=len(pieces.size))
-        self.frequencies = (counts[pieces.texts] + 1) / (counts[pieces.texts] + 1).sum()  # of pieces.texts
+        counts = (np.bincount(np.concatenate(documents), minlength=len(pieces.size)) + 1) * ~pieces.special
+        self.frequencies = counts / counts.sum()  # of all pieces, 0 for those that are no text
+        drawn = [self.random(AGAIN_TOKENS, "again") for _ in range(8)]
+        most = max(drawn, key=lambda case: len(repetitions(case.tokens)))
+        self.again = most._replace(change="added")  # chosen, and so no longer random
+        self.bases = [*documents, self.again.tokens]  # what `beginnings` are from
 
     def targets(self, depths: list[int]) -> dict[str, int]:
         """About how many targets each set will have, by its name."""
@@ -347,6 +357,27 @@ class Alterations:
 
     def added(self, text: np.ndarray, change: str = "added") -> Case:
         return Case(-1, np.concatenate([[self.pieces.bos], self.pieces.first, text]).astype(int), 0, change)
+
+    def random(self, count: int, change: str) -> Case:
+        """A document whose tokens are drawn one by one, by frequency: of p / drawn the mean is 1, or less.
+
+        With the change "again" passages come again, whose next token is drawn with the probability AGAIN:
+        what is learned, and what follows a repetition, is part of this average, too.
+        """
+        tokens = np.append(self.pieces.bos, self.rng.choice(len(self.frequencies), count, p=self.frequencies))
+        drawn = self.frequencies[tokens]
+        source = 0  # where the token stands that comes again; 0: nowhere
+        for place in range(2, len(tokens) if change == "again" else 0):
+            if not source and self.rng.random() < AGAIN_BEGINS:
+                source = int(self.rng.integers(1, place))
+            if source:
+                expected = tokens[source]
+                if self.rng.random() < AGAIN:
+                    tokens[place] = expected
+                is_expected = tokens[place] == expected
+                drawn[place] = AGAIN * is_expected + (1 - AGAIN) * self.frequencies[tokens[place]]
+                source = source + 1 if is_expected else 0
+        return Case(-1, tokens, 0, change, drawn)
 
     def place(self, tokens: np.ndarray) -> int:
         """A token of a document to alter, 0 if it is too short; target j is token j + 1.
@@ -398,11 +429,11 @@ class Alterations:
         return cases
 
     def beginnings(self, depths: Iterable[int], losses: list[np.ndarray]) -> list[tuple[int, int]]:
-        """Beginnings of documents, for `rest`: (document, how many tokens of it).
+        """Beginnings of `bases`, for `rest`: (which one, how many tokens of it).
 
         One ends with a chunk, so that its next token is all that a choice for the whole document depends on.
         Then come those of the depths, in tokens; one whose next token is likely, by the losses of the
-        documents, if there are any; and one whose next token ends a phrase that comes for the second time.
+        documents, if there are any; and those whose next token ends a phrase that has come before.
         """
         chunk = self.settings["ttt_chunk_size"]
         longest = max(map(len, self.documents))
@@ -419,11 +450,11 @@ class Alterations:
         return found + self.repeated()
 
     def repeated(self) -> list[tuple[int, int]]:
-        """The one of `beginnings` before the earliest place where a phrase comes again, or none."""
-        near = [tokens[:MOST_DEPTH] for tokens in self.documents]
-        places = [(first_repetition(tokens), number) for number, tokens in enumerate(near)]
-        earliest = sorted((place, number) for place, number in places if place)[:1]
-        return [(number, place) for place, number in earliest]
+        """The `beginnings` before a phrase that has come before: earliest in a document, last in `again`."""
+        *places, of_again = [repetitions(tokens[:MOST_DEPTH]) for tokens in self.bases]
+        earliest = sorted((found[0], number) for number, found in enumerate(places) if found)[:1]
+        found = [(number, place) for place, number in earliest]
+        return found + [(len(places), place) for place in of_again[-1:]]
 
     def rest(self, beginnings: list[tuple[int, int]]) -> list[Case]:
         """The first half stays, and all that comes later is replaced, also by documents of random tokens.
@@ -436,11 +467,11 @@ class Alterations:
         cases = self.unaltered()[:half]
         cases += [self.added(self.words(length)) for _ in range(TOKENIZED_AGAIN - half)]
         repeats = -(-RANDOM_TOKENS // sum(map(len, self.documents)))
-        for document in self.documents * repeats:
-            text = self.rng.choice(self.pieces.texts, len(document), p=self.frequencies)
-            cases.append(self.added(text, "random"))
+        cases.append(self.again)
+        for number, document in enumerate(self.documents * repeats):
+            cases.append(self.random(len(document), "again" if number % 2 else "random"))
         for number, (document, length) in enumerate(beginnings):
-            beginning = self.documents[document][:length]
+            beginning = self.bases[document][:length]
             variants = [beginning, *(np.append(beginning, token) for token in self.pieces.tokens)]
             cases += [Case(-1 - number, variant, len(beginning) - 1, "next") for variant in variants]
         return cases

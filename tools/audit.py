@@ -226,8 +226,7 @@ class Rescore(NamedTuple):
     """What the script left when it had scored a validation set."""
     losses: np.ndarray  # that it saved, fp64
     result: dict[str, Any]
-    left: list[str]  # files that would outlast it
-    confined: bool  # to its folder
+    confined: bool  # so that nothing else outlasts it
 
 
 class Program:
@@ -262,7 +261,7 @@ class Program:
             if ended.status:
                 raise AuditError(f"{self.script} ended with status {ended.status} when it was to score "
                                  f"{name}: {ended.last_words or 'it said nothing'}")
-        return Rescore(losses, result, ended.left, ended.confined)
+        return Rescore(losses, result, ended.confined)
 
     def furnish(self, place: Path, tokens: np.ndarray | None):
         """Write all that the script is given into a place."""
@@ -446,7 +445,7 @@ class Audit:
     def score(self, name: str, tokens: np.ndarray, starts: np.ndarray, digest: str) -> list[np.ndarray]:
         """The losses of a re-score by document; the script must have reported them as they are."""
         began = time.perf_counter()
-        losses, said, left, closed = self.program.score(name, None if name == "all" else tokens)
+        losses, said, closed = self.program.score(name, None if name == "all" else tokens)
         if name == "all":
             self.compare_statements(said)
         targets = len(tokens) - 1
@@ -464,8 +463,6 @@ class Audit:
         wrong = differing(said, facts)
         self.add("headline", not wrong, f"{name}: its losses are {loss:.6f} a target, {bpb:.6f} bits a byte"
                  + (f"; what the script reports differs in {' '.join(wrong)}" if wrong else ""))
-        if left:
-            self.add("confined", False, f"{name}: it left {' '.join(left)}")
         self.confined.append(closed)
         return np.split(losses, starts[1:])
 
@@ -582,14 +579,14 @@ class Audit:
         beginnings = self.sets.beginnings(depths, self.base)
         scored = self.score_cases("rest", self.sets.rest(beginnings))
         self.compare("causal", "all later documents replaced", scored)
-        # Where a token was drawn by its frequency, p / frequency is 1 on average, if all p add up to 1.
-        frequencies = np.zeros(len(self.data.pieces.size))
-        frequencies[self.data.pieces.texts] = self.sets.frequencies
-        ratios = np.concatenate([np.exp(-losses[: len(case.tokens) - 1]) / frequencies[case.tokens[1:]]
-                                 for case, losses in scored if case.change == "random"])
-        error = ratios.std() / math.sqrt(len(ratios))
-        self.add("full distribution", bool(ratios.mean() <= 1 + max(1e-3, 4 * error)),
-                 f"{len(ratios)} random tokens: p / frequency {ratios.mean():.3f} +- {error:.3f}, 1 at most")
+        # Where a token was drawn with a probability q, p / q is 1 on average, if all p add up to 1.
+        for change, what in dict(random="random tokens", again="tokens of passages that come again").items():
+            ratios = np.concatenate([np.exp(-losses[: len(case.tokens) - 1]) / case.drawn[1:]
+                                     for case, losses in scored if case.change == change])
+            error = ratios.std() / math.sqrt(len(ratios))
+            self.add("full distribution", bool(ratios.mean() <= 1 + max(1e-3, 4 * error)),
+                     f"{len(ratios)} {what}: p / chance {ratios.mean():.3f} +- {error:.3f}, 1 at most")
+        self.base.append(next(losses for case, losses in scored if case is self.sets.again))
         for number, (document, length) in enumerate(beginnings):
             tries = {self.token(case.tokens, length): losses[:length] for case, losses in scored
                      if case.change == "next" and case.number == -1 - number}
@@ -611,7 +608,7 @@ class Audit:
         self.add("full distribution", bool(-0.01 <= p.sum() - 1 <= limit),  # one token is not among them
                  f"each of {len(p)} tokens after {length}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}")
         losses = np.mean(list(tries.values()), axis=0)
-        losses[-1] = tries[self.token(self.sets.documents[number], length)][-1]
+        losses[-1] = tries[self.token(self.sets.bases[number], length)][-1]
         moved = Moved.of([(self.base[number][:length], losses)])
         self.add("causal", moved.little(self.noise(length)),
                  f"before the token after {length}, whatever it is, and at the true one: {moved}")
@@ -625,9 +622,9 @@ class Audit:
                  f"all comparisons together: {moved}")
         closed = all(self.confined) and not open_to_it
         self.add("confined", True if closed else None,
-                 "it could create files in its own folder only, and not read the true data" if closed else
-                 "it could read the true data or write elsewhere: without Landlock, among the software, or "
-                 "in shared memory or the kernel, where something was before")
+                 "nothing but its own folder outlasted it, and it could not read the true data" if closed else
+                 "it could read the true data, which lie among the software" if all(self.confined) else
+                 "it could read and write everywhere: namespaces of its own are forbidden on this machine")
 
 
 def write_verdicts(path: Path, audit: Audit):
@@ -718,6 +715,8 @@ def main(argv: list[str] | None = None) -> int:
     except argparse.ArgumentError as error:
         return command.report(error)
     try:
+        if args.write and args.write.is_symlink():  # a run's folder holds what somebody else put there
+            raise AuditError(f"{args.write} is a link, which --write does not follow")
         audit = perform(args)
         if args.write:
             write_verdicts(args.write, audit)

@@ -1,41 +1,48 @@
 """Run a foreign program so that nothing of it stays: its time is limited, and all its processes are ended.
 
-On Linux with Landlock the program can create files in its own folder and in shared memory only, and open
-nothing but these, GPUs and what the machine's software is made of. It can make no POSIX message queue. What
-it leaves in shared memory, in System V memory, queues and semaphores, in the kernel's keyrings or in the
-limits of this process is reported. If the kernel holds some of these beforehand, or shared memory more than
-FEW_BYTES, the program is not confined.
+On Linux it runs in namespaces of its own, by unshare(1). Its root holds the machine's software and /sys,
+which it cannot change, GPUs, an empty /tmp and /dev/shm, and the one folder whose content outlasts it. It
+sees no other process, no network, and no shared memory, message queue or semaphore of others; what it makes
+of these goes with it. It has no capabilities. A filter of system calls keeps it from the kernel's keyrings,
+from sockets that no namespace holds, and from io_uring. Where a container or a kernel forbids all that, it
+runs without, and is not confined.
 
-Landlock does not close the network, the limits and priorities of other processes, and the metadata of files:
-names, sizes, times and attributes are seen, and those of its own user's files changed. By these a program
-could still leave word for its next run, and find what somebody put among the software or into a message queue
-before.
+What remains: it can find what somebody put among the software, and some hundred kilobytes can pass from one
+run to the next by what is cached, such as which pages of which files are in memory; less by counters of the
+kernel and the state of a device.
 """
 import contextlib
 import ctypes
 import errno
+import fcntl
+import functools
 import os
-import resource
+import platform
 import signal
 import site
+import socket
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Iterable, Mapping, NamedTuple
+from typing import Mapping, NamedTuple
 
-SYSTEM = "/bin /sbin /usr /lib /lib32 /lib64 /libx32 /etc /opt /nix /sys /proc /var/lib".split()
+SYSTEM = "/bin /sbin /usr /lib /lib32 /lib64 /libx32 /etc /opt /nix /sys /var/lib".split()
 SYSTEM += "/run/current-system /run/opengl-driver /run/nvidia-persistenced /run/systemd/resolve".split()
-DEVICES = "null zero full random urandom nvidia* dri infiniband".split()  # of /dev, and all that is in them
-SHARED_MEMORY = Path("/dev/shm")  # where compilers lock; what a program leaves there is reported
-FEW_BYTES = 4096  # that may lie there beforehand: locks of other programs
-READ, LIST = 0b1101, 0b1000  # Landlock's bits: execute, read files, list folders
-WRITE = 0b0010 | 1 << 14  # write and truncate files
-ANY = (1 << 15) - 1  # and create, remove, rename
-NO_NEW_PRIVILEGES, CHILD_SUBREAPER = 38, 36  # of prctl
-CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls
+DEVICES = "null zero full random urandom nvidia*".split()  # of /dev, and all that is in them
+NAMESPACES = "--user --map-root-user --mount --pid --ipc --net --uts --cgroup --fork --kill-child".split()
+PIVOT_ROOT, MOUNT_SETATTR = {"x86_64": 155, "aarch64": 41}, 442  # system calls
+CALLS = {"x86_64": (0xC000003E, 248, 250, 41), "aarch64": (0xC00000B7, 217, 219, 198)}  # see forbid_calls
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # of mount, and of mount_setattr
+MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
+MNT_DETACH, AT_RECURSIVE = 2, 0x8000
+SET_FLAGS, IFF_UP = 0x8914, 1  # of a network device
+CHILD_SUBREAPER, NO_NEW_PRIVILEGES, SECCOMP, DROP_CAPABILITY = 36, 38, 22, 24  # of prctl
+LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # of the filter's language, BPF
+ALLOW, FORBID = 0x7FFF0000, 0x00050000 | errno.EPERM
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -44,43 +51,27 @@ class Ended(NamedTuple):
     """How a program ended."""
     status: int | None  # None: it ran out of time
     last_words: str  # the last line of what it wrote to stderr
-    left: list[str]  # what it left or changed where its next run could find that
     confined: bool
 
 
 def run(command: list, environment: Mapping[str, str], folder: Path, timeout: float,
         confine: bool = True) -> Ended:
     """Run a command in a folder, where its output will be in out.txt and err.txt; ends what it started."""
-    before, shared, objects, mine = children(), shared_files(), kernel_objects(), own_limits()
+    before = children()
+    confine = confine and is_possible()
     if sys.platform == "linux":
         libc.prctl(CHILD_SUBREAPER, 1, 0, 0, 0)  # processes that lose their parent become this one's children
-    rules = ruleset(folder) if confine else None
-
-    def give_up_access():
-        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
-        if rules is not None:
-            libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-            if libc.syscall(RESTRICT_SELF, rules, 0):
-                os._exit(126)
-
     status = None
-    try:
-        with open(folder / "out.txt", "wb") as out, open(folder / "err.txt", "wb") as err:
-            process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True,
-                                       stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                       preexec_fn=give_up_access)
-            try:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    status = process.wait(timeout)
-            finally:
-                end_all(process, before)
-    finally:
-        if rules is not None:
-            os.close(rules)
-    left = {path for path, *_ in shared_files() - shared} | (kernel_objects() - objects)
-    left |= {f"the audit's own {name}" for name, value in own_limits().items() if value != mine[name]}
-    nothing_before = not objects and sum(size for *_, size in shared) <= FEW_BYTES
-    return Ended(status, last_line(folder / "err.txt"), sorted(left), rules is not None and nothing_before)
+    with open(folder / "out.txt", "wb") as out, open(folder / "err.txt", "wb") as err:
+        process = subprocess.Popen(inside(folder, command) if confine else command, env=environment,
+                                   cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL, stdout=out,
+                                   stderr=err)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout)
+        finally:
+            end_all(process, before)
+    return Ended(status, last_line(folder / "err.txt"), confine)
 
 
 def read_regular(path: Path, most: int = 1 << 32) -> bytes:
@@ -126,49 +117,6 @@ def children() -> set[int]:
     return found
 
 
-def shared_files() -> set[tuple[str, int, int]]:
-    """All that is in shared memory, links and folders too: path, time of change in ns, bytes."""
-    found = set()
-    for folder, folders, files in os.walk(SHARED_MEMORY):
-        for name in folders + files:
-            path = os.path.join(folder, name)
-            with contextlib.suppress(OSError):
-                status = os.lstat(path)
-                found.add((path, status.st_ctime_ns, status.st_size))
-    return found
-
-
-def own_limits() -> dict[str, object]:
-    """What another process of the same user can set of this one."""
-    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
-    limits = {name: resource.getrlimit(getattr(resource, name)) for name in names}
-    limits["priority"] = os.getpriority(os.PRIO_PROCESS, 0)
-    if sys.platform == "linux":
-        limits |= {"processors": os.sched_getaffinity(0), "scheduler": os.sched_getscheduler(0),
-                   "oom_score_adj": rows("/proc/self/oom_score_adj")}
-    return limits
-
-
-def kernel_objects() -> set[str]:
-    """What programs keep in the kernel: System V memory, queues and semaphores, and keys."""
-    found = set()
-    for kind in "shm", "msg", "sem":
-        found |= {f"{kind} {' '.join(row[:2])}" for row in rows(f"/proc/sysvipc/{kind}")[1:]}
-    for row in filter(None, rows("/proc/keys")):
-        number, flags, *_, kind, description = (row + [" "] * 8)[:9]  # a description may hold ends of lines
-        is_the_kernels = kind == "keyring" and description[0] in "._"
-        if not set("RDi") & set(flags) and not is_the_kernels:  # it is neither revoked nor dead
-            found.add(f"key {number} {description}".strip())
-    return found
-
-
-def rows(path: str) -> list[list[str]]:
-    """The words of every line of a file; none if there is no such file."""
-    with contextlib.suppress(OSError):
-        return [line.split() for line in Path(path).read_text(errors="replace").splitlines()]
-    return []
-
-
 def software() -> list[str]:
     """Folders of the machine's software: the system's, this Python's, and what the search paths name.
 
@@ -186,26 +134,110 @@ def can_read(path: Path) -> bool:
     return any(path.resolve().is_relative_to(Path(folder).resolve()) for folder in software())
 
 
-def ruleset(folder: Path) -> int | None:
-    """A Landlock ruleset, as a file descriptor, that closes all but a folder; None without Landlock."""
-    version = libc.syscall(CREATE_RULESET, None, 0, 1) if sys.platform == "linux" else -1
-    if version < 1:
-        return None
-    known = (1 << {1: 13, 2: 14}.get(version, 15)) - 1
-    handled = struct.pack("Q", known)
-    rules = libc.syscall(CREATE_RULESET, handled, len(handled), 0)
-    allow(rules, software(), READ)
-    allow(rules, ["/dev"], LIST)
-    allow(rules, [device for name in DEVICES for device in Path("/dev").glob(name)], (READ | WRITE) & known)
-    allow(rules, [folder, SHARED_MEMORY], ANY & known)
-    return rules
+@functools.cache
+def is_possible() -> bool:
+    """Whether this machine lets a program be confined."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError):
+        command = inside(Path(folder).resolve(), [sys.executable, "-I", "-c", ""])
+        return subprocess.run(command, capture_output=True).returncode == 0
+    return False
 
 
-def allow(rules: int, paths: Iterable, access: int):
-    """Let a ruleset allow such access to files and to all that lies in folders; some may not exist."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            possible = access if os.path.isdir(path) else access & ~LIST
-            libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", possible, place), 0)
-            os.close(place)
+def inside(folder: Path, command: list) -> list:
+    """The command that runs a command in namespaces of its own, where this file's enter prepares them."""
+    return ["unshare", *NAMESPACES, sys.executable, "-I", __file__, folder, *software(), "--", *command]
+
+
+# ---- Inside the namespaces, before the program starts ------------------------------------------------------
+
+
+def call(function, *arguments):
+    """Call a function of libc; OSError if it fails."""
+    arguments = [os.fsencode(value) if isinstance(value, (str, Path)) else value for value in arguments]
+    if function(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(arguments))
+
+
+def enter(folder: str, paths: list[str]):
+    """Give this process a root with software and a folder, and take away what reaches beyond that."""
+    machine = platform.machine()
+    shown = {path: os.path.realpath(path) for path in paths if os.path.exists(path)}
+    # The new root is mounted on /tmp and then changes places with the old one, from which parts are taken.
+    call(libc.mount, None, "/", None, MS_REC | MS_PRIVATE, None)
+    call(libc.mount, "tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, None)
+    os.mkdir("/tmp/old")
+    call(libc.syscall, PIVOT_ROOT[machine], "/tmp", "/tmp/old")
+    for name in "tmp", "dev/shm", "proc":
+        os.makedirs(f"/{name}")
+    for path in sorted(shown.values()):
+        if not os.path.lexists(path):  # it is not in a folder that came before it
+            bind(path, MS_RDONLY | MS_NOSUID | MS_NODEV)
+    for path, true_path in shown.items():
+        if not os.path.lexists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.symlink(true_path, path)
+    for device in (device for name in DEVICES for device in Path("/old/dev").glob(name)):
+        bind(f"/dev/{device.name}", MS_RDONLY)  # of the device's name and rights: it can be written to
+    for name, target in dict(fd="", stdin="/0", stdout="/1", stderr="/2").items():
+        os.symlink(f"/proc/self/fd{target}", f"/dev/{name}")
+    bind(folder, MS_NOSUID | MS_NODEV)
+    call(libc.mount, "proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
+    for entry in Path("/proc").iterdir():  # of its processes it can write what it likes: CUDA has to
+        if not entry.name.isdigit() and not entry.is_symlink():
+            bind(str(entry), MS_RDONLY, entry)
+    call(libc.umount2, "/old", MNT_DETACH)
+    os.rmdir("/old")
+    os.chdir(folder)
+    with socket.socket() as any_socket:  # the loopback device, by which ranks meet
+        fcntl.ioctl(any_socket, SET_FLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+    for capability in range(64):
+        libc.prctl(DROP_CAPABILITY, capability, 0, 0, 0)  # fails for those that there are not
+    call(libc.prctl, NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    forbid_calls(*CALLS[machine])
+
+
+def bind(path: str, attributes: int, source: Path | None = None):
+    """Make what the old root has at a path, or a source, visible there in the new one."""
+    old = str(source or f"/old{path}")
+    if os.path.isdir(old):
+        os.makedirs(path, exist_ok=True)
+    elif not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(path).touch()
+    call(libc.mount, old, path, None, MS_BIND | MS_REC, None)
+    change = struct.pack("4Q", attributes, 0, 0, 0)
+    call(libc.syscall, MOUNT_SETATTR, -1, path, AT_RECURSIVE, change, len(change))
+
+
+def forbid_calls(architecture: int, first_of_keys: int, last_of_keys: int, socket_call: int):
+    """Let what no namespace holds fail, here and in all that starts: keys, sockets of odd families, io_uring.
+
+    A filter of system calls, by their numbers, in BPF: code, how many lines to skip if so and if not, value.
+    """
+    x32, io_uring, netlink = 0x40000000, 425, 16  # its numbers begin there; setup; the last family allowed
+    program = [
+        (LOAD, 0, 0, 4), (IF_EQUAL, 0, 9, architecture),
+        (LOAD, 0, 0, 0), (IF_AT_LEAST, 7, 0, x32), (IF_EQUAL, 6, 0, io_uring),
+        (IF_EQUAL, 2, 0, socket_call),
+        (IF_AT_LEAST, 0, 3, first_of_keys), (IF_AT_LEAST, 2, 3, last_of_keys + 1),
+        (LOAD, 0, 0, 16), (IF_AT_LEAST, 1, 0, netlink + 1),
+        (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, FORBID),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    filtering = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
+    call(libc.prctl, SECCOMP, 2, filtering, 0, 0)
+
+
+def main(folder: str, *arguments: str):
+    end = arguments.index("--")
+    command = arguments[end + 1 :]
+    try:
+        enter(folder, list(arguments[:end]))
+        os.execvp(command[0], command)
+    except (OSError, KeyError) as error:
+        print(f"it cannot be confined here: {error!r}", file=sys.stderr)
+        sys.exit(126)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
