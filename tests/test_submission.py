@@ -61,12 +61,12 @@ def test_compliance_follows_from_the_result():
     assert rules["validation_read_only_after_export"] != read_early
 
 
-def test_rules_that_no_log_can_show_are_claimed_of_no_older_script():
-    """Today's tests hold today's script to them, and the log's source is another one."""
+def test_rules_that_no_log_can_show_are_claimed_of_this_script_alone():
+    """Today's tests hold today's script to them; when it has changed, the log's source is another one."""
     own = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
-    assert SUBMISSION["code_sha256"] != own
+    established = True if SUBMISSION["code_sha256"] == own else None
     for rule in ("score_before_update", "documents_independent", "every_target_once", "full_distribution"):
-        assert SUBMISSION["compliance"][rule] is None
+        assert SUBMISSION["compliance"][rule] in (established, None)
 
 
 def test_every_log_holds_the_source_that_made_it():
