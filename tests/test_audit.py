@@ -76,7 +76,7 @@ def machine(data, monkeypatch):
     """Audits find the data and no GPU, and draw few tokens."""
     monkeypatch.setattr(altered, "RANDOM_TOKENS", 1000)
     monkeypatch.setattr(altered, "MOST_DEPTH", 30)
-    monkeypatch.setattr(altered, "AGAIN_TOKENS", 25)
+    monkeypatch.setattr(altered, "REPEATING_TOKENS", 25)
     monkeypatch.setattr(audit, "MOST_DEPTH", 12)
     monkeypatch.setenv("DATA_DIR", str(data))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -617,7 +617,7 @@ def test_nothing_is_found_by_the_next_re_score(finished, data, capsys, tmp_path)
 
     The headline was made by what it found. It finds nothing in an audit, whose losses are the honest ones.
     """
-    skip_unless_confined()
+    require_confinement()
     folders = ["os.environ['HOME']", "os.environ['TMPDIR']", "os.path.dirname(os.path.abspath(__file__))",
                "os.getcwd()", "cfg.artifact_dir", "os.path.dirname(cfg.eval_only_path)",
                *(repr(str(folder)) for folder in ("/tmp", "/var/tmp", tmp_path, ROOT))]
@@ -644,12 +644,12 @@ def test_nothing_is_found_by_the_next_re_score(finished, data, capsys, tmp_path)
     assert f"val_bpb is {said['val_bpb']:.6f}, by result.json {lower['val_bpb']:.6f}" in line
 
 
-def skip_unless_confined():
+def require_confinement():
     if not confined.is_possible():
         pytest.skip("this machine does not let a program have namespaces of its own")
 
 
-def started(tmp_path, body: str, timeout: float = 60, confine: bool = True) -> confined.Ended:
+def run_confined(tmp_path, body: str, timeout: float = 60, confine: bool = True) -> confined.Ended:
     """How a program of these lines ends that the tool runs in an empty folder."""
     folder = tmp_path / "folder"
     shutil.rmtree(folder, ignore_errors=True)
@@ -662,9 +662,9 @@ def started(tmp_path, body: str, timeout: float = 60, confine: bool = True) -> c
 def test_a_hang_is_ended_with_all_that_it_started(tmp_path, confine):
     """Also what has a session of its own, lost its parent and does not want to die with it."""
     if confine:
-        skip_unless_confined()
+        require_confinement()
     seconds = f"1000.{os.getpid()}{int(confine)}"  # by which it is found, whatever number it has
-    ended = started(tmp_path, f"""
+    ended = run_confined(tmp_path, f"""
         import ctypes, os, subprocess, time
         ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)  # no signal when the parent ends
         os.setpgid(0, 0) if os.getpid() != os.getpgid(0) else None
@@ -684,13 +684,12 @@ def test_a_hang_is_ended_with_all_that_it_started(tmp_path, confine):
             assert seconds.encode() not in file.read_bytes(), file
 
 
-PLACES = """
-    import array, ctypes, os, resource, socket
+PROBES = """
+    import ctypes, glob, os, resource, socket, sys
     libc = ctypes.CDLL(None, use_errno=True)
     add_key = {"x86_64": 248, "aarch64": 217}[os.uname().machine]
-    ours = __import__("sys").executable
 
-    def link(path):
+    def make_link(path):
         os.symlink("/nowhere", path)
         os.unlink(path)
 
@@ -702,23 +701,23 @@ PLACES = """
             one.settimeout(1)
             one.connect(address)
 
-    def positive(number):
+    def succeed(number):
         if number < 0:
             raise OSError(ctypes.get_errno(), "")
     """
 
 
-def outcomes(tmp_path, expressions: list[str]) -> list[str]:
+def possible(tmp_path, expressions: list[str]) -> list[str]:
     """Which of some expressions raise no error in a confined program."""
-    body = textwrap.dedent(PLACES) + textwrap.dedent(f"""
+    body = textwrap.dedent(PROBES) + textwrap.dedent(f"""
         for expression in {expressions!r}:
             try:
                 eval(expression)
                 print(expression, flush=True)
-            except Exception:
+            except (OSError, LookupError, ValueError):
                 pass
         """)
-    ended = started(tmp_path, body)
+    ended = run_confined(tmp_path, body)
     assert ended.status == 0 and ended.confined, ended
     return (tmp_path / "folder/out.txt").read_text().splitlines()
 
@@ -728,56 +727,57 @@ def test_no_place_lasts_but_the_folder(tmp_path):
 
     What is left where the program may write is not there for the next one.
     """
-    skip_unless_confined()
+    require_confinement()
     outside = tmp_path / "outside"
     outside.write_text("kept")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     closed = [
         f"open({str(outside)!r})", "open('/usr/word', 'w')", "open('/etc/word', 'w')",
-        "link('/usr/bin/word')",
-        "attribute(ours)", "attribute('/usr/bin/env')", "os.utime('/usr/bin/env', (1, 1))",
+        "make_link('/usr/bin/word')",
+        "attribute(sys.executable)", "attribute('/usr/bin/env')", "os.utime('/usr/bin/env', (1, 1))",
         "os.chmod('/dev/null', 0o600)",
         "os.utime('/dev/zero', (1, 1))", "open('/proc/sys/kernel/core_pattern', 'w')",
         "open('/proc/sys/vm/drop_caches', 'w')", "open('/proc/sysrq-trigger', 'w')",
         f"os.kill({os.getpid()}, 0)", f"resource.prlimit({os.getpid()}, resource.RLIMIT_FSIZE)",
         f"os.sched_setaffinity({os.getpid()}, [0])", f"open('/proc/{os.getpid()}/cmdline')",
-        "positive(libc.syscall(add_key, b'user', b'word', b'for the next', 12, -4))",
-        "positive(libc.mount(b'none', b'/tmp', b'tmpfs', 0, None))", "positive(libc.umount2(b'/usr', 2))",
-        "positive(libc.mount(None, b'/usr', None, 32 | 4096, None))", "positive(libc.unshare(0x20000))",
+        "succeed(libc.syscall(add_key, b'user', b'word', b'for the next', 12, -4))",
+        "succeed(libc.mount(b'none', b'/tmp', b'tmpfs', 0, None))", "succeed(libc.umount2(b'/usr', 2))",
+        "succeed(libc.mount(None, b'/usr', None, 32 | 4096, None))", "succeed(libc.unshare(0x20000))",
         "connect(socket.AF_INET, ('1.1.1.1', 53))", "socket.sethostname('word')",
         "socket.socket(socket.AF_VSOCK)", "socket.socket(socket.AF_ALG)",
-        "positive(libc.syscall(425, 1, None))",
+        "succeed(libc.syscall(425, 1, None))",
     ]
     passing = [
         "open('/dev/shm/word', 'w')", "open('/tmp/word', 'w')", "open('word', 'w')",
-        "positive(libc.shmget(77, 100, 0o1600))", "positive(libc.msgget(78, 0o1600))",
-        "positive(libc.semget(79, 1, 0o1600))", "positive(libc.mq_open(b'/word', 0o102, 0o600, None))",
+        "succeed(libc.shmget(77, 100, 0o1600))", "succeed(libc.msgget(78, 0o1600))",
+        "succeed(libc.semget(79, 1, 0o1600))", "succeed(libc.mq_open(b'/word', 0o102, 0o600, None))",
         "open('/dev/null', 'w').write(str(open('/dev/urandom', 'rb').read(4)))",
         "socket.create_server(('127.0.0.1', 29500))", "open('/proc/self/coredump_filter', 'w').write('0x33')",
     ]
-    assert outcomes(tmp_path, closed + passing) == passing
+    assert possible(tmp_path, closed + passing) == passing
     left = [
-        "open('/dev/shm/word')", "open('/tmp/word')", "open('word')", "positive(libc.shmget(77, 100, 0o600))",
-        "positive(libc.msgget(78, 0o600))", "positive(libc.semget(79, 1, 0o600))",
-        "positive(libc.mq_open(b'/word', 0, 0, None))",
+        "open('/dev/shm/word')", "open('/tmp/word')", "succeed(libc.shmget(77, 100, 0o600))",
+        "succeed(libc.msgget(78, 0o600))", "succeed(libc.semget(79, 1, 0o600))",
+        "succeed(libc.mq_open(b'/word', 0, 0, None))",
     ]
-    assert outcomes(tmp_path, left) == []
+    assert possible(tmp_path, left) == []
     assert outside.read_text() == "kept" and resource.getrlimit(resource.RLIMIT_FSIZE) == limit
 
 
 def test_nothing_of_the_machine_is_within_reach(tmp_path):
     """What others keep in shared memory and in the kernel, disks that hold the true data, terminals."""
-    skip_unless_confined()
+    require_confinement()
     shared = Path(f"/dev/shm/{tmp_path.parent.name}-{tmp_path.name}")
     shared.write_text("a word from before")
     libc = ctypes.CDLL(None)
     number = libc.shmget(0x77, 100, 0o1600)
+    assert number >= 0
     devices = ["vd*", "sd*", "nvme*", "pts", "tty*", "kmsg", "mem", "fuse", "vsock"]
     try:
-        open_to_it = outcomes(tmp_path, [
-            f"open({str(shared)!r})", "os.listdir('/dev/shm')[0]", "positive(libc.shmget(0x77, 100, 0o600))",
+        open_to_it = possible(tmp_path, [
+            f"open({str(shared)!r})", "os.listdir('/dev/shm')[0]", "succeed(libc.shmget(0x77, 100, 0o600))",
             "open('/proc/1/environ').read().index('PYTEST')", f"open('/proc/{os.getpid()}/stat')",
-            *(f"__import__('glob').glob('/dev/{device}')[0]" for device in devices)])
+            *(f"glob.glob('/dev/{device}')[0]" for device in devices)])
     finally:
         shared.unlink()
         libc.shmctl(number, 0, None)
@@ -786,10 +786,11 @@ def test_nothing_of_the_machine_is_within_reach(tmp_path):
 
 def test_a_program_in_namespaces_of_its_own_cannot_undo_its_confinement(tmp_path):
     """Even where it may make further namespaces, in which it has all capabilities."""
-    skip_unless_confined()
-    ended = started(tmp_path, """
+    require_confinement()
+    ended = run_confined(tmp_path, """
         import ctypes, os
         libc = ctypes.CDLL(None)
+        before = os.listdir("/")
         if libc.unshare(0x10000000 | 0x20000) == 0:  # user and mount
             libc.mount(None, b"/usr", None, 32 | 4096, None)  # not read-only
             libc.umount2(b"/usr", 2)
@@ -798,16 +799,16 @@ def test_a_program_in_namespaces_of_its_own_cannot_undo_its_confinement(tmp_path
                 print("written")
             except OSError:
                 pass
-            print(*set(os.listdir("/")) & {"old", "home", "boot"})
+            print(*set(os.listdir("/")) - set(before))
         """)
     assert ended.status == 0 and not (tmp_path / "folder/out.txt").read_text().strip()
 
 
 def test_where_namespaces_are_forbidden_nothing_is_confined(tmp_path, monkeypatch):
-    monkeypatch.setattr(confined, "NAMESPACES", ["--no-such-namespace"])
+    monkeypatch.setattr(confined, "UNSHARE", ["unshare", "--no-such-namespace"])
     confined.is_possible.cache_clear()
     try:
-        ended = started(tmp_path, "print('said')")
+        ended = run_confined(tmp_path, "print('said')")
     finally:
         confined.is_possible.cache_clear()
     assert ended == (0, "", False) and (tmp_path / "folder/out.txt").read_text() == "said\n"
@@ -815,7 +816,12 @@ def test_where_namespaces_are_forbidden_nothing_is_confined(tmp_path, monkeypatc
 
 def test_what_a_program_wrote_is_read_only_if_it_is_a_file(tmp_path):
     (tmp_path / "secret").write_text("secret")
-    ended = started(tmp_path, "import os; os.remove('err.txt'); os.symlink('../secret', 'err.txt'); 1 / 0")
+    ended = run_confined(tmp_path, """
+        import os
+        os.remove("err.txt")
+        os.symlink("../secret", "err.txt")
+        1 / 0
+        """)
     assert ended.status == 1 and ended.last_words == ""
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "folder/err.txt", "folder", "none"):
@@ -932,7 +938,7 @@ def test_noise_that_all_comparisons_share_is_no_drift():
         trial = audit.Audit(run=None, data=None, program=None, sets=None, gpu=True)
         for number, offset in enumerate(mean + spread * noise):
             trial.pairs[number] = [(np.zeros(50), np.full(50, offset))] * 5
-        trial.together(open_to_it=False)
+        trial.all_comparisons(true_data_readable=False)
         assert (trial.by_rule()["no drift"] == "pass") == passes, "there is a limit to what noise excuses"
         assert f"+- {spread / 8:.0e}" in trial.verdicts[0].figures
 
@@ -988,7 +994,7 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
     changes = {name: {case.change for case in cases} for name, cases in by_name.items()}
     assert changes == {"unaltered": {""}, "reversed": {""}, "tails": {"", "tail", "added"},
                        "lengths": {"", "cut", "continued", "added"},
-                       "rest": {"", "added", "random", "again", "next"}}
+                       "rest": {"", "added", "random", "repeating", "next"}}
     for case in (case for cases in by_name.values() for case in cases):
         assert case.tokens[0] == bos and bos not in case.tokens[1:]
         if case.number >= 0:
@@ -997,7 +1003,8 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
             assert bool(case.change) == (case.tokens.tolist() != before.tolist())
     variants = [case for case in by_name["rest"] if case.change == "next"]
     (_, first), (_, last) = sets.beginnings([], [])[-2:]
-    assert {-1: 9, -2: 30, -3: 10, -4: first, -5: last} == {case.number: case.kept + 1 for case in variants}
+    lengths = {case.beginning: case.kept + 1 for case in variants}
+    assert lengths == {0: 9, 1: 30, 2: 10, 3: first, 4: last}
     tokens = [[token] for token in range(VOCAB_SIZE) if token not in (bos, unknown)]
     assert sorted(case.tokens[case.kept + 1 :].tolist() for case in variants) == sorted(5 * [[], *tokens])
     targets = sets.targets([30])
@@ -1026,18 +1033,21 @@ def test_the_place_where_a_phrase_comes_again_is_chosen(data):
 def test_random_tokens_are_as_probable_as_said(data):
     """A model whose probabilities add up to 1 has a mean p / chance of 1: here one that repeats."""
     sets = alterations(data)
-    for change in ("random", "again"):
+    for draw in (sets.random, sets.repeating):
         ratios = []
-        for case in (sets.random(200, change) for _ in range(100)):
-            assert len(case.tokens) == len(case.drawn) == 201
+        for case in (draw(200) for _ in range(100)):
+            assert len(case.tokens) == len(case.chances) == 201
             assert not sets.pieces.special[case.tokens[1:]].any()
             for place in range(2, 200):
                 before = np.flatnonzero(case.tokens[: place - 1] == case.tokens[place - 1])
                 p = 0.5 * sets.frequencies
                 p[case.tokens[before[-1] + 1] if len(before) else case.tokens[place - 1]] += 0.5
-                ratios.append(p[case.tokens[place]] / case.drawn[place])
+                ratios.append(p[case.tokens[place]] / case.chances[place])
         assert abs(np.mean(ratios) - 1) < 4 * np.std(ratios) / len(ratios) ** 0.5
-    assert altered.repetitions(sets.again.tokens)
+
+
+def test_phrases_come_again_in_the_document_for_that(data):
+    assert altered.ends_of_repeated_phrases(alterations(data).most_repeating.tokens)
 
 
 def message(*fields: tuple[int, bytes]) -> bytes:

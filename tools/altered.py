@@ -11,8 +11,8 @@ from finished_runs import fineweb_cut, has_fineweb_bytes, sha256
 
 TOKENIZED_AGAIN = 64  # so many first documents the script tokenizes again, to know its tokenizer
 RANDOM_TOKENS = 40_000  # at least so many are drawn, to see whether probabilities add up to 1 on average
-AGAIN, AGAIN_BEGINS = 0.75, 0.125  # how probably a passage that comes again goes on, or one begins
-AGAIN_TOKENS = 100  # of the document of such passages that has places to try
+PASSAGE_BEGINS, PASSAGE_GOES_ON = 0.125, 0.75  # probabilities, at each token of a repeating document
+REPEATING_TOKENS = 100  # of the one in which places are tried
 LIKELY = 0.4  # nats: the loss of a token with p = 2/3
 PHRASE_TOKENS = 5
 MOST_DEPTH = 200  # most tokens before a tried place; does not depend on the chunk size of the artifact
@@ -266,11 +266,12 @@ class Data(NamedTuple):
 
 class Case(NamedTuple):
     """A document of an altered set."""
-    number: int  # of the document that it was made from; negative: it was not among them
+    number: int  # of the document that it was made from; negative: of none that is compared
     tokens: np.ndarray
     kept: int  # so many of its first targets are as they were
-    change: str = ""  # none, or: tail, cut, continued; added, random, again, next
-    drawn: np.ndarray | None = None  # by which probabilities its tokens were, if they are random
+    change: str = ""  # none, or: tail, cut, continued; added, random, repeating, next
+    chances: np.ndarray | None = None  # with which its tokens were drawn, if they are random
+    beginning: int | None = None  # of which beginning it tries a next token
 
 
 def choose(data: Data, losses: list[np.ndarray], count: int, seed: int) -> list[int]:
@@ -297,7 +298,7 @@ def chunk_ends(longest: int, settings: dict[str, Any]) -> np.ndarray:
     return np.array(ends)
 
 
-def repetitions(tokens: np.ndarray) -> list[int]:
+def ends_of_repeated_phrases(tokens: np.ndarray) -> list[int]:
     """Where PHRASE_TOKENS tokens have come before: the places of the last of them."""
     seen, places = set(), []
     for end in range(PHRASE_TOKENS, len(tokens)):
@@ -311,8 +312,9 @@ def repetitions(tokens: np.ndarray) -> list[int]:
 class Alterations:
     """Sets of documents made from some documents, each by the method that is named like its re-score.
 
-    What comes in place of text could be text of this tokenizer: words at random, one passage again and again,
-    a mosaic of passages. To learn from these is worth much, or little, so a choice by later losses differs.
+    What comes in place of text could be text of this tokenizer, but for random documents and tries of a next
+    token: words at random, one passage again and again, a mosaic of passages. To learn from these is worth
+    much, or little, so a choice by later losses differs.
     """
 
     def __init__(self, data: Data, numbers: list[int], settings: dict[str, Any], seed: int):
@@ -322,16 +324,16 @@ class Alterations:
         self.ends = chunk_ends(max(map(len, documents)), settings)
         counts = (np.bincount(np.concatenate(documents), minlength=len(pieces.size)) + 1) * ~pieces.special
         self.frequencies = counts / counts.sum()  # of all pieces, 0 for those that are no text
-        drawn = [self.random(AGAIN_TOKENS, "again") for _ in range(8)]
-        most = max(drawn, key=lambda case: len(repetitions(case.tokens)))
-        self.again = most._replace(change="added")  # chosen, and so no longer random
-        self.bases = [*documents, self.again.tokens]  # what `beginnings` are from
+        candidates = [self.repeating(REPEATING_TOKENS) for _ in range(8)]
+        most = max(candidates, key=lambda case: len(ends_of_repeated_phrases(case.tokens)))
+        self.most_repeating = most._replace(change="added", chances=None)  # chosen, and so not random
+        self.bases = [*documents, self.most_repeating.tokens]  # what `beginnings` are from
 
     def targets(self, depths: list[int]) -> dict[str, int]:
         """About how many targets each set will have, by its name."""
         chunk, count = self.settings["ttt_chunk_size"], sum(map(len, self.documents))
-        again = sum(place for _, place in self.repeated())
-        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths, again))
+        repetitions = [place for _, place in self.beginnings_of_repetitions()]
+        tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths, *repetitions))
         before = 2 * chunk * self.settings["ttt_batch_size"]
         return dict(unaltered=count, ours=count, reversed=count, tails=count + before,
                     lengths=7 * count // 4, rest=count // 2 + max(count, RANDOM_TOKENS) + tries)
@@ -358,26 +360,27 @@ class Alterations:
     def added(self, text: np.ndarray, change: str = "added") -> Case:
         return Case(-1, np.concatenate([[self.pieces.bos], self.pieces.first, text]).astype(int), 0, change)
 
-    def random(self, count: int, change: str) -> Case:
-        """A document whose tokens are drawn one by one, by frequency: of p / drawn the mean is 1, or less.
-
-        With the change "again" passages come again, whose next token is drawn with the probability AGAIN:
-        what is learned, and what follows a repetition, is part of this average, too.
-        """
+    def random(self, count: int) -> Case:
+        """Tokens drawn one by one, by frequency: the mean of p / chance is at most 1 if all p add up to 1."""
         tokens = np.append(self.pieces.bos, self.rng.choice(len(self.frequencies), count, p=self.frequencies))
-        drawn = self.frequencies[tokens]
-        source = 0  # where the token stands that comes again; 0: nowhere
-        for place in range(2, len(tokens) if change == "again" else 0):
-            if not source and self.rng.random() < AGAIN_BEGINS:
+        return Case(-1, tokens, 0, "random", self.frequencies[tokens])
+
+    def repeating(self, count: int) -> Case:
+        """Random tokens in which passages come again: what adapters learn, and a discount on it, is in p."""
+        _, tokens, _, _, chances, _ = self.random(count)
+        source = 0  # where the token stands that would come again next; 0: nowhere
+        for place in range(2, len(tokens)):
+            if not source and self.rng.random() < PASSAGE_BEGINS:
                 source = int(self.rng.integers(1, place))
             if source:
                 expected = tokens[source]
-                if self.rng.random() < AGAIN:
+                if self.rng.random() < PASSAGE_GOES_ON:
                     tokens[place] = expected
-                is_expected = tokens[place] == expected
-                drawn[place] = AGAIN * is_expected + (1 - AGAIN) * self.frequencies[tokens[place]]
-                source = source + 1 if is_expected else 0
-        return Case(-1, tokens, 0, change, drawn)
+                goes_on = tokens[place] == expected
+                by_frequency = self.frequencies[tokens[place]]
+                chances[place] = PASSAGE_GOES_ON * goes_on + (1 - PASSAGE_GOES_ON) * by_frequency
+                source = source + 1 if goes_on else 0
+        return Case(-1, tokens, 0, "repeating", chances)
 
     def place(self, tokens: np.ndarray) -> int:
         """A token of a document to alter, 0 if it is too short; target j is token j + 1.
@@ -431,9 +434,10 @@ class Alterations:
     def beginnings(self, depths: Iterable[int], losses: list[np.ndarray]) -> list[tuple[int, int]]:
         """Beginnings of `bases`, for `rest`: (which one, how many tokens of it).
 
-        One ends with a chunk, so that its next token is all that a choice for the whole document depends on.
-        Then come those of the depths, in tokens; one whose next token is likely, by the losses of the
-        documents, if there are any; and those whose next token ends a phrase that has come before.
+        One is exactly a chunk long: its variants differ only after that chunk, so that a choice between
+        passes by a document's loss can depend on the tried token alone. With it come those of the depths, in
+        tokens; then one whose next token is likely, by the losses of the documents, if there are any; and
+        those whose next token ends a phrase that has come before.
         """
         chunk = self.settings["ttt_chunk_size"]
         longest = max(map(len, self.documents))
@@ -442,19 +446,22 @@ class Alterations:
             long = [number for number, tokens in enumerate(self.documents) if len(tokens) > length]
             found.append((int(self.rng.choice(long)), length))
         near = range(chunk + 1, 3 * chunk)
-        likely = [(abs(losses[number][target] - LIKELY), number, target)
-                  for number in range(len(losses)) for target in near if target < len(losses[number])]
-        if likely:
-            _, number, target = min(likely)
+        candidates = [(abs(losses[number][target] - LIKELY), number, target)
+                      for number in range(len(losses)) for target in near if target < len(losses[number])]
+        if candidates:
+            _, number, target = min(candidates)
             found.append((number, target + 1))
-        return found + self.repeated()
+        return found + self.beginnings_of_repetitions()
 
-    def repeated(self) -> list[tuple[int, int]]:
-        """The `beginnings` before a phrase that has come before: earliest in a document, last in `again`."""
-        *places, of_again = [repetitions(tokens[:MOST_DEPTH]) for tokens in self.bases]
+    def beginnings_of_repetitions(self) -> list[tuple[int, int]]:
+        """Those that end just before the last token of a phrase that has come before.
+
+        They are the shortest one of a document, and the longest one of the repeating document.
+        """
+        *places, last_places = [ends_of_repeated_phrases(tokens[:MOST_DEPTH]) for tokens in self.bases]
         earliest = sorted((found[0], number) for number, found in enumerate(places) if found)[:1]
         found = [(number, place) for place, number in earliest]
-        return found + [(len(places), place) for place in of_again[-1:]]
+        return found + [(len(places), place) for place in last_places[-1:]]
 
     def rest(self, beginnings: list[tuple[int, int]]) -> list[Case]:
         """The first half stays, and all that comes later is replaced, also by documents of random tokens.
@@ -467,11 +474,12 @@ class Alterations:
         cases = self.unaltered()[:half]
         cases += [self.added(self.words(length)) for _ in range(TOKENIZED_AGAIN - half)]
         repeats = -(-RANDOM_TOKENS // sum(map(len, self.documents)))
-        cases.append(self.again)
+        # What follows is no text: the script tokenizes the first documents again.
+        cases.append(self.most_repeating)
         for number, document in enumerate(self.documents * repeats):
-            cases.append(self.random(len(document), "again" if number % 2 else "random"))
+            cases.append((self.repeating if number % 2 else self.random)(len(document)))
         for number, (document, length) in enumerate(beginnings):
             beginning = self.bases[document][:length]
             variants = [beginning, *(np.append(beginning, token) for token in self.pieces.tokens)]
-            cases += [Case(-1 - number, variant, len(beginning) - 1, "next") for variant in variants]
+            cases += [Case(-1, variant, length - 1, "next", beginning=number) for variant in variants]
         return cases

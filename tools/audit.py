@@ -226,7 +226,7 @@ class Rescore(NamedTuple):
     """What the script left when it had scored a validation set."""
     losses: np.ndarray  # that it saved, fp64
     result: dict[str, Any]
-    confined: bool  # so that nothing else outlasts it
+    confined: bool  # whether it ran in namespaces of its own
 
 
 class Program:
@@ -253,14 +253,14 @@ class Program:
                 raise AuditError(f"{self.script} had not scored {name} after {self.timeout:.0f} s, and was "
                                  "ended; --timeout gives it more")
             targets = len(self.data.tokens if tokens is None else tokens) - 1
-            try:
-                losses = saved_losses(written(place, "scores.npz", 64 * targets), targets)
+            losses = None
+            with contextlib.suppress(Exception):  # whatever foreign bytes lead to: they are no scores
                 result = dict(json.loads(written(place, "run/result.json")))
-            except Exception:  # whatever foreign bytes lead to: they are no scores
-                ended = ended._replace(status=ended.status or "0, without scores")
-            if ended.status:
-                raise AuditError(f"{self.script} ended with status {ended.status} when it was to score "
-                                 f"{name}: {ended.last_words or 'it said nothing'}")
+                losses = saved_losses(written(place, "scores.npz", 64 * targets), targets)
+            if ended.status or losses is None:
+                status = ended.status or "0, without scores"
+                raise AuditError(f"{self.script} ended with status {status} when it was to score {name}: "
+                                 f"{ended.last_words or 'it said nothing'}")
         return Rescore(losses, result, ended.confined)
 
     def furnish(self, place: Path, tokens: np.ndarray | None):
@@ -353,7 +353,7 @@ class Audit:
         self.base: list[np.ndarray] = []  # losses of the chosen documents, unaltered
         self.repeated: list[tuple[np.ndarray, np.ndarray]] = []  # these, and the losses of a repetition
         self.pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # of all comparisons, by document
-        self.verdicts, self.confined = [], []
+        self.verdicts, self.each_confined = [], []
 
     def add(self, rule: str, passed: bool | None, figures: str):
         self.verdicts.append(Verdict(rule, passed, figures))
@@ -463,7 +463,7 @@ class Audit:
         wrong = differing(said, facts)
         self.add("headline", not wrong, f"{name}: its losses are {loss:.6f} a target, {bpb:.6f} bits a byte"
                  + (f"; what the script reports differs in {' '.join(wrong)}" if wrong else ""))
-        self.confined.append(closed)
+        self.each_confined.append(closed)
         return np.split(losses, starts[1:])
 
     def compare_statements(self, said: dict[str, Any]):
@@ -579,52 +579,57 @@ class Audit:
         beginnings = self.sets.beginnings(depths, self.base)
         scored = self.score_cases("rest", self.sets.rest(beginnings))
         self.compare("causal", "all later documents replaced", scored)
-        # Where a token was drawn with a probability q, p / q is 1 on average, if all p add up to 1.
-        for change, what in dict(random="random tokens", again="tokens of passages that come again").items():
-            ratios = np.concatenate([np.exp(-losses[: len(case.tokens) - 1]) / case.drawn[1:]
+        # Where a token is drawn with a known chance, p / chance is 1 on average, if all p add up to 1.
+        for change in "random", "repeating":
+            ratios = np.concatenate([np.exp(-losses[: len(case.tokens) - 1]) / case.chances[1:]
                                      for case, losses in scored if case.change == change])
-            error = ratios.std() / math.sqrt(len(ratios))
-            self.add("full distribution", bool(ratios.mean() <= 1 + max(1e-3, 4 * error)),
-                     f"{len(ratios)} {what}: p / chance {ratios.mean():.3f} +- {error:.3f}, 1 at most")
-        self.base.append(next(losses for case, losses in scored if case is self.sets.again))
+            mean, error = ratios.mean(), ratios.std() / math.sqrt(len(ratios))
+            self.add("full distribution", bool(mean <= 1 + max(1e-3, 4 * error)),
+                     f"{len(ratios)} {change} tokens: p / chance {mean:.3f} +- {error:.3f}, 1 at most")
+        base = [*self.base, next(losses for case, losses in scored if case is self.sets.most_repeating)]
         for number, (document, length) in enumerate(beginnings):
-            tries = {self.token(case.tokens, length): losses[:length] for case, losses in scored
-                     if case.change == "next" and case.number == -1 - number}
-            self.every_next_token(document, length, tries)
+            tries = {self.token(case.tokens, length): losses[:length]
+                     for case, losses in scored if case.beginning == number}
+            self.every_next_token(self.sets.bases[document], base[document][:length], tries)
 
     def token(self, document: np.ndarray, number: int) -> int:
         """A token of a document, which is followed by a BOS."""
         return int(np.append(document, self.data.pieces.bos)[number])
 
-    def every_next_token(self, number: int, length: int, tries: dict[int, np.ndarray]):
-        """Judge the beginning of a document with each token in turn as its next: `tries`, losses by it.
+    def every_next_token(self, document: np.ndarray, before: np.ndarray, tries: dict[int, np.ndarray]):
+        """Judge a beginning of a document: `tries` are its losses by the token that was put after it.
 
-        Its probabilities add up to 1, and what has a loss in the whole document has it here, too.
+        The probabilities of these tokens add up to 1. The losses of the beginning, in the mean over all
+        tries, and that of the true next token are what they were `before`, in the whole document.
         """
+        length = len(before)
         p = np.exp([-losses[-1] for losses in tries.values()])
         limit = 1e-4
         if self.gpu:
             limit = 1e-3 + self.noise(length) * math.sqrt((p**2).sum())  # each p has its own noise
-        self.add("full distribution", bool(-0.01 <= p.sum() - 1 <= limit),  # one token is not among them
-                 f"each of {len(p)} tokens after {length}: sum of p is {p.sum():.6f}, 1 to {limit:.0e}")
+        self.add("full distribution", bool(-0.01 <= p.sum() - 1 <= limit),  # the unknown piece is not tried
+                 f"each of {len(p)} tokens after {length}: sum of p is {p.sum():.6f}, "
+                 f"0.99 to 1 + {limit:.0e} allowed")
         losses = np.mean(list(tries.values()), axis=0)
-        losses[-1] = tries[self.token(self.sets.bases[number], length)][-1]
-        moved = Moved.of([(self.base[number][:length], losses)])
+        losses[-1] = tries[self.token(document, length)][-1]
+        moved = Moved.of([(before, losses)])
         self.add("causal", moved.little(self.noise(length)),
                  f"before the token after {length}, whatever it is, and at the true one: {moved}")
 
-    def together(self, open_to_it: bool):
-        """What all re-scores show. `open_to_it`: the true data lie where the script can read them."""
-        # In every comparison a document has the same losses before, with the same noise: it counts once.
+    def all_comparisons(self, true_data_readable: bool):
+        """What all re-scores show. `true_data_readable`: they lie where the script can read them."""
+        # All comparisons of a document share its first losses and their noise: a document is one sample.
         moved = Moved.of([tuple(map(np.concatenate, zip(*pairs))) for pairs in self.pairs.values()])
         limit = moved.shift() if self.gpu else EXACT
         self.add("no drift", bool(abs(moved.mean) <= limit) if moved.targets else None,
                  f"all comparisons together: {moved}")
-        closed = all(self.confined) and not open_to_it
-        self.add("confined", True if closed else None,
-                 "nothing but its own folder outlasted it, and it could not read the true data" if closed else
-                 "it could read the true data, which lie among the software" if all(self.confined) else
-                 "it could read and write everywhere: namespaces of its own are forbidden on this machine")
+        if not all(self.each_confined):
+            passed, why = None, "it could read and write everywhere: --unconfined, or no namespaces here"
+        elif true_data_readable:
+            passed, why = None, "it could read the true data, which lie among the software"
+        else:
+            passed, why = True, "nothing but its own folder outlasted it, and it could not read the true data"
+        self.add("confined", passed, why)
 
 
 def write_verdicts(path: Path, audit: Audit):
@@ -686,7 +691,7 @@ def perform(args: argparse.Namespace) -> Audit:
             if expected:
                 more = sum(expected.values()) + max(0, late) * len(expected)  # a cold start comes each time
                 say(f"about {more:.0f} s more")
-        audit.together(any(map(confined.can_read, [data.tokenizer, *data.shards])))
+        audit.all_comparisons(any(map(confined.can_read, [data.tokenizer, *data.shards])))
     return audit
 
 
@@ -720,8 +725,10 @@ def main(argv: list[str] | None = None) -> int:
         audit = perform(args)
         if args.write:
             write_verdicts(args.write, audit)
-    except (AuditError, OSError, MemoryError) as error:
-        return command.report(error or "out of memory")
+    except MemoryError:
+        return command.report("out of memory")
+    except (AuditError, OSError) as error:
+        return command.report(error)
     by_rule = audit.by_rule()
     for word in ("FAIL", "NOT CHECKED"):
         rules = [rule for rule in RULES if by_rule[rule] == word]

@@ -1,11 +1,12 @@
-"""Run a foreign program so that nothing of it stays: its time is limited, and all its processes are ended.
+"""Run a foreign program with a time limit, and leave nothing of it behind but one folder.
 
-On Linux it runs in namespaces of its own, by unshare(1). Its root holds the machine's software and /sys,
-which it cannot change, GPUs, an empty /tmp and /dev/shm, and the one folder whose content outlasts it. It
-sees no other process, no network, and no shared memory, message queue or semaphore of others; what it makes
-of these goes with it. It has no capabilities. A filter of system calls keeps it from the kernel's keyrings,
-from sockets that no namespace holds, and from io_uring. Where a container or a kernel forbids all that, it
-runs without, and is not confined.
+On Linux all processes that it started are ended, elsewhere those of its process group. On Linux it also
+runs in namespaces of its own, by unshare(1). Its root holds the machine's software and /sys, which it
+cannot change, GPUs, an empty /tmp and /dev/shm, and the one folder whose content outlasts it. It sees no
+other process, no network, and no shared memory, message queue or semaphore of others; what it makes of
+these goes with it. It has no capabilities. A filter of system calls keeps it from the kernel's keyrings,
+from sockets that no namespace holds, and from io_uring. Where a container or a kernel forbids any of this,
+it runs without, and is not confined.
 
 What remains: it can find what somebody put among the software, and some hundred kilobytes can pass from one
 run to the next by what is cached, such as which pages of which files are in memory; less by counters of the
@@ -32,10 +33,9 @@ from typing import Mapping, NamedTuple
 
 SYSTEM = "/bin /sbin /usr /lib /lib32 /lib64 /libx32 /etc /opt /nix /sys /var/lib".split()
 SYSTEM += "/run/current-system /run/opengl-driver /run/nvidia-persistenced /run/systemd/resolve".split()
-DEVICES = "null zero full random urandom nvidia*".split()  # of /dev, and all that is in them
-NAMESPACES = "--user --map-root-user --mount --pid --ipc --net --uts --cgroup --fork --kill-child".split()
-PIVOT_ROOT, MOUNT_SETATTR = {"x86_64": 155, "aarch64": 41}, 442  # system calls
-CALLS = {"x86_64": (0xC000003E, 248, 250, 41), "aarch64": (0xC00000B7, 217, 219, 198)}  # see forbid_calls
+DEVICES = "null zero full random urandom nvidia*".split()  # in /dev; folders with their content
+UNSHARE = "unshare --user --map-root-user --mount --pid --ipc --net --uts --cgroup".split()
+MOUNT_SETATTR, IO_URING_SETUP = 442, 425  # system calls; these have one number on all machines
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # of mount, and of mount_setattr
 MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 MNT_DETACH, AT_RECURSIVE = 2, 0x8000
@@ -45,6 +45,17 @@ LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # of the filter's 
 ALLOW, FORBID = 0x7FFF0000, 0x00050000 | errno.EPERM
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Machine(NamedTuple):
+    """A type of machine: its number for filters of system calls, and those of some calls."""
+    audit_arch: int
+    pivot_root: int
+    add_key: int  # request_key and keyctl follow
+    socket: int
+
+
+MACHINES = {"x86_64": Machine(0xC000003E, 155, 248, 41), "aarch64": Machine(0xC00000B7, 41, 217, 198)}
 
 
 class Ended(NamedTuple):
@@ -63,9 +74,9 @@ def run(command: list, environment: Mapping[str, str], folder: Path, timeout: fl
         libc.prctl(CHILD_SUBREAPER, 1, 0, 0, 0)  # processes that lose their parent become this one's children
     status = None
     with open(folder / "out.txt", "wb") as out, open(folder / "err.txt", "wb") as err:
-        process = subprocess.Popen(inside(folder, command) if confine else command, env=environment,
-                                   cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL, stdout=out,
-                                   stderr=err)
+        command = confined_command(folder, command) if confine else command
+        process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True,
+                                   stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = process.wait(timeout)
@@ -78,10 +89,10 @@ def read_regular(path: Path, most: int = 1 << 32) -> bytes:
     """The bytes of a file that a foreign program wrote; OSError if it is none, but a link, pipe or device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
-        kind = os.fstat(descriptor)
-        if not stat.S_ISREG(kind.st_mode) or kind.st_size > most:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
             raise OSError(errno.EINVAL, "it is not a file, or too large", str(path))
-        return file.read(kind.st_size)
+        return file.read(status.st_size)
 
 
 def last_line(path: Path) -> str:
@@ -120,7 +131,7 @@ def children() -> set[int]:
 def software() -> list[str]:
     """Folders of the machine's software: the system's, this Python's, and what the search paths name.
 
-    What the user installed for themselves alone is none: a program could know that folder.
+    Left out are this folder and the user's own packages, where an earlier program could have written.
     """
     paths = [path for name in ("PATH", "LD_LIBRARY_PATH") for path in os.environ.get(name, "").split(":")]
     left_out = str(Path(__file__).parent), site.getusersitepackages()
@@ -138,14 +149,15 @@ def can_read(path: Path) -> bool:
 def is_possible() -> bool:
     """Whether this machine lets a program be confined."""
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError):
-        command = inside(Path(folder).resolve(), [sys.executable, "-I", "-c", ""])
+        command = confined_command(Path(folder).resolve(), [sys.executable, "-I", "-c", ""])
         return subprocess.run(command, capture_output=True).returncode == 0
     return False
 
 
-def inside(folder: Path, command: list) -> list:
-    """The command that runs a command in namespaces of its own, where this file's enter prepares them."""
-    return ["unshare", *NAMESPACES, sys.executable, "-I", __file__, folder, *software(), "--", *command]
+def confined_command(folder: Path, command: list) -> list:
+    """The command that runs a command in namespaces of its own, by `main` below."""
+    prepare = [sys.executable, "-I", __file__, folder, *software(), "--"]
+    return [*UNSHARE, "--fork", "--kill-child", *prepare, *command]
 
 
 # ---- Inside the namespaces, before the program starts ------------------------------------------------------
@@ -158,15 +170,14 @@ def call(function, *arguments):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(arguments))
 
 
-def enter(folder: str, paths: list[str]):
+def confine_this_process(folder: str, paths: list[str], machine: Machine):
     """Give this process a root with software and a folder, and take away what reaches beyond that."""
-    machine = platform.machine()
     shown = {path: os.path.realpath(path) for path in paths if os.path.exists(path)}
     # The new root is mounted on /tmp and then changes places with the old one, from which parts are taken.
     call(libc.mount, None, "/", None, MS_REC | MS_PRIVATE, None)
     call(libc.mount, "tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, None)
     os.mkdir("/tmp/old")
-    call(libc.syscall, PIVOT_ROOT[machine], "/tmp", "/tmp/old")
+    call(libc.syscall, machine.pivot_root, "/tmp", "/tmp/old")
     for name in "tmp", "dev/shm", "proc":
         os.makedirs(f"/{name}")
     for path in sorted(shown.values()):
@@ -177,12 +188,12 @@ def enter(folder: str, paths: list[str]):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.symlink(true_path, path)
     for device in (device for name in DEVICES for device in Path("/old/dev").glob(name)):
-        bind(f"/dev/{device.name}", MS_RDONLY)  # of the device's name and rights: it can be written to
+        bind(f"/dev/{device.name}", MS_RDONLY)  # its mode and times; the device itself can be written to
     for name, target in dict(fd="", stdin="/0", stdout="/1", stderr="/2").items():
         os.symlink(f"/proc/self/fd{target}", f"/dev/{name}")
     bind(folder, MS_NOSUID | MS_NODEV)
     call(libc.mount, "proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
-    for entry in Path("/proc").iterdir():  # of its processes it can write what it likes: CUDA has to
+    for entry in Path("/proc").iterdir():  # all but that of its own processes, which CUDA writes to
         if not entry.name.isdigit() and not entry.is_symlink():
             bind(str(entry), MS_RDONLY, entry)
     call(libc.umount2, "/old", MNT_DETACH)
@@ -190,10 +201,10 @@ def enter(folder: str, paths: list[str]):
     os.chdir(folder)
     with socket.socket() as any_socket:  # the loopback device, by which ranks meet
         fcntl.ioctl(any_socket, SET_FLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
-    for capability in range(64):
-        libc.prctl(DROP_CAPABILITY, capability, 0, 0, 0)  # fails for those that there are not
+    for capability in range(64):  # what the program could have; those that are unknown fail
+        libc.prctl(DROP_CAPABILITY, capability, 0, 0, 0)
     call(libc.prctl, NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    forbid_calls(*CALLS[machine])
+    forbid_calls(machine)
 
 
 def bind(path: str, attributes: int, source: Path | None = None):
@@ -209,32 +220,38 @@ def bind(path: str, attributes: int, source: Path | None = None):
     call(libc.syscall, MOUNT_SETATTR, -1, path, AT_RECURSIVE, change, len(change))
 
 
-def forbid_calls(architecture: int, first_of_keys: int, last_of_keys: int, socket_call: int):
+def forbid_calls(machine: Machine):
     """Let what no namespace holds fail, here and in all that starts: keys, sockets of odd families, io_uring.
 
     A filter of system calls, by their numbers, in BPF: code, how many lines to skip if so and if not, value.
     """
-    x32, io_uring, netlink = 0x40000000, 425, 16  # its numbers begin there; setup; the last family allowed
+    x32, after_netlink = 0x40000000, 17  # numbers of another ABI, families in no namespace begin there
     program = [
-        (LOAD, 0, 0, 4), (IF_EQUAL, 0, 9, architecture),
-        (LOAD, 0, 0, 0), (IF_AT_LEAST, 7, 0, x32), (IF_EQUAL, 6, 0, io_uring),
-        (IF_EQUAL, 2, 0, socket_call),
-        (IF_AT_LEAST, 0, 3, first_of_keys), (IF_AT_LEAST, 2, 3, last_of_keys + 1),
-        (LOAD, 0, 0, 16), (IF_AT_LEAST, 1, 0, netlink + 1),
-        (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, FORBID),
+        (LOAD, 0, 0, 4),
+        (IF_EQUAL, 0, 9, machine.audit_arch),  # no: forbid
+        (LOAD, 0, 0, 0),
+        (IF_AT_LEAST, 7, 0, x32),  # yes: forbid
+        (IF_EQUAL, 6, 0, IO_URING_SETUP),  # yes: forbid
+        (IF_EQUAL, 2, 0, machine.socket),  # yes: look at the family
+        (IF_AT_LEAST, 0, 3, machine.add_key),  # no: allow
+        (IF_AT_LEAST, 2, 3, machine.add_key + 3),  # yes: allow; no: forbid
+        (LOAD, 0, 0, 16),
+        (IF_AT_LEAST, 1, 0, after_netlink),  # yes: forbid
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, FORBID),
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    filtering = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
-    call(libc.prctl, SECCOMP, 2, filtering, 0, 0)
+    filter_program = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
+    call(libc.prctl, SECCOMP, 2, filter_program, 0, 0)
 
 
 def main(folder: str, *arguments: str):
     end = arguments.index("--")
     command = arguments[end + 1 :]
     try:
-        enter(folder, list(arguments[:end]))
+        confine_this_process(folder, list(arguments[:end]), MACHINES[platform.machine()])
         os.execvp(command[0], command)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError) as error:  # KeyError: a machine of another type
         print(f"it cannot be confined here: {error!r}", file=sys.stderr)
         sys.exit(126)
 
