@@ -37,9 +37,9 @@ above that are on no clock.
 
 Letters in shapes and formulas, with their sizes in a record run:
 
-    T  tokens of a buffer (98,304)   D  model width (512)   H  query heads (8)       V  vocabulary (8192)
-    L  layers (11)                   M  MLP width (2048)    K  key/value heads (4)   E  width of a head (64)
-    R  rotated dimensions of a head (16)
+    T  tokens of a buffer (98,304)   D  model width (512)   H  query heads (4)       V  vocabulary (8192)
+    L  layers (11)                   M  MLP width (2048)    K  key/value heads (2)   E  width of a head (128)
+    R  rotated dimensions of a head (32)
 
 Arguments and results without a type are tensors or NumPy arrays, or as plain as their name says.
 #1530 and the like are pull requests of https://github.com/openai/parameter-golf, the challenge.

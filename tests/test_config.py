@@ -1,5 +1,6 @@
 """Settings: typed, checked, refused by name; and how a step is split over ranks."""
 import dataclasses
+import re
 
 import pytest
 
@@ -147,3 +148,12 @@ def test_assignment_to_ranks_is_balanced_and_repeatable():
     assert abs(loads[0] - loads[1]) <= max(costs)
     assert tg.assign_balanced(costs, 1).tolist() == [0] * len(costs), "a single rank has everything"
     assert len(tg.assign_balanced([], 3)) == 0
+
+
+def test_the_introduction_gives_the_sizes_of_a_record_run():
+    cfg = tg.Config()
+    sizes = dict(re.findall(r"\b([A-Z])  [a-zA-Z/ ]+ \(([\d,]+)\)", tg.__doc__))
+    assert {letter: int(size.replace(",", "")) for letter, size in sizes.items()} == dict(
+        T=cfg.train_batch_tokens // cfg.train_buffers, D=cfg.model_dim, H=cfg.num_heads, V=cfg.vocab_size,
+        L=cfg.num_layers, M=int(cfg.mlp_mult * cfg.model_dim), K=cfg.num_kv_heads,
+        E=cfg.model_dim // cfg.num_heads, R=cfg.rope_dims)
