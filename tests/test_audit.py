@@ -305,7 +305,7 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
                 passes.append(honest_score_documents(run._replace(cfg=cfg), model, val, adapters, backend,
                                                      deadline))
             return min(passes, key=torch.sum)
-        """, "lengths", "causal"),
+        """, "tails lengths rest", "causal"),
     "a temperature fitted on validation": ("""
         honest_score, honest_nll, temperature = score, softcapped_nll, [1.0]
         def softcapped_nll(logits, targets, softcap):
@@ -736,7 +736,8 @@ def test_no_place_lasts_but_the_folder(tmp_path):
         "make_link('/usr/bin/word')",
         "attribute(sys.executable)", "attribute('/usr/bin/env')", "os.utime('/usr/bin/env', (1, 1))",
         "os.chmod('/dev/null', 0o600)",
-        "os.utime('/dev/zero', (1, 1))", "open('/proc/sys/kernel/core_pattern', 'w')",
+        "os.utime('/dev/zero', (1, 1))", "os.utime(0, (1, 1))",
+        "os.fchmod(0, 0o600)", "open('/proc/sys/kernel/core_pattern', 'w')",
         "open('/proc/sys/vm/drop_caches', 'w')", "open('/proc/sysrq-trigger', 'w')",
         f"os.kill({os.getpid()}, 0)", f"resource.prlimit({os.getpid()}, resource.RLIMIT_FSIZE)",
         f"os.sched_setaffinity({os.getpid()}, [0])", f"open('/proc/{os.getpid()}/cmdline')",
@@ -753,7 +754,8 @@ def test_no_place_lasts_but_the_folder(tmp_path):
         "succeed(libc.shmget(77, 100, 0o1600))", "succeed(libc.msgget(78, 0o1600))",
         "succeed(libc.semget(79, 1, 0o1600))", "succeed(libc.mq_open(b'/word', 0o102, 0o600, None))",
         "open('/dev/null', 'w').write(str(open('/dev/urandom', 'rb').read(4)))",
-        "socket.create_server(('127.0.0.1', 29500))", "open('/proc/self/coredump_filter', 'w').write('0x33')",
+        "os.read(0, 1) + b'nothing'", "socket.create_server(('127.0.0.1', 29500))",
+        "open('/proc/self/coredump_filter', 'w').write('0x33')",
     ]
     assert possible(tmp_path, closed + passing) == passing
     left = [
@@ -1019,7 +1021,7 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
     changes = {name: {case.change for case in cases} for name, cases in by_name.items()}
     assert changes == {"unaltered": {""}, "reversed": {""}, "tails": {"", "tail", "added"},
                        "lengths": {"", "cut", "continued", "added"},
-                       "rest": {"", "added", "random", "repeating", "next"}}
+                       "rest": {"", "added", "random", "repeating", "random end", "next"}}
     for case in (case for cases in by_name.values() for case in cases):
         assert case.tokens[0] == bos and bos not in case.tokens[1:]
         if case.number >= 0:
@@ -1040,9 +1042,9 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
 def test_the_place_of_a_likely_token_is_chosen(data):
     sets = alterations(data)
     losses = [np.full(len(tokens), 3.0) for tokens in sets.documents]
-    losses[2][[4, 17, 20, 60]] = 0.4, 0.2, 0.45, 0.4  # the first is in a chunk of 8, the last beyond three
+    losses[4][[4, 17, 20, 60]] = 0.4, 0.2, 0.45, 0.4  # the first is in a chunk of 8, the last beyond three
     *_, beginning, _, _ = sets.beginnings([], losses)  # the last are where a phrase comes again
-    assert beginning == (2, 21)
+    assert beginning == (4, 21)
 
 
 def test_the_place_where_a_phrase_comes_again_is_chosen(data):
@@ -1081,6 +1083,18 @@ def test_a_discount_does_not_hide_behind_its_own_error():
         assert not audit.at_most_1(discounted)[0]
         discounted[rng.random(20_000) < 3e-4] = 3000
         assert not audit.at_most_1(discounted)[0]
+
+
+def test_random_ends_follow_documents_up_to_any_place(data):
+    sets = alterations(data)
+    kept = []
+    for document in 50 * sets.documents:
+        case = sets.random_end(document)
+        kept.append(int(np.isnan(case.chances).sum()))
+        assert (case.tokens[: kept[-1]] == document[: kept[-1]]).all()
+        assert len(case.tokens) == len(case.chances) == kept[-1] + 16 and (case.chances[kept[-1] :] > 0).all()
+    lengths = np.array([len(document) for document in 50 * sets.documents])
+    assert (np.array(kept) > lengths - 8).mean() > 0.4 and (np.array(kept) < lengths / 2).mean() > 0.15
 
 
 def test_phrases_come_again_in_the_document_for_that(data):

@@ -269,7 +269,7 @@ class Case(NamedTuple):
     number: int  # of the document that it was made from; negative: of none that is compared
     tokens: np.ndarray
     kept: int  # so many of its first targets are as they were
-    change: str = ""  # none, or: tail, cut, continued; added, random, repeating, next
+    change: str = ""  # none, or: tail, cut, continued; added, random, repeating, random end, next
     chances: np.ndarray | None = None  # with which its tokens were drawn, if they are random
     beginning: int | None = None  # of which beginning it tries a next token
 
@@ -336,7 +336,7 @@ class Alterations:
         tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths, *repetitions))
         before = 2 * chunk * self.settings["ttt_batch_size"]
         return dict(unaltered=count, ours=count, reversed=count, tails=count + before,
-                    lengths=7 * count // 4, rest=count // 2 + max(count, RANDOM_TOKENS) + tries)
+                    lengths=7 * count // 4, rest=5 * count // 2 + max(count, RANDOM_TOKENS) + tries)
 
     def words(self, count: int) -> np.ndarray:
         return self.rng.choice(self.pieces.words, count)
@@ -382,6 +382,15 @@ class Alterations:
                 source = source + 1 if goes_on else 0
         return Case(-1, tokens, 0, "repeating", chances)
 
+    def random_end(self, document: np.ndarray) -> Case:
+        """A beginning of a document, often all but its last tokens, and then tokens drawn by frequency."""
+        chunk = self.settings["ttt_chunk_size"]
+        first = max(1, len(document) - chunk) if self.rng.random() < 0.5 else 1
+        kept = int(self.rng.integers(first, len(document) + 1))
+        end = self.random(2 * chunk)
+        tokens = np.append(document[:kept], end.tokens[1:])
+        return Case(-1, tokens, 0, "random end", np.append(np.full(kept, np.nan), end.chances[1:]))
+
     def place(self, tokens: np.ndarray) -> int:
         """A token of a document to alter, 0 if it is too short; target j is token j + 1.
 
@@ -396,6 +405,20 @@ class Alterations:
         places = at_words if len(at_words) else places
         return int(self.rng.choice(places)) if len(places) else 0
 
+    def late_place(self, tokens: np.ndarray) -> int:
+        """A token of a document to alter that stands in its last chunk, which nothing is learned from."""
+        learned = max((end for end in self.ends.tolist() if end < len(tokens)), default=0)
+        places = np.arange(learned + 2, len(tokens))
+        return int(self.rng.choice(places)) if len(places) else self.place(tokens)
+
+    def half(self) -> int:
+        """So many documents stay in `rest`."""
+        return -(-len(self.documents) // 2)
+
+    def roles(self) -> list[int]:
+        """A number for each document, in random order: nobody knows which ones a set alters."""
+        return self.rng.permutation(len(self.documents)).tolist()
+
     def unaltered(self) -> list[Case]:
         return [Case(i, tokens, len(tokens)) for i, tokens in enumerate(self.documents)]
 
@@ -406,10 +429,10 @@ class Alterations:
         """Every second document ends otherwise. Short documents come first, so that no slot is new for it."""
         length = 2 * self.settings["ttt_chunk_size"] + 2
         cases = [self.added(self.words(length)) for _ in range(self.settings["ttt_batch_size"])]
-        for case in self.unaltered():
-            at = self.place(case.tokens) if case.number % 2 == 0 else 0
+        for case, role in zip(self.unaltered(), self.roles()):
+            at = self.place(case.tokens) if role % 2 == 0 else 0
             if at:
-                text = self.words if case.number % 4 else self.passage
+                text = self.words if role % 4 else self.passage
                 tokens = np.append(case.tokens[:at], text(len(case.tokens) - at))
                 case = Case(case.number, tokens, at - 1, "tail")
             cases.append(case)
@@ -418,14 +441,14 @@ class Alterations:
     def lengths(self) -> list[Case]:
         """Of four documents one is cut, one goes on, one stays, and four others come instead of one."""
         cases = []
-        for number, tokens in enumerate(self.documents):
-            at = self.place(tokens)
-            if number % 4 == 0 and at:
+        for number, (tokens, role) in enumerate(zip(self.documents, self.roles())):
+            at = self.place(tokens) if self.rng.random() < 0.5 else self.late_place(tokens)
+            if role % 4 == 0 and at:
                 cases.append(Case(number, tokens[:at], at - 1, "cut"))
-            elif number % 4 == 1:
+            elif role % 4 == 1:
                 more = self.words(int(self.rng.integers(1, 3 * self.settings["ttt_chunk_size"])))
                 cases.append(Case(number, np.append(tokens, more), len(tokens) - 1, "continued"))
-            elif number % 4 == 2:
+            elif role % 4 == 2:
                 cases.extend(self.added(self.mosaic(len(tokens))) for _ in range(4))
             else:
                 cases.append(Case(number, tokens, len(tokens)))
@@ -437,17 +460,19 @@ class Alterations:
         One is exactly a chunk long: its variants differ only after that chunk, so that a choice between
         passes by a document's loss can depend on the tried token alone. With it come those of the depths, in
         tokens; then one whose next token is likely, by the losses of the documents, if there are any; and
-        those whose next token ends a phrase that has come before.
+        those whose next token ends a phrase that has come before. If they can be, they are of the half that
+        is absent there, so that nothing tells the true next token.
         """
         chunk = self.settings["ttt_chunk_size"]
         longest = max(map(len, self.documents))
+        absent = range(self.half(), len(self.documents))
         found = []
         for length in sorted({min(depth, longest - 1) for depth in (chunk + 1, *depths)}):
             long = [number for number, tokens in enumerate(self.documents) if len(tokens) > length]
-            found.append((int(self.rng.choice(long)), length))
+            found.append((int(self.rng.choice([*set(long) & set(absent)] or long)), length))
         near = range(chunk + 1, 3 * chunk)
-        candidates = [(abs(losses[number][target] - LIKELY), number, target)
-                      for number in range(len(losses)) for target in near if target < len(losses[number])]
+        candidates = [(abs(losses[number][target] - LIKELY), number, target) for number in absent if losses
+                      for target in near if target < len(losses[number])]
         if candidates:
             _, number, target = min(candidates)
             found.append((number, target + 1))
@@ -459,7 +484,8 @@ class Alterations:
         They are the shortest one of a document, and the longest one of the repeating document.
         """
         *places, last_places = [ends_of_repeated_phrases(tokens[:MOST_DEPTH]) for tokens in self.bases]
-        earliest = sorted((found[0], number) for number, found in enumerate(places) if found)[:1]
+        earliest = sorted((found[0], number) for number, found in enumerate(places)
+                          if found and number >= self.half())[:1]
         found = [(number, place) for place, number in earliest]
         return found + [(len(places), place) for place in last_places[-1:]]
 
@@ -469,13 +495,14 @@ class Alterations:
         After these comes each beginning with every token in turn as its next: BOS first, as a beginning alone
         is followed by a BOS; the unknown one is left out.
         """
-        half = -(-len(self.documents) // 2)
+        half = self.half()
         length = 2 * self.settings["ttt_chunk_size"]
         cases = self.unaltered()[:half]
         cases += [self.added(self.words(length)) for _ in range(TOKENIZED_AGAIN - half)]
         repeats = -(-RANDOM_TOKENS // sum(map(len, self.documents)))
         # What follows is no text: the script tokenizes the first documents again.
         cases.append(self.most_repeating)
+        cases += [self.random_end(document) for document in 3 * self.documents]
         for number, document in enumerate(self.documents * repeats):
             cases.append((self.repeating if number % 2 else self.random)(len(document)))
         for number, (document, length) in enumerate(beginnings):

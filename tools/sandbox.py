@@ -81,6 +81,7 @@ def confine_this_process(folder: str, paths: list[str], machine: Machine):
     for entry in Path("/proc").iterdir():  # all but that of its own processes, which CUDA writes to
         if not entry.name.isdigit() and not entry.is_symlink():
             bind(str(entry), MS_RDONLY, entry)
+    os.dup2(os.open("/dev/null", os.O_RDWR), 0)  # in place of the old root's, whose times could be changed
     call(libc.umount2, "/old", MNT_DETACH)
     os.rmdir("/old")
     os.chdir(folder)
