@@ -357,8 +357,8 @@ class Alterations:
                 text.extend(self.words(chunk))
         return np.array(text)
 
-    def added(self, text: np.ndarray, change: str = "added") -> Case:
-        return Case(-1, np.concatenate([[self.pieces.bos], self.pieces.first, text]).astype(int), 0, change)
+    def added(self, text: np.ndarray) -> Case:
+        return Case(-1, np.concatenate([[self.pieces.bos], self.pieces.first, text]).astype(int), 0, "added")
 
     def random(self, count: int) -> Case:
         """Tokens drawn one by one, by frequency: the mean of p / chance is at most 1 if all p add up to 1."""
@@ -398,17 +398,20 @@ class Alterations:
         from. If it can be, it begins a word.
         """
         length = len(tokens)
-        learned = max((end for end in self.ends.tolist() if end < length), default=0)
+        learned = self.learned_targets(tokens)
         last = learned if learned > 1 else length - 1
         places = 1 + np.setdiff1d(np.arange(1, last), self.ends)
         at_words = places[self.pieces.spaced[tokens[places]]]
         places = at_words if len(at_words) else places
         return int(self.rng.choice(places)) if len(places) else 0
 
+    def learned_targets(self, tokens: np.ndarray) -> int:
+        """So many first targets of a document are in chunks that are learned from."""
+        return max((end for end in self.ends.tolist() if end < len(tokens)), default=0)
+
     def late_place(self, tokens: np.ndarray) -> int:
         """A token of a document to alter that stands in its last chunk, which nothing is learned from."""
-        learned = max((end for end in self.ends.tolist() if end < len(tokens)), default=0)
-        places = np.arange(learned + 2, len(tokens))
+        places = np.arange(self.learned_targets(tokens) + 2, len(tokens))
         return int(self.rng.choice(places)) if len(places) else self.place(tokens)
 
     def half(self) -> int:
