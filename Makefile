@@ -1,7 +1,8 @@
 # make run      train, quantize, read back and score a tiny model on the bundled text, on a CPU (or one GPU)
 # make test     all tests; GPU tests are skipped without a GPU
 # make check    the quick tests and ruff: under a minute on two cores
-# make record   a record run on 8 Hopper GPUs, from nothing: environment, data, run; what is done is skipped
+# make record   a record run on 8 Hopper GPUs, from nothing: environment, data, run; what is done is skipped.
+#               DATA_DIR=... has data of your own, or data/ what data/download.py fetches
 # make bench    time a training step on this machine's GPUs
 # make docs     write what is generated in docs/
 # make clean    remove environments and caches; runs/ stays
@@ -13,7 +14,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 GPU_VENV := .venv-gpu
 GPU_RUN := $(GPU_VENV)/bin/python
-DATA := $(if $(DATA_DIR),,data/.fineweb10B_sp8192)  # with a DATA_DIR of your own nothing is fetched
+DOCUMENTS := data/docs_selected.jsonl
+CASE_OPS := data/record/datasets/fineweb10B_sp8192
 RECORD := runs/$(GPUS)gpus-seed$(SEED)
 PIP := -m pip install -q --disable-pip-version-check
 
@@ -31,9 +33,9 @@ check: $(VENV)/installed-dev
 
 record: $(RECORD)/result.json
 
-$(RECORD)/result.json: | $(GPU_VENV)/installed $(DATA)
+$(RECORD)/result.json: | $(GPU_VENV)/installed $(if $(DATA_DIR),,$(CASE_OPS))
 	@echo "== 3 of 3: the run, into $(RECORD)"
-	SEED=$(SEED) ARTIFACT_DIR=$(RECORD) \
+	SEED=$(SEED) ARTIFACT_DIR=$(RECORD) DATA_DIR=$(or $(DATA_DIR),data/record) \
 	  $(GPU_RUN) -m torch.distributed.run --standalone --nproc_per_node=$(GPUS) train_gpt.py
 
 bench: $(GPU_VENV)/installed
@@ -65,7 +67,7 @@ $(GPU_VENV)/installed: requirements-gpu.txt
 	$(GPU_RUN) $(PIP) -r requirements-gpu.txt
 	touch $@
 
-data/.fineweb10B_sp8192: | $(GPU_VENV)/installed
-	@echo "== 2 of 3: the challenge's data, 16 GB, into data/"
-	$(GPU_RUN) data/download.py
-	touch $@
+$(CASE_OPS): | $(GPU_VENV)/installed  # it gets its name when it is whole
+	@echo "== 2 of 3: the challenge's documents, 48 GB, into data/, and shards of them, 12 GB, into data/record/"
+	$(GPU_RUN) data/download.py --documents
+	$(GPU_RUN) data/prepare.py $(DOCUMENTS) --out data/record --val-docs 50000 --case-ops v3 --train-tokens 6e9

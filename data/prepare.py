@@ -3,7 +3,7 @@
 
     python data/prepare.py my.jsonl more.jsonl.xz --out data/mine --vocab-size 8192 --val-docs 1000
     DATA_DIR=data/mine python train_gpt.py
-    python data/prepare.py my.jsonl --out data/mine-v2 --val-docs 1000 --case-ops v2
+    python data/prepare.py my.jsonl --out data/mine-v3 --val-docs 1000 --case-ops v3
 
 One document a line, {"text": "..."}; plain, .xz or .gz. The first --val-docs documents become the validation
 shards and nothing else; the rest, less every copy of a validation document, become the training shards. It
@@ -21,9 +21,9 @@ names the transform. Whatever is said here of documents and of bytes is said of 
 Afterwards every shard is read back: its documents must decode to the input, byte for byte and in order, and
 no training document may equal a validation document. Tokenizer and dataset folder get their names only when
 all of that has passed, and never those of files that are there already. Documents that the tokenizer cannot
-give back exactly (a literal U+2581, which SentencePiece takes for a space; what its normalisation changes)
-and empty ones are left out and counted. Memory stays constant: documents stream through, whatever the
-input's size. So the input is read several times and has to be files.
+give back exactly, as its normalisation changes them, and empty ones are left out and counted; U+2581, which
+SentencePiece takes for a space, is written as three bytes. Memory stays constant: documents stream through,
+whatever the input's size. So the input is read several times and has to be files.
 """
 import argparse
 import concurrent.futures
@@ -35,6 +35,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import multiprocessing
 import os
 import pathlib
@@ -241,14 +242,6 @@ def describe(tokenizer: sentencepiece.SentencePieceProcessor) -> str:
 # ---- Tokenizing --------------------------------------------------------------------------------------------
 
 
-class Encoded(NamedTuple):
-    """A batch of documents, tokenized."""
-    texts: list[str]
-    tokens: list[np.ndarray | None]  # of each document, BOS first; None: left out
-    empty: int  # documents left out, as they are empty
-    inexact: int  # documents left out, as they would not decode to themselves
-
-
 @contextlib.contextmanager
 def in_processes(count: int) -> Iterator[Callable]:
     """A map over so many processes, which ignore Ctrl-C: this process ends them."""
@@ -290,22 +283,29 @@ class Job(NamedTuple):
         bounds = (0, self.val_docs) if split == "val" else (self.val_docs, None)
         return itertools.islice(documents, *bounds)
 
-    def encode(self, texts: list[str]) -> Encoded:
-        """Tokenize documents; leave out empty ones, and those that would not decode to themselves."""
+    def tokenized(self, split: str) -> Iterator[tuple[str, np.ndarray | None]]:
+        """The documents of a split with their tokens, BOS first; None for one that is left out."""
+        for texts in in_batches(self.texts(split)):
+            yield from zip(texts, self.encode(texts))
+
+    def encode(self, texts: list[str]) -> list[np.ndarray | None]:
+        """Tokens of documents; None for empty ones, and for those that would not decode to themselves."""
         bos = self.tokenizer.bos_id()
         written = texts
         if self.transform:
             written = [*self.map(case_ops.encode, texts, itertools.repeat(self.transform))]
         encoded = self.tokenizer.encode(written, num_threads=self.threads, return_type="numpy")
-        tokens = []
-        empty = inexact = 0
-        for text, ids, decoded in zip(texts, encoded, self.decode(encoded)):
-            exact = decoded == text
-            empty += not text
-            inexact += not exact
-            keep = text and exact
-            tokens.append(np.append(bos, ids).astype("<u2") if keep else None)
-        return Encoded(texts, tokens, empty, inexact)
+        encoded = [self.encode_with_bytes(text) if SPACE in text else ids
+                   for text, ids in zip(written, encoded)]
+        return [np.append(bos, ids).astype("<u2") if text and decoded == text else None
+                for text, ids, decoded in zip(texts, encoded, self.decode(encoded))]
+
+    def encode_with_bytes(self, text: str) -> np.ndarray:
+        """Tokens of a text with SPACE in it, which has the pieces of its three bytes."""
+        in_bytes = [self.tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        first, *others = self.tokenizer.encode(text.split(SPACE))
+        ids = first + [token for part in others for token in in_bytes + part]
+        return np.array(ids, dtype=np.int32)
 
     def decode(self, documents: list[np.ndarray]) -> list[str | None]:
         """The texts of documents without BOS; None for one that no transform writes."""
@@ -372,35 +372,33 @@ def fingerprint(ids: np.ndarray) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-def write_split(job: Job, split: str, limit: int,
+def write_split(job: Job, split: str, limit: int, enough: float,
                 held_out: set[bytes]) -> tuple[dict, list[pathlib.Path], bytearray]:
-    """Tokenize one split into shards. Fills held_out from validation, drops its members from training.
+    """Tokenize one split into shards, until it has `enough` tokens.
 
-    Returns the counts for the manifest, the shards, and a flag per input document: 1 if it was written.
+    Fills held_out from validation, drops its members from training. Returns the counts for the manifest, the
+    shards, and a flag per document that was read: 1 if it was written.
     """
     writer = ShardWriter(job.folder, split, limit)
     kept = bytearray()
     counts = dict(documents=0, tokens=0, text_bytes=0, left_out_empty=0, left_out_inexact=0,
                   left_out_copies=0, begin_with_space=0)
-    bar = tqdm(desc=f"tokenize {split}", unit=" docs", unit_scale=True, disable=None)
-    for encoded in map(job.encode, in_batches(job.texts(split))):
-        for text, ids in zip(encoded.texts, encoded.tokens):
-            digest = None if ids is None else fingerprint(ids)
-            is_copy = split == "train" and digest in held_out
-            keep = ids is not None and not is_copy
-            kept.append(keep)
-            counts["left_out_copies"] += is_copy
-            if keep:
-                writer.add(ids)
-                counts["text_bytes"] += len(text.encode())
-                counts["begin_with_space"] += text.startswith(" ")
-                if split == "val":
-                    held_out.add(digest)
-        counts["left_out_empty"] += encoded.empty
-        counts["left_out_inexact"] += encoded.inexact
-        bar.update(len(encoded.tokens))
+    documents = itertools.takewhile(lambda _: writer.tokens < enough, job.tokenized(split))
+    for text, ids in tqdm(documents, desc=f"tokenize {split}", unit=" docs", unit_scale=True, disable=None):
+        digest = None if ids is None else fingerprint(ids)
+        is_copy = split == "train" and digest in held_out
+        keep = ids is not None and not is_copy
+        kept.append(keep)
+        counts["left_out_copies"] += is_copy
+        counts["left_out_empty"] += not text
+        counts["left_out_inexact"] += bool(text) and ids is None
+        if keep:
+            writer.add(ids)
+            counts["text_bytes"] += len(text.encode())
+            counts["begin_with_space"] += text.startswith(" ")
+            if split == "val":
+                held_out.add(digest)
     writer.close()
-    bar.close()
     if not writer.documents:
         raise PrepareError(
             f"no document is left for the {split} shards, of {len(kept)} in the input: "
@@ -452,6 +450,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer-bytes", type=int, default=200_000_000,
                         help="train the tokenizer on this much text at most (default 200 MB; it is held in "
                              "memory)")
+    parser.add_argument("--train-tokens", type=float, default=math.inf,
+                        help="stop at the training document with which there are so many tokens, such as 6e9 "
+                             "(default: take all)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000,
                         help="most tokens a shard (default 100 M)")
     parser.add_argument("--text-key", default="text",
@@ -459,8 +460,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
                         help="threads, or processes for case operations (default: one a core)")
     args = parser.parse_args(argv)
-    if args.val_docs < 1 or args.workers < 1 or args.tokenizer_bytes < 1:
-        parser.error("--val-docs, --workers and --tokenizer-bytes want at least 1")
+    if not min(args.val_docs, args.workers, args.tokenizer_bytes, args.train_tokens) >= 1:
+        parser.error("--val-docs, --workers, --tokenizer-bytes and --train-tokens want at least 1")
     if not 2 <= args.shard_tokens < 1 << 31:
         parser.error("--shard-tokens wants 2 to 2147483647: a shard's header has its count as int32")
     if args.vocab_size is not None and not 300 <= args.vocab_size <= MOST_PIECES:
@@ -563,7 +564,8 @@ def fill(args: argparse.Namespace, places: Places, model: bytes | None) -> dict:
     with in_processes(args.workers if args.case_ops else 1) as mapped:
         job = job._replace(map=mapped)
         for split in ("val", "train"):
-            counts, paths, kept = write_split(job, split, args.shard_tokens, held_out)
+            enough = args.train_tokens if split == "train" else math.inf
+            counts, paths, kept = write_split(job, split, args.shard_tokens, enough, held_out)
             verify_split(job, split, paths, kept, held_out)
             manifest[split] = {**counts, "shards": {path.name: command.sha256_of(path) for path in paths}}
             listed = [f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()]

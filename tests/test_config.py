@@ -39,7 +39,7 @@ def test_environment_overrides_are_typed():
 
 def test_any_variable_overrides_the_preset():
     smoke = tg.Config.from_env({"PRESET": "smoke"})
-    assert smoke.model_dim < 512 and smoke.data_dir == "data/smoke"
+    assert smoke.model_dim < 512 and smoke.data_dir == "data/smoke-v3"
     wider = tg.Config.from_env({"PRESET": "smoke", "MODEL_DIM": "128"})
     assert wider == dataclasses.replace(smoke, model_dim=128) != smoke
 
@@ -67,7 +67,7 @@ def test_a_saved_model_goes_before_the_preset_and_after_the_environment():
     saved = tg.Config(matrix_lr=0.5, ttt_enabled=False, num_layers=9, model_dim=128).to_save()
     cfg = tg.Config.from_env({"PRESET": "smoke", "MATRIX_LR": "0.25"}, saved)
     assert (cfg.matrix_lr, cfg.ttt_enabled, cfg.num_layers, cfg.model_dim) == (0.25, False, 9, 128)
-    assert cfg.data_dir == "data/smoke" and not set(saved) & set(tg.Config.names("run"))
+    assert cfg.data_dir == "data/smoke-v3" and not set(saved) & set(tg.Config.names("run"))
 
 
 def test_config_is_frozen():

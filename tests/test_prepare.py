@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ import pytest
 import sentencepiece
 
 import train_gpt as tg
-from conftest import ROOT, SMOKE, TINY, as_environment
+from conftest import ROOT, SMOKE, TINY, as_environment, tiny_config
 
 sys.path.insert(0, str(ROOT / "data"))
 import case_ops
@@ -69,13 +70,18 @@ def shards_in(folder, split):
     return [tg.open_shard(path) for path in sorted(folder.glob(f"datasets/*/fineweb_{split}_*.bin"))]
 
 
+def documents_in(folder, split):
+    """The documents of a split, lists of tokens without BOS, which is 1."""
+    stream = np.concatenate(shards_in(folder, split))
+    bounds = np.append(np.flatnonzero(stream == 1), len(stream))
+    return [stream[start + 1 : end].tolist() for start, end in zip(bounds, bounds[1:])]
+
+
 def texts_in(folder, split):
     """The documents of a split, decoded."""
     (model,) = folder.glob("tokenizers/*.model")
     sp = tg.lazy_import("sentencepiece").SentencePieceProcessor(model_file=str(model))
-    stream = np.concatenate(shards_in(folder, split))
-    bounds = np.append(np.flatnonzero(stream == sp.bos_id()), len(stream))
-    return [sp.decode(stream[start + 1 : end].tolist()) for start, end in zip(bounds, bounds[1:])]
+    return sp.decode(documents_in(folder, split))
 
 
 def manifest_in(folder):
@@ -163,15 +169,47 @@ def test_the_checks_can_fail(tmp_path, monkeypatch, how, says):
     assert not list(out.rglob("fineweb10B_sp1024"))
 
 
-def test_inexact_and_empty_documents_are_left_out_and_counted(tmp_path):
-    validation, empty, inexact = DOCUMENTS[0], "", "a▁b"
+def test_empty_documents_are_left_out_and_counted(tmp_path):
+    validation, empty = DOCUMENTS[0], ""
     kept = [" leads", DOCUMENTS[1], "ends"]
-    data = write_jsonl(tmp_path / "a.jsonl", [validation, empty, inexact, *kept])
+    data = write_jsonl(tmp_path / "a.jsonl", [validation, empty, *kept])
     out = tmp_path / "out"
     assert call(data, "--out", out, "--val-docs", 1, "--tokenizer", MODEL).returncode == 0
     assert texts_in(out, "train") == kept
     train = manifest_in(out)["train"]
-    assert (train["left_out_empty"], train["left_out_inexact"], train["begin_with_space"]) == (1, 1, 1)
+    assert (train["left_out_empty"], train["left_out_inexact"], train["begin_with_space"]) == (1, 0, 1)
+
+
+def test_what_sentencepiece_takes_for_a_space_comes_back_and_counts_its_bytes(tmp_path):
+    """So that no document of the challenge's validation has to be left out."""
+    odd = ["a\u2581b", "\u2581\u2581", " \u2581 The end\u2581"]
+    validation, training = [*DOCUMENTS[:60], *odd], [f"{text}!" for text in odd]
+    data = write_jsonl(tmp_path / "a.jsonl", validation + training)
+    out = tmp_path / "out"
+    assert call(data, "--out", out, "--val-docs", len(validation), "--tokenizer", MODEL).returncode == 0
+    assert texts_in(out, "val") == validation and texts_in(out, "train") == training
+    tokenizer = tg.load_tokenizer(MODEL, 1024)
+    val = tg.load_validation([*out.glob("datasets/*/fineweb_val_*.bin")], tokenizer, tiny_config())
+    documents = [*val.documents(0, 1)]
+    tokenizer.check_bytes(documents, out)
+    sizes = [int(tokenizer.target_bytes(ids).sum()) for ids in documents[60:]]
+    assert sizes == [5, 6, len(odd[2].encode()) - 1]  # a space that begins a document does not count
+
+
+@pytest.mark.parametrize("case_ops_of", ["", "v3"])
+def test_training_stops_at_the_document_with_which_there_are_enough_tokens(tmp_path, case_ops_of):
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    options = ["--val-docs", 5, "--vocab-size", 600, "--workers", 1, "--shard-tokens", 3000]
+    options += ["--case-ops", case_ops_of] if case_ops_of else []
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    made = [prepare.prepare(prepare.parse_arguments(list(map(str, [data, "--out", out, *options, *more]))))
+            for out, more in ((whole, []), (part, ["--train-tokens", "1e4"]))]
+    assert made[0]["val"] == made[1]["val"] and made[0]["tokenizer"] == made[1]["tokenizer"]
+    documents = documents_in(whole, "train")
+    tokens = np.cumsum([1 + len(ids) for ids in documents])  # BOS as well
+    enough = int(np.searchsorted(tokens, 10_000)) + 1
+    assert made[1]["train"]["documents"] == enough < len(documents)
+    assert documents_in(part, "train") == documents[:enough]
 
 
 # Case operations
@@ -192,7 +230,7 @@ def test_transformed_documents_come_back(tmp_path, transform):
     done = call(data, "--out", out, "--val-docs", len(validation), "--vocab-size", 600,
                 "--case-ops", transform)
     assert done.returncode == 0, done.stderr
-    kept = {"val": validation, "train": [*DOCUMENTS[5:], *rest[-len(ODD) :]]}
+    kept = {"val": validation, "train": [*DOCUMENTS[5:], "\u2581The", *rest[-len(ODD) :]]}
     manifest = manifest_in(out)
     assert manifest["case_ops"] == transform
     for split, texts in kept.items():
@@ -201,7 +239,7 @@ def test_transformed_documents_come_back(tmp_path, transform):
         assert [case_ops.decode(text, transform) for text in written] == texts
         assert manifest[split]["text_bytes"] == sum(len(text.encode()) for text in texts)
     left_out = {name: count for name, count in manifest["train"].items() if name.startswith("left_out")}
-    assert left_out == dict(left_out_empty=1, left_out_inexact=1, left_out_copies=len(ODD))
+    assert left_out == dict(left_out_empty=1, left_out_inexact=0, left_out_copies=len(ODD))
     tokenizer = tg.load_tokenizer(out / "tokenizers/fineweb_600_bpe.model", 600)
     assert [tokenizer.processor.id_to_piece(i) for i in tokenizer.markers] == list(MARKERS)
     assert not any(set(MARKERS) & set(tokenizer.processor.id_to_piece(i)) for i in range(8, 600))
@@ -584,7 +622,7 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "read_documents", documents)
     monkeypatch.setattr(prepare.Job, "encode", take(prepare.Job.encode))
     job = prepare.Job(prepare.open_tokenizer(MODEL.read_bytes(), "it"), 1, [], "text", 1, tmp_path)
-    _, paths, kept = prepare.write_split(job, "train", 1000, set())
+    _, paths, kept = prepare.write_split(job, "train", 1000, math.inf, set())
     assert len(kept) == 999 and most <= 2 * (100 // len("text 0") + 1)
     most = 0
     held.clear()
@@ -593,26 +631,36 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
     assert most <= 2 * (100 // len("text 0") + 1) + 1, "the document that is left for validation is read, too"
 
 
-def test_the_bundled_data_are_made_by_the_command_in_their_readme(tmp_path):
+BUNDLED = {SMOKE: "", SMOKE.with_name("smoke-v3"): "v3"}  # and the transform of its text
+
+
+@pytest.mark.parametrize("folder", BUNDLED, ids=lambda folder: folder.name)
+def test_bundled_data_are_made_by_the_command_in_their_readme(tmp_path, folder):
     readme = (SMOKE / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall("^    python (data/prepare.py .+)$", readme, flags=re.M)
-    arguments = line.replace("--out data/smoke", f"--out {tmp_path}").split()
+    (line,) = re.findall(f"^    python (data/prepare.py .+ --out data/{folder.name} .+)$", readme, flags=re.M)
+    arguments = line.replace(f"--out data/{folder.name}", f"--out {tmp_path}").split()
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert made == {name: (SMOKE / name).read_bytes() for name in made} and len(made) == 6
+    assert made == {name: (folder / name).read_bytes() for name in made} and len(made) == 6
 
 
-def test_bundled_shards_are_what_the_manifest_says():
+@pytest.mark.parametrize("folder", BUNDLED, ids=lambda folder: folder.name)
+def test_bundled_shards_are_what_the_manifest_says(folder):
     def sha256_of(path):
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    manifest = manifest_in(SMOKE)
-    assert sha256_of(MODEL) == manifest["tokenizer"]["sha256"]
+    manifest = manifest_in(folder)
+    transform = BUNDLED[folder]
+    assert manifest.get("case_ops", "") == transform
+    assert sha256_of(folder / "tokenizers/fineweb_1024_bpe.model") == manifest["tokenizer"]["sha256"]
     for split in ("train", "val"):
         for name, digest in manifest[split]["shards"].items():
-            assert sha256_of(SMOKE / "datasets/fineweb10B_sp1024" / name) == digest
+            assert sha256_of(folder / "datasets/fineweb10B_sp1024" / name) == digest
     rows = [json.loads(line) for line in open(SMOKE / "smoke.jsonl", encoding="utf-8")]
     for row in rows:
         assert row["title"] and row["url"].startswith("https://en.wikipedia.org/")
-    assert texts_in(SMOKE, "val") == [row["text"] for row in rows[:40]]
+    texts = texts_in(folder, "val")
+    if transform:
+        texts = [case_ops.decode(text, transform) for text in texts]
+    assert texts == [row["text"] for row in rows[:40]]

@@ -367,8 +367,12 @@ def test_a_clean_record_run_has_no_caveat():
     assert tg.caveats(run, clean) == []
     case_operations = dict(tokens=47_853_343, bytes=151_080_266, bytes_at_cut=151_074_499)
     assert tg.caveats(run, dataclasses.replace(clean, **case_operations)) == []
-    for change in (dict(bytes_at_cut=151_078_223), dict(bytes_at_cut=151_074_499), dict(tokens=50_000_000),
-                   dict(tokens=40_542_208), dict(bytes=151_086_414), dict(tokens=1000, bytes_at_cut=None),
+    own_tokenizer = dataclasses.replace(clean, tokens=43_000_000, documents=50_000, bytes_at_cut=None)
+    assert tg.caveats(run, own_tokenizer) == []
+    for change in (dict(documents=49_999), dict(bytes=151_074_498), dict(bytes=151_082_691)):
+        assert tg.caveats(run, dataclasses.replace(own_tokenizer, **change)) == ["unknown validation set"]
+    for change in (dict(bytes_at_cut=151_078_223), dict(bytes_at_cut=151_074_499), dict(bytes=151_086_414),
+                   dict(bytes=151_078_221), dict(tokens=1000, bytes_at_cut=None),
                    dict(unadapted_tokens=1), dict(total_bytes=16_000_001), dict(recompilations=1)):
         assert len(tg.caveats(run, dataclasses.replace(clean, **change))) == 1
 

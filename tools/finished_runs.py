@@ -21,6 +21,8 @@ import command
 CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600  # the challenge's
 BAR = "=" * 100 + "\n"  # before and after the source in a log
 FINEWEB_BYTES = {40_540_160: 151_078_222, 47_851_520: 151_074_499}  # of so many first targets, as published
+RAW_CUT = 47_851_520  # its bytes are of the raw text
+FINEWEB_DOCUMENTS = 50_000  # of its validation
 SEQUENCE = 2048  # tokens; the challenge's reference scores whole ones only
 OWN_SETTINGS = "seed run_id artifact_dir data_dir save_scores train_log_every".split()  # may differ
 STAGES = "", "_quantized", "_unquantized"  # ends of the names of scores; the first is the headline's
@@ -372,7 +374,7 @@ def caveat_faults(run: Run) -> Iterator[str]:
     preset = setting(run, "preset", "")
     val_loss_every = setting(run, "val_loss_every", 0)
     recompilations = r.get("recompilations", 0)
-    unknown = has_report(r) and not has_fineweb_bytes(r["tokens"], r["bytes"], r.get("bytes_at_cut"))
+    unknown = has_report(r) and not has_fineweb_bytes(r)
     for why, holds in (
             (f"preset {preset}", preset),
             (f"recompilations on the clocks: {recompilations}", recompilations),
@@ -509,13 +511,16 @@ def fineweb_cut(targets: int) -> int:
     return next((cut for cut in FINEWEB_BYTES if 0 <= targets - cut < SEQUENCE), 0)
 
 
-def has_fineweb_bytes(targets: int, text_bytes: int, at_cut: int | None) -> bool:
-    """Whether targets and their bytes, of all and up to the cut, are those of FineWeb's validation set.
+def has_fineweb_bytes(r: dict) -> bool:
+    """Whether a result's bytes are those of FineWeb's validation set.
 
-    Less than one sequence follows the cut; 4 bytes a token, about what English has, bound its text.
+    By a published tokenizer those up to its cut are known; less than one sequence follows, and 4 bytes a
+    token, about what English has, bound its text. By another tokenizer, its documents have as many.
     """
-    counted = FINEWEB_BYTES.get(fineweb_cut(targets))
-    return counted is not None and at_cut == counted and text_bytes - counted < 4 * SEQUENCE
+    cut = fineweb_cut(r["tokens"])
+    counted = FINEWEB_BYTES[cut or RAW_CUT]
+    known = r.get("bytes_at_cut") == counted if cut else r["documents"] == FINEWEB_DOCUMENTS
+    return known and 0 <= r["bytes"] - counted < 4 * SEQUENCE
 
 
 def check_belongs_with(first: Run, run: Run) -> None:

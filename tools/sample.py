@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Continue a text with a trained model: an artifact or a checkpoint, on a GPU or a CPU.
 
-    DATA_DIR=data/smoke python tools/sample.py runs/x/final_model.int6.ptz "The city of"
+    DATA_DIR=data/smoke-v3 python tools/sample.py runs/x/final_model.int6.ptz "The city of"
     python tools/sample.py runs/x/final_model.pt --file text.txt --temperature 0.8 --top-p 0.9 --tokens 500
 
 The text begins a document, and the continuation ends with the document or after --tokens. The model reads the

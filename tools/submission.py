@@ -38,6 +38,7 @@ import command
 from finished_runs import (
     CAP_BYTES,
     CLOCK_SECONDS,
+    FINEWEB_DOCUMENTS,
     OWN_SETTINGS,
     Refused,
     Run,
@@ -56,7 +57,6 @@ ROOT = Path(__file__).resolve().parents[1]
 MARGIN_NATS, SIGNIFICANT = 0.005, 0.01  # a record improves the mean by so much, with a p below that
 HOLDS = {True: "yes", False: "**no**", None: "**not established**"}  # whether a rule does
 BY_MARGIN = f"p_improves_by_{MARGIN_NATS}_nats"
-FINEWEB_DOCUMENTS = 50_000  # of its validation
 AUDITED = {  # what an audit has to find for a rule
     "artifact_under_16000000_bytes": ["size"],
     "training_under_600s": ["clocks"],
@@ -248,9 +248,11 @@ def is_fineweb(r: dict) -> bool | None:
 
     None of a result by an older script, which might be: it does not count these bytes.
     """
-    if not fineweb_cut(r["tokens"]) or r["documents"] != FINEWEB_DOCUMENTS:
+    if r["documents"] != FINEWEB_DOCUMENTS:
         return False
-    return has_fineweb_bytes(r["tokens"], r["bytes"], r["bytes_at_cut"]) if has_report(r) else None
+    if not has_report(r):
+        return None if fineweb_cut(r["tokens"]) else False
+    return has_fineweb_bytes(r)
 
 
 def mean(values: list[float]) -> float:
