@@ -220,10 +220,10 @@ class Data(NamedTuple):
     sha256: str  # of the tokens in all shards
 
     def known(self) -> bool:
-        """Whether this is FineWeb's validation set, by targets and bytes, of all and up to the cut."""
+        """Whether this is FineWeb's validation set, by documents, targets and bytes."""
         targets = len(self.token_bytes)
         at_cut = int(self.token_bytes[: fineweb_cut(targets)].sum())
-        return has_fineweb_bytes(targets, int(self.token_bytes.sum()), at_cut)
+        return has_fineweb_bytes(len(self.starts), targets, int(self.token_bytes.sum()), at_cut)
 
     @classmethod
     def read(cls, root: Path, settings: dict[str, Any]) -> "Data":

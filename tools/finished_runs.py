@@ -374,7 +374,8 @@ def caveat_faults(run: Run) -> Iterator[str]:
     preset = setting(run, "preset", "")
     val_loss_every = setting(run, "val_loss_every", 0)
     recompilations = r.get("recompilations", 0)
-    unknown = has_report(r) and not has_fineweb_bytes(r)
+    unknown = has_report(r) and not has_fineweb_bytes(r["documents"], r["tokens"], r["bytes"],
+                                                      r.get("bytes_at_cut"))
     for why, holds in (
             (f"preset {preset}", preset),
             (f"recompilations on the clocks: {recompilations}", recompilations),
@@ -511,16 +512,16 @@ def fineweb_cut(targets: int) -> int:
     return next((cut for cut in FINEWEB_BYTES if 0 <= targets - cut < SEQUENCE), 0)
 
 
-def has_fineweb_bytes(r: dict) -> bool:
-    """Whether a result's bytes are those of FineWeb's validation set.
+def has_fineweb_bytes(documents: int, targets: int, text_bytes: int, at_cut: int | None) -> bool:
+    """Whether the bytes of a validation set are those of FineWeb's.
 
     By a published tokenizer those up to its cut are known; less than one sequence follows, and 4 bytes a
     token, about what English has, bound its text. By another tokenizer, its documents have as many.
     """
-    cut = fineweb_cut(r["tokens"])
+    cut = fineweb_cut(targets)
     counted = FINEWEB_BYTES[cut or RAW_CUT]
-    known = r.get("bytes_at_cut") == counted if cut else r["documents"] == FINEWEB_DOCUMENTS
-    return known and 0 <= r["bytes"] - counted < 4 * SEQUENCE
+    known = at_cut == counted if cut else documents == FINEWEB_DOCUMENTS
+    return known and 0 <= text_bytes - counted < 4 * SEQUENCE
 
 
 def check_belongs_with(first: Run, run: Run) -> None:

@@ -252,7 +252,7 @@ def is_fineweb(r: dict) -> bool | None:
         return False
     if not has_report(r):
         return None if fineweb_cut(r["tokens"]) else False
-    return has_fineweb_bytes(r)
+    return has_fineweb_bytes(r["documents"], r["tokens"], r["bytes"], r.get("bytes_at_cut"))
 
 
 def mean(values: list[float]) -> float:
