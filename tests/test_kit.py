@@ -57,7 +57,8 @@ NEWER = """recompilations bytes_at_cut cap_bytes phases targets_left_out model_s
 UNKNOWN, FEW = "unknown validation set", "not on 8 GPUs"  # caveats
 PROXY = dict(documents=1800, tokens=1_738_469, bytes=6_473_176, bytes_at_cut=None)
 RULES = ("score before update", "documents independent", "every target once", "full distribution", "headline",
-         "causal", "size", "clocks", "all documents", "origin")  # of an audit
+         "causal", "size", "clocks", "all documents", "origin", "no drift", "confined",
+         "as this script")  # of an audit
 IN_SCORING = {"score_before_update", "documents_independent", "every_target_once", "full_distribution"}
 UNSEEN = IN_SCORING | {"validation_read_only_after_export"}  # what no log can show
 
@@ -158,10 +159,16 @@ def write_run(folder, r: dict, source: str = SOURCE):
     return folder
 
 
-def write_audit(folder, model=SHA256["model"], script=SHA256["code"], **verdicts):
-    """Write an audit.json of a run in which all passes but these verdicts; returns the folder."""
+def write_audit(folder, model=SHA256["model"], script=SHA256["code"], said=None, **verdicts):
+    """Write an audit.json of a run in which all passes but these verdicts; returns the folder.
+
+    `said` are values of its result that are others there. A verdict that is None is left out.
+    """
     rules = dict.fromkeys(RULES, "pass") | {name.replace("_", " "): word for name, word in verdicts.items()}
-    audit = {"model_sha256": model, "script_sha256": script, "rules": rules}
+    result = json.loads((folder / "result.json").read_text())
+    audit = {name: result[name] for name in finished_runs.AUDITED_VALUES} | (said or {})
+    audit |= {"model_sha256": model, "script_sha256": script,
+              "rules": {name: word for name, word in rules.items() if word is not None}}
     (folder / "audit.json").write_text(json.dumps(audit))
     return folder
 
@@ -407,10 +414,11 @@ def test_what_came_before_the_artifact_no_audit_can_see(tmp_path):
     assert rules["validation_read_only_after_export"] is None
 
 
+@pytest.mark.parametrize("word", ["NOT CHECKED", None])
 @pytest.mark.parametrize("rule", ["confined", "no drift", "as this script"])
-def test_what_an_audit_could_not_make_sure_of_is_not_established(rule, tmp_path):
+def test_what_an_audit_could_not_make_sure_of_is_not_established(rule, word, tmp_path):
     """Else a script could look up, outside its folder, the losses that it has to have."""
-    folder = write_audit(write_run(tmp_path / "run", result_of_seed(0)), **{rule: "NOT CHECKED"})
+    folder = write_audit(write_run(tmp_path / "run", result_of_seed(0)), **{rule: word})
     made = made_of(folder)
     assert {made["compliance"][name] for name in IN_SCORING} == {None} and made["caveats"] == []
 
@@ -499,6 +507,9 @@ def test_the_script_itself_that_looked_early_says_so(tmp_path):
 @pytest.mark.parametrize("changes, words", [
     (dict(model="c" * 64), "not an audit of this run's final_model.int6.ptz"),
     (dict(script="c" * 64), "not an audit with this run's script"),
+    (dict(said=dict(val_loss=2.9, val_bpb=1.1)), "val_loss, val_bpb not as in this run's RESULT"),
+    (dict(said=dict(code_sha256="c" * 64, packed_sha256=None, val_sha256="c" * 64)),
+     "code_sha256, packed_sha256, val_sha256 not as in"),
     (dict(causal="passed"), "its rules have to be an object of pass, FAIL, NOT CHECKED"),
     (dict(causal=["FAIL"]), "its rules have to be an object of pass, FAIL, NOT CHECKED"),
 ])

@@ -53,7 +53,7 @@ with command.imports():
         sidecar_of,
         write_shard,
     )
-from finished_runs import CAP_BYTES, CLOCK_SECONDS, once_each, sha256
+from finished_runs import AUDITED_VALUES, CAP_BYTES, CLOCK_SECONDS, once_each, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
@@ -645,8 +645,7 @@ class Audit:
 
 
 def write_verdicts(path: Path, audit: Audit):
-    names = "code_sha256", "packed_sha256", "val_sha256", "val_loss", "val_bpb"
-    values = {name: audit.run.result[name] for name in names}
+    values = {name: audit.run.result[name] for name in AUDITED_VALUES}
     values |= {"model_sha256": sha256(audit.run.artifact), "script_sha256": sha256(audit.program.source),
                "rules": audit.by_rule(), "verdicts": list(map(str, audit.verdicts))}
     command.write_whole(path, (json.dumps(values, indent=1) + "\n").encode())

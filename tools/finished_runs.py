@@ -36,6 +36,7 @@ NEEDED_NOW = """recompilations cap_bytes run_id targets_left_out model_sha256 tr
 ON_CLOCK = {"train": "training", "calibrate": "training", "open artifact": "scoring",
             "score quantized": "scoring", "adapt": "scoring"}  # phases that a clock has to count
 VERDICTS = "pass", "FAIL", "NOT CHECKED"  # that an audit.json has, by rule
+AUDITED_VALUES = "code_sha256", "packed_sha256", "val_sha256", "val_loss", "val_bpb"  # that it repeats
 
 
 class Refused(Exception):
@@ -134,8 +135,8 @@ def other_kind(run: Run, error: Exception) -> str:
 def read_verdicts(folder: Path, result: dict, artifact: bytes | None) -> dict[str, str]:
     """The verdicts, by rule, of the audit.json that tools/audit.py left in the folder; none without one.
 
-    Refused if it is not of this run: of another artifact, or of a script that is neither the run's source nor
-    its packed form.
+    Refused if it is not of this run: of another artifact, of a script that is neither the run's source nor
+    its packed form, or of a result that said something else.
     """
     file = folder / "audit.json"
     if not file.exists():
@@ -148,6 +149,9 @@ def read_verdicts(folder: Path, result: dict, artifact: bytes | None) -> dict[st
         raise Refused(f"{file}: not an audit of this run's final_model.int6.ptz: remove it, or audit again")
     if audit.get("script_sha256") not in (result["code_sha256"], result["packed_sha256"]):
         raise Refused(f"{file}: not an audit with this run's script: remove it, or audit again")
+    other = [name for name in AUDITED_VALUES if name not in audit or audit[name] != result[name]]
+    if other:
+        raise Refused(f"{file}: {', '.join(other)} not as in this run's RESULT: remove it, or audit again")
     verdicts = audit.get("rules")
     if not isinstance(verdicts, dict) or not all(verdict in VERDICTS for verdict in verdicts.values()):
         raise Refused(f"{file}: its rules have to be an object of {', '.join(VERDICTS)}")
