@@ -410,6 +410,20 @@ def test_the_environment_of_python_does_not_reach_the_script(finished, data, tmp
     assert done.returncode == 0 and "every target once" in done.stdout, done.stdout + done.stderr
 
 
+def test_no_variable_carries_text_to_the_script(monkeypatch, tmp_path):
+    for name in ("LC_X0", "LC_CTYPE", "NCCL_X", "NVIDIA_X", "CUDA_X", "TZ", "LANG", "USER"):
+        monkeypatch.setenv(name, "word")
+    monkeypatch.setenv("PATH", f"/word:word:{tmp_path}:/usr/bin")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/word")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    found = audit.environment_in(tmp_path / "place")
+    assert found["PATH"] == f"{tmp_path}:/usr/bin" and found["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert found["LC_ALL"] == "C.UTF-8" and not any("word" in value for value in found.values())
+    monkeypatch.setenv("CUDA_HOME", "/" + "x" * 100)
+    with pytest.raises(altered.AuditError, match="CUDA_HOME has 101 characters"):
+        audit.environment_in(tmp_path)
+
+
 def test_the_run_does_not_say_by_which_data_it_is_judged(finished, monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("DATA_DIR")
     monkeypatch.chdir(tmp_path)

@@ -74,9 +74,10 @@ FIELDS = {float: "val_loss val_bpb", int: "unadapted_tokens code_bytes total_byt
           dict: "settings phases clocks", str: "hardware code_sha256 packed_sha256 val_sha256"}  # result.json
 OF_A_RUN = ("preset run_id artifact_dir data_dir eval_only_path save_scores attention val_doc_fraction "
             "train_log_every val_loss_every eval_max_seconds").split()  # settings that no artifact has
-KEPT_VARIABLES = ("PATH LD_LIBRARY_PATH VIRTUAL_ENV CC CXX LANG TZ USER LOGNAME OMP_NUM_THREADS "
-                  "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH").split()
-KEPT_BEGINNINGS = "LC_", "NVIDIA_", "NCCL_"
+KEPT_VARIABLES = ("CC CXX OMP_NUM_THREADS CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH "
+                  "NCCL_P2P_DISABLE NCCL_SHM_DISABLE NCCL_NVLS_ENABLE NVSHMEM_DISABLE_NVLS "
+                  "TORCH_SYMM_MEM_DISABLE_MULTICAST").split()
+LONGEST_VALUE = 100  # characters of such a variable
 
 
 def say(text: Any):
@@ -225,9 +226,16 @@ def saved_settings(artifact: bytes) -> dict[str, Any]:
 
 
 def environment_in(place: Path) -> dict[str, str]:
-    """The variables of a re-score: what the machine needs, and folders of its own."""
-    kept = {name: value for name, value in os.environ.items()
-            if name in KEPT_VARIABLES or name.startswith(KEPT_BEGINNINGS)}
+    """The variables of a re-score: what the machine needs, and folders of its own.
+
+    None may hold a text that helps to score, so the search paths are of folders that exist.
+    """
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    for name, value in kept.items():
+        if len(value) > LONGEST_VALUE:
+            raise AuditError(f"{name} has {len(value)} characters, of which a script may see {LONGEST_VALUE}")
+    paths = {name: ":".join(confined.search_path(name)) for name in confined.SEARCH_PATHS}
+    kept |= {name: path for name, path in paths.items() if path} | {"LC_ALL": "C.UTF-8"}
     folders = dict(HOME="home", TMPDIR="tmp", DATA_DIR="data", EVAL_ONLY_PATH="model/final_model.int6.ptz",
                    ARTIFACT_DIR="run", SAVE_SCORES="scores.npz")
     kept |= {name: str(place / folder) for name, folder in folders.items()}

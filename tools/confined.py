@@ -25,6 +25,7 @@ SYSTEM += "/nix/store /run/current-system /run/opengl-driver".split()
 UNSHARE = ("unshare --user --map-root-user --mount --pid --ipc --net --uts --cgroup --fork "
            "--kill-child").split()
 SANDBOX = Path(__file__).with_name("sandbox.py")
+SEARCH_PATHS = "PATH", "LD_LIBRARY_PATH"
 CHILD_SUBREAPER = 36  # of prctl
 
 
@@ -121,12 +122,18 @@ def children(parent: int) -> set[int]:
     return found
 
 
+def search_path(name: str) -> list[str]:
+    """The folders that a search path names, if they exist; what is no absolute path is left out."""
+    paths = os.environ.get(name, "").split(":")
+    return [path for path in paths if os.path.isabs(path) and os.path.isdir(path)]
+
+
 def software() -> list[str]:
     """Folders of the machine's software: the system's, this Python's, and what the search paths name.
 
     Left out are this folder and the user's own packages, where an earlier program could have written.
     """
-    paths = [path for name in ("PATH", "LD_LIBRARY_PATH") for path in os.environ.get(name, "").split(":")]
+    paths = [path for name in SEARCH_PATHS for path in search_path(name)]
     left_out = str(Path(__file__).parent), site.getusersitepackages()
     packages = [path for path in sys.path if path and path not in left_out]
     paths += [sys.prefix, sys.base_prefix]
