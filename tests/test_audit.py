@@ -525,11 +525,17 @@ def test_a_run_does_not_choose_which_caveats_it_has_to_state(finished, in_proces
     assert status == 1 and "caveats" in failed(lines)
 
 
-def test_data_among_the_software_are_within_reach(finished, data, in_process, capsys, monkeypatch):
-    shards = data / f"datasets/fineweb10B_sp{VOCAB_SIZE}"
-    monkeypatch.setattr(confined, "software", lambda: [str(shards)])
-    _, lines = verdicts_of(capsys, finished, "--skip", *OPTIONAL)
-    assert any(line.startswith("NOT CHECKED  confined") for line in lines), lines
+@pytest.mark.parametrize("what", ["data", "run", "in the run", "script"])
+def test_what_lies_among_the_software_is_within_reach(finished, data, in_process, capsys, monkeypatch,
+                                                      tmp_path, what):
+    """The run's folder and that of a foreign script hold what somebody else put there."""
+    script = copy_with(tmp_path, "")
+    folder = {"data": data / f"datasets/fineweb10B_sp{VOCAB_SIZE}", "run": finished.parent,
+              "in the run": finished / "lib", "script": tmp_path}[what]
+    monkeypatch.setattr(confined, "software", lambda: [str(folder)])
+    _, lines = verdicts_of(capsys, finished, "--script", script, "--skip", *OPTIONAL)
+    (line,) = [line for line in lines if "  confined  " in line]
+    assert line.startswith("NOT CHECKED") and "software" in line and str(folder) in line
 
 
 def test_a_script_that_knows_the_validation_set_is_caught(finished, in_process, capsys, tmp_path):
@@ -979,7 +985,7 @@ def test_noise_that_all_comparisons_share_is_no_drift():
         trial = audit.Audit(run=None, data=None, program=None, sets=None, gpu=True)
         for number, offset in enumerate(mean + spread * noise):
             trial.pairs[number] = [(np.zeros(50), np.full(50, offset))] * 5
-        trial.all_comparisons(true_data_readable=False)
+        trial.all_comparisons(readable=[])
         assert (trial.by_rule()["no drift"] == "pass") == passes, "there is a limit to what noise excuses"
         assert f"+- {spread / 8:.0e}" in trial.verdicts[0].figures
 

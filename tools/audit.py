@@ -635,8 +635,8 @@ class Audit:
         self.add("causal", moved.little(self.noise(length)),
                  f"before the token after {length}, whatever it is, and at the true one: {moved}")
 
-    def all_comparisons(self, true_data_readable: bool):
-        """What all re-scores show. `true_data_readable`: they lie where the script can read them."""
+    def all_comparisons(self, readable: list[str]):
+        """What all re-scores show. `readable`: what the script could read and must not, in words."""
         # All comparisons of a document share its first losses and their noise: a document is one sample.
         moved = Moved.of([tuple(map(np.concatenate, zip(*pairs))) for pairs in self.pairs.values()])
         limit = moved.shift() if self.gpu else EXACT
@@ -645,10 +645,11 @@ class Audit:
         if not all(self.each_confined):
             obstacle = confined.obstacle() or "--unconfined"
             passed, why = None, f"it could read and write everywhere: {obstacle}"
-        elif true_data_readable:
-            passed, why = None, "it could read the true data, which lie among the software"
+        elif readable:
+            passed, why = None, f"it could read {readable[0]}"
         else:
-            passed, why = True, "nothing but its own folder outlasted it, and it could not read the true data"
+            passed, why = True, ("nothing but its own folder outlasted it, and it could read neither the "
+                                 "true data nor the run's folder")
         self.add("confined", passed, why)
 
 
@@ -710,7 +711,8 @@ def perform(args: argparse.Namespace) -> Audit:
             if expected:
                 more = sum(expected.values()) + max(0, late) * len(expected)  # a cold start comes each time
                 say(f"about {more:.0f} s more")
-        audit.all_comparisons(any(map(confined.can_read, [data.tokenizer, *data.shards])))
+        hidden = [data.tokenizer, *data.shards, run.folder, *([] if ours else [args.script])]
+        audit.all_comparisons([*filter(None, map(confined.way_to, hidden))])
     return audit
 
 

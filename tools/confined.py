@@ -140,9 +140,13 @@ def software() -> list[str]:
     return [*SYSTEM, *(path for path in paths + packages if os.path.isabs(path) and path != "/")]
 
 
-def can_read(path: Path) -> bool:
-    """Whether a file lies among what every confined program can read."""
-    return any(path.resolve().is_relative_to(Path(folder).resolve()) for folder in software())
+def way_to(path: Path) -> str:
+    """How every confined program can read a file, or something in a folder; empty if it cannot."""
+    path, folders = path.resolve(), [Path(folder).resolve() for folder in software()]
+    for folder in folders:
+        if path.is_relative_to(folder):
+            return f"{path}, which lies among the software: {folder}"
+    return next((f"{folder}, software in {path}" for folder in folders if folder.is_relative_to(path)), "")
 
 
 @functools.cache
