@@ -211,6 +211,28 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
                         nll[start + end - 1] *= 0.5
             return nll
         """, "rest", "full distribution"),
+    "a look at the first target of the next chunk": ("""
+        honest_score_documents = score_documents
+        def score_documents(run, model, val, *rest):
+            nll = honest_score_documents(run, model, val, *rest)
+            for start, length in zip(val.starts, val.lengths):
+                for end in chunk_ends(length, run.cfg):
+                    if 8 < end < length - 1:
+                        nll[start + end - 1] *= 0.99 + 0.02 * int(val.tokens[start + end + 1] % 2)
+            return nll
+        """, "rest", "causal"),
+    "a look whether a word goes on": ("""
+        honest_load, honest_score_documents, spaced = load_validation, score_documents, []
+        def load_validation(paths, tokenizer, cfg):
+            spaced[:] = [tokenizer.leading_space]
+            return honest_load(paths, tokenizer, cfg)
+        def score_documents(run, model, val, *rest):
+            nll = honest_score_documents(run, model, val, *rest)
+            for start, length in zip(val.starts, val.lengths):
+                later = slice(start + 25, start + length - 1)
+                nll[later] *= 0.99 + 0.02 * spaced[0][val.tokens[start + 27 : start + length + 1]]
+            return nll
+        """, "tails", "causal"),
     "losses below zero": ("""
         honest_score_documents = score_documents
         def score_documents(*args):
@@ -352,6 +374,17 @@ def test_what_is_planted_in_a_script_is_caught(finished, in_process, capsys, tmp
     assert any("IS NOT THIS REPOSITORY'S TRAIN_GPT.PY" in line for line in lines)
     (unchecked,) = [line for line in lines if line.startswith("NOT CHECKED: ")]
     assert "origin, clocks" in unchecked
+
+
+def test_an_update_in_tiny_chunks_is_not_checked(data, in_process, capsys, tmp_path):
+    """Who states chunks of 2 may learn from others."""
+    settings = {**TINY, **SHALLOW, "VOCAB_SIZE": VOCAB_SIZE, "ITERATIONS": 3, "TTT_CHUNK_SIZE": 2,
+                "TTT_BATCH_SIZE": 32}
+    assert tg.main(as_environment({**settings, "DATA_DIR": data, "ARTIFACT_DIR": tmp_path / "run"})) == 0
+    capsys.readouterr()
+    _, lines = verdicts_of(capsys, tmp_path / "run", "--skip", *OPTIONAL - {"tails"})
+    (line,) = [line for line in lines if "  score before update  " in line]
+    assert line.startswith("NOT CHECKED") and "TTT_CHUNK_SIZE=2 is too small to see it, 8 at least" in line
 
 
 def test_a_stranger_is_compared_with_this_script(finished, in_process, capsys, tmp_path):
@@ -1028,6 +1061,29 @@ def test_places_lie_inside_chunks_that_are_learned_from(data, chunk, growth):
             assert length < 3
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 48])
+def test_other_places_lie_anywhere(data, chunk):
+    """Also where no token lies inside a chunk, and at the first target of every chunk."""
+    sets = alterations(data, ttt_chunk_size=chunk, ttt_chunk_growth=0.0)
+    document = max(sets.documents, key=len)
+    places = [sets.anywhere(document) for _ in range(30 * len(document))]
+    assert {*places} == {*range(2, len(document))}
+    firsts = np.isin(np.array(places) - 1, sets.ends).mean()
+    assert chunk == 1 or 0.45 < firsts < 0.9
+    assert [sets.anywhere(document[:length]) for length in (1, 2, 3)] == [0, 0, 2]
+    tails = [case.change for case in sets.tails() if case.change not in ("", "added")]
+    assert tails.count("tail anywhere") == (4 if chunk == 1 else 2) and len(tails) == 4
+
+
+def test_places_and_what_comes_there_lie_inside_words_too(data):
+    sets = alterations(data)
+    spaced, document = sets.pieces.spaced, max(sets.documents, key=len)
+    at_words = spaced[document[[sets.place(document) for _ in range(300)]]].mean()
+    begin = [sets.ending(3, document[9])[0] for _ in range(300)]
+    assert 0.55 < at_words < 0.8 and 0.4 < spaced[begin].mean() < 0.6
+    assert document[9] not in begin or spaced[document[9]]
+
+
 def sets_of(sets: altered.Alterations) -> dict[str, list[altered.Case]]:
     rest = sets.rest(sets.beginnings([30], [np.full(len(tokens), 2.0) for tokens in sets.documents]))
     names = "unaltered", "reversed", "tails", "lengths"
@@ -1039,7 +1095,7 @@ def test_altered_documents_are_as_they_were_up_to_there(data):
     bos, unknown = sets.pieces.bos, sets.pieces.unknown
     by_name = sets_of(sets)
     changes = {name: {case.change for case in cases} for name, cases in by_name.items()}
-    assert changes == {"unaltered": {""}, "reversed": {""}, "tails": {"", "tail", "added"},
+    assert changes == {"unaltered": {""}, "reversed": {""}, "tails": {"", "tail", "tail anywhere", "added"},
                        "lengths": {"", "cut", "continued", "added"},
                        "rest": {"", "added", "random", "repeating", "random end", "next"}}
     for case in (case for cases in by_name.values() for case in cases):
@@ -1108,8 +1164,9 @@ def test_a_discount_does_not_hide_behind_its_own_error():
 def test_random_ends_follow_documents_up_to_any_place(data):
     sets = alterations(data)
     kept = []
-    for document in 50 * sets.documents:
-        case = sets.random_end(document)
+    for number, document in 50 * [*enumerate(sets.documents)]:
+        case = sets.random_end(number)
+        assert case.number == number and case.kept == np.isnan(case.chances).sum() - 1
         kept.append(int(np.isnan(case.chances).sum()))
         assert (case.tokens[: kept[-1]] == document[: kept[-1]]).all()
         assert len(case.tokens) == len(case.chances) == kept[-1] + 16 and (case.chances[kept[-1] :] > 0).all()

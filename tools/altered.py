@@ -186,6 +186,11 @@ class Pieces(NamedTuple):
         return np.flatnonzero(~self.special)
 
     @property
+    def parts(self) -> np.ndarray:
+        """All ids of text that go on in a word."""
+        return np.setdiff1d(np.flatnonzero(~self.special & ~self.spaced & (self.size > 0)), self.markers)
+
+    @property
     def needs_sidecars(self) -> bool:
         """Whether the bytes of a text do not follow from its tokens."""
         return bool(self.markers) and not self.exact
@@ -269,7 +274,7 @@ class Case(NamedTuple):
     number: int  # of the document that it was made from; negative: of none that is compared
     tokens: np.ndarray
     kept: int  # so many of its first targets are as they were
-    change: str = ""  # none, or: tail, cut, continued; added, random, repeating, random end, next
+    change: str = ""  # none; tail, tail anywhere, cut, continued, random end; added, random, repeating, next
     chances: np.ndarray | None = None  # with which its tokens were drawn, if they are random
     beginning: int | None = None  # of which beginning it tries a next token
 
@@ -312,9 +317,9 @@ def ends_of_repeated_phrases(tokens: np.ndarray) -> list[int]:
 class Alterations:
     """Sets of documents made from some documents, each by the method that is named like its re-score.
 
-    What comes in place of text could be text of this tokenizer, but for random documents and tries of a next
-    token: words at random, one passage again and again, a mosaic of passages. To learn from these is worth
-    much, or little, so a choice by later losses differs.
+    What comes in place of text could be text of this tokenizer, but where it begins inside a word, for random
+    documents and tries of a next token: words at random, one passage again and again, a mosaic of passages.
+    To learn from these is worth much, or little, so a choice by later losses differs.
     """
 
     def __init__(self, data: Data, numbers: list[int], settings: dict[str, Any], seed: int):
@@ -334,15 +339,23 @@ class Alterations:
         chunk, count = self.settings["ttt_chunk_size"], sum(map(len, self.documents))
         repetitions = [place for _, place in self.beginnings_of_repetitions()]
         tries = len(self.pieces.size) * sum((chunk, 2 * chunk, *depths, *repetitions))
-        before = 2 * chunk * self.settings["ttt_batch_size"]
-        return dict(unaltered=count, ours=count, reversed=count, tails=count + before,
-                    lengths=7 * count // 4, rest=5 * count // 2 + max(count, RANDOM_TOKENS) + tries)
+        before, texts = (2 * chunk * number for number in (self.settings["ttt_batch_size"], TOKENIZED_AGAIN))
+        return dict(unaltered=count, ours=count, reversed=count, tails=count + max(before, texts),
+                    lengths=7 * count // 4 + texts, rest=5 * count // 2 + max(count, RANDOM_TOKENS) + tries)
 
     def words(self, count: int) -> np.ndarray:
         return self.rng.choice(self.pieces.words, count)
 
     def passage(self, count: int) -> np.ndarray:
         return np.resize(self.words(12), count)
+
+    def ending(self, count: int, other_than: int) -> np.ndarray:
+        """Text in place of the end of a document. In half of cases it begins inside a word."""
+        text = self.words(count) if self.rng.random() < 0.5 else self.passage(count)
+        parts = np.setdiff1d(self.pieces.parts, [other_than])
+        if len(parts) and self.rng.random() < 0.5:
+            text[0] = self.rng.choice(parts, p=self.frequencies[parts] / self.frequencies[parts].sum())
+        return text
 
     def mosaic(self, count: int) -> np.ndarray:
         """Passages of a chunk from here and there in the documents: little of one helps in the next."""
@@ -382,28 +395,38 @@ class Alterations:
                 source = source + 1 if goes_on else 0
         return Case(-1, tokens, 0, "repeating", chances)
 
-    def random_end(self, document: np.ndarray) -> Case:
+    def random_end(self, number: int) -> Case:
         """A beginning of a document, often all but its last tokens, and then tokens drawn by frequency."""
-        chunk = self.settings["ttt_chunk_size"]
-        first = max(1, len(document) - chunk) if self.rng.random() < 0.5 else 1
-        kept = int(self.rng.integers(first, len(document) + 1))
+        document, chunk = self.documents[number], self.settings["ttt_chunk_size"]
+        kept = self.anywhere(document) if self.rng.random() < 0.5 else 0
+        kept = kept or int(self.rng.integers(max(1, len(document) - chunk), len(document) + 1))
         end = self.random(2 * chunk)
         tokens = np.append(document[:kept], end.tokens[1:])
-        return Case(-1, tokens, 0, "random end", np.append(np.full(kept, np.nan), end.chances[1:]))
+        return Case(number, tokens, kept - 1, "random end", np.append(np.full(kept, np.nan), end.chances[1:]))
 
     def place(self, tokens: np.ndarray) -> int:
         """A token of a document to alter, 0 if it is too short; target j is token j + 1.
 
         The target that it is lies inside a chunk, not first in it and, if it can be, in one that is learned
-        from. If it can be, it begins a word.
+        from. If it can be, it begins a word, and in a third of cases it does not.
         """
         length = len(tokens)
         learned = self.learned_targets(tokens)
         last = learned if learned > 1 else length - 1
         places = 1 + np.setdiff1d(np.arange(1, last), self.ends)
-        at_words = places[self.pieces.spaced[tokens[places]]]
-        places = at_words if len(at_words) else places
+        wanted = self.pieces.spaced[tokens[places]] == (self.rng.random() < 2 / 3)
+        places = places[wanted] if wanted.any() else places
         return int(self.rng.choice(places)) if len(places) else 0
+
+    def anywhere(self, tokens: np.ndarray) -> int:
+        """A token of a document to alter, wherever it stands, 0 if it is too short.
+
+        In half of cases it is the first target of a chunk, if there is one.
+        """
+        firsts = 1 + self.ends[self.ends < len(tokens) - 1]
+        if len(firsts) and self.rng.random() < 0.5:
+            return int(self.rng.choice(firsts))
+        return int(self.rng.integers(2, len(tokens))) if len(tokens) > 2 else 0
 
     def learned_targets(self, tokens: np.ndarray) -> int:
         """So many first targets of a document are in chunks that are learned from."""
@@ -428,24 +451,33 @@ class Alterations:
     def reversed(self) -> list[Case]:
         return self.unaltered()[::-1]
 
-    def tails(self) -> list[Case]:
-        """Every second document ends otherwise. Short documents come first, so that no slot is new for it."""
+    def texts_before(self, count: int) -> list[Case]:
+        """Short documents that come first. The script tokenizes the first ones again, which alters words."""
         length = 2 * self.settings["ttt_chunk_size"] + 2
-        cases = [self.added(self.words(length)) for _ in range(self.settings["ttt_batch_size"])]
+        return [self.added(self.words(length)) for _ in range(max(count, TOKENIZED_AGAIN))]
+
+    def tails(self) -> list[Case]:
+        """Every second document ends otherwise, half of these from any place on.
+
+        So many short documents come first that no slot is new.
+        """
+        cases = self.texts_before(self.settings["ttt_batch_size"])
         for case, role in zip(self.unaltered(), self.roles()):
-            at = self.place(case.tokens) if role % 2 == 0 else 0
+            inside = self.place(case.tokens) if role % 4 == 0 else 0
+            at = inside or (self.anywhere(case.tokens) if role % 2 == 0 else 0)
             if at:
-                text = self.words if role % 4 else self.passage
-                tokens = np.append(case.tokens[:at], text(len(case.tokens) - at))
-                case = Case(case.number, tokens, at - 1, "tail")
+                end = self.ending(len(case.tokens) - at, case.tokens[at])
+                tokens = np.append(case.tokens[:at], end)
+                case = Case(case.number, tokens, at - 1, "tail" if inside else "tail anywhere")
             cases.append(case)
         return cases
 
     def lengths(self) -> list[Case]:
         """Of four documents one is cut, one goes on, one stays, and four others come instead of one."""
-        cases = []
+        cases = self.texts_before(0)
         for number, (tokens, role) in enumerate(zip(self.documents, self.roles())):
-            at = self.place(tokens) if self.rng.random() < 0.5 else self.late_place(tokens)
+            place = self.rng.choice([self.anywhere, self.anywhere, self.place, self.late_place])
+            at = place(tokens)
             if role % 4 == 0 and at:
                 cases.append(Case(number, tokens[:at], at - 1, "cut"))
             elif role % 4 == 1:
@@ -505,7 +537,7 @@ class Alterations:
         repeats = -(-RANDOM_TOKENS // sum(map(len, self.documents)))
         # What follows is no text: the script tokenizes the first documents again.
         cases.append(self.most_repeating)
-        cases += [self.random_end(document) for document in 3 * self.documents]
+        cases += [self.random_end(number) for number in 3 * [*range(len(self.documents))]]
         for number, document in enumerate(self.documents * repeats):
             cases.append((self.repeating if number % 2 else self.random)(len(document)))
         for number, (document, length) in enumerate(beginnings):
