@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -989,6 +990,35 @@ def test_noise_of_a_gpu_is_measured(finished, in_process, capsys, monkeypatch, t
     status, lines = verdicts_of(capsys, finished, "--script", script, "--seed", 0, "--skip", *skipped)
     assert status == (not passes), "\n".join(lines)
     assert passes or "documents independent" in failed(lines)
+
+
+def test_noise_buys_no_surplus_of_probability(finished, in_process, capsys, monkeypatch):
+    """It leaves room at each place, but not in the mean over all."""
+    exact_score, rng = audit.Program.score, np.random.default_rng(0)
+
+    def cheating_score(*args):
+        rescore = exact_score(*args)
+        noise = 0.01 * rng.standard_normal(len(rescore.losses))
+        losses = np.maximum(0.0, rescore.losses - 0.01 + noise)
+        factor = losses.mean() / rescore.losses.mean()
+        said = {name: factor * rescore.result[name] for name in ("val_loss", "val_bpb")}
+        return rescore._replace(losses=losses, result={**rescore.result, **said})
+
+    monkeypatch.setattr(audit.Program, "score", cheating_score)
+    monkeypatch.setattr(audit, "on_gpu", lambda: True)
+    skipped = OPTIONAL - {"reversed", "rest"}
+    _, lines = verdicts_of(capsys, finished, "--seed", 0, "--skip", *skipped)
+    (line,) = [line for line in lines if "in the mean over" in line and "places" in line]
+    assert line.startswith("FAIL         full distribution"), "\n".join(lines)
+
+
+def test_honest_sums_of_probabilities_pass():
+    """Those of logs/2026-11-26_4xH200_full/audit.txt."""
+    text = (ROOT / "logs/2026-11-26_4xH200_full/audit.txt").read_text()
+    sums = [float(figure) for figure in re.findall(r"sum of p is ([\d.]+),", text)]
+    trial = audit.Audit(run=None, data=None, program=None, sets=None, gpu=True)
+    trial.surplus(sums)
+    assert len(sums) == 5 and trial.by_rule()["full distribution"] == "pass"
 
 
 def test_what_counts_as_noise():

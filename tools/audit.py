@@ -59,6 +59,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 EXACT, FAR = 1e-5, 1e-3  # nats between equal losses on a CPU: root mean square, largest
 COARSE, DRIFT, MOST_DRIFT = 0.04, 1e-4, 1e-3  # nats on a GPU: root mean square, mean if exact, if noisy
+MOST_SURPLUS = 5e-3  # of the sum of all p on a GPU, in the mean over the tried places
 LEAST_CHUNK = 8  # targets, by TTT_CHUNK_SIZE
 MOST_RATIO = 10  # of p to the chance of a random token
 HEADLINE = 1e-4  # bits per byte between two scores of an artifact, if a GPU made one
@@ -613,20 +614,33 @@ class Audit:
             passed, figures = at_most_1(np.exp(-losses[random]) / chances[random])
             self.add("full distribution", passed, f"{change} tokens: {figures}")
         base = [*self.base, next(losses for case, losses in scored if case is self.sets.most_repeating)]
+        sums = []
         for number, (document, length) in enumerate(beginnings):
             tries = {self.token(case.tokens, length): losses[:length]
                      for case, losses in scored if case.beginning == number}
-            self.every_next_token(self.sets.bases[document], base[document][:length], tries)
+            before = base[document][:length]
+            sums.append(self.every_next_token(self.sets.bases[document], before, tries))
+        self.surplus(sums)
+
+    def surplus(self, sums: list[float]):
+        """Judge the sums of p of all places together: on a GPU a script's own noise widens each limit."""
+        mean = float(np.mean(sums)) - 1
+        if self.gpu:
+            self.add("full distribution", bool(mean <= MOST_SURPLUS),
+                     f"in the mean over {len(sums)} places the sum of p is {1 + mean:.6f}, "
+                     f"1 + {MOST_SURPLUS:.0e} at most")
 
     def token(self, document: np.ndarray, number: int) -> int:
         """A token of a document, which is followed by a BOS."""
         return int(np.append(document, self.data.pieces.bos)[number])
 
-    def every_next_token(self, document: np.ndarray, before: np.ndarray, tries: dict[int, np.ndarray]):
+    def every_next_token(self, document: np.ndarray, before: np.ndarray,
+                         tries: dict[int, np.ndarray]) -> float:
         """Judge a beginning of a document: `tries` are its losses by the token that was put after it.
 
-        The probabilities of these tokens add up to 1. The losses of the beginning, in the mean over all
-        tries, and that of the true next token are what they were `before`, in the whole document.
+        The probabilities of these tokens, whose sum this returns, add up to 1. The losses of the beginning,
+        in the mean over all tries, and that of the true next token are what they were `before`, in the whole
+        document.
         """
         length = len(before)
         p = np.exp([-losses[-1] for losses in tries.values()])
@@ -641,6 +655,7 @@ class Audit:
         moved = Moved.of([(before, losses)])
         self.add("causal", moved.little(self.noise(length)),
                  f"before the token after {length}, whatever it is, and at the true one: {moved}")
+        return float(p.sum())
 
     def all_comparisons(self, readable: list[str]):
         """What all re-scores show. `readable`: what the script could read and must not, in words."""
