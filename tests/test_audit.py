@@ -855,6 +855,42 @@ def test_a_folder_is_removed_however_deep_it_is(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_is_removed_whatever_its_rights():
+    """By its owner, for whom they count: not by root."""
+    body = f"""
+        import sys; sys.path.insert(0, {str(ROOT / 'tools')!r})
+        import confined, os
+        os.geteuid() or os.setuid(65534)
+        with confined.temporary_folder() as folder:
+            print(folder)
+            (folder / "a/b/c").mkdir(parents=True)
+            os.chmod(folder / "a/b", 0)
+            os.chmod(folder / "a", 0)
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True)
+    folder = Path(done.stdout.strip())
+    left = folder.exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    assert folder.name.startswith("scores-") and not left, done.stderr
+
+
+def test_an_audit_that_is_terminated_leaves_nothing(finished, tmp_path):
+    script, places = tmp_path / "script.py", tmp_path / "places"
+    places.mkdir()
+    script.write_text("import time; time.sleep(1000)")
+    command = [sys.executable, ROOT / "tools/audit.py", finished, "--script", script, "--skip", "ours"]
+    environment = {**os.environ, "TMPDIR": str(places)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: any(places.glob("scores-*/err.txt")))
+        process.terminate()
+        assert process.wait(20) == 143 and not process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+    assert not any(places.iterdir())
+
+
 def test_a_program_ends_with_the_audit(tmp_path):
     """Even when that is killed."""
     seconds = f"1000.{os.getpid()}7"

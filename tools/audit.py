@@ -27,6 +27,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -738,6 +739,12 @@ def perform(args: argparse.Namespace) -> Audit:
     return audit
 
 
+def terminated(*signal_and_frame):
+    """End by SIGTERM as by an exception, so that what the script started and left is removed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(143)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False)
@@ -785,4 +792,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminated)
     command.run(main)

@@ -68,7 +68,16 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL)
+        remove(folder)
+
+
+def remove(folder: Path):
+    """Remove a folder, also where a program took its owner's rights in it."""
+    rm = ["rm", "-rf", "--", folder]
+    if subprocess.run(rm, stderr=subprocess.DEVNULL).returncode:
+        closed = ["find", folder, "-type", "d", "!", "-perm", "-700"]
+        subprocess.run([*closed, "-exec", "chmod", "u+rwx", "{}", ";"], stderr=subprocess.DEVNULL)
+        subprocess.run(rm, stderr=subprocess.DEVNULL)
 
 
 def read_regular(path: Path, most: int = 1 << 32) -> bytes:
