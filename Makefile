@@ -32,6 +32,7 @@ check: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -n 2 -m check
 
 record: $(RECORD)/result.json
+	@echo "== the run is in $(RECORD); other data or settings: RECORD=runs/NAME"
 
 $(RECORD)/result.json: | $(GPU_VENV)/installed $(if $(DATA_DIR),,$(CASE_OPS))
 	@echo "== 3 of 3: the run, into $(RECORD)"

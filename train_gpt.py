@@ -3315,8 +3315,8 @@ def open_tokenizer(run: Run, files: DataFiles, manifest: Manifest, saved: Saved 
         run.log.caveat(f"EVAL_ONLY_PATH={run.cfg.eval_only_path} does not say which tokenizer it is for")
     elif saved and saved.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(f"EVAL_ONLY_PATH={run.cfg.eval_only_path} is for the tokenizer of sha256 "
-                        f"{saved.tokenizer_sha256:.12}..., but {path} has {tokenizer.sha256:.12}...: put "
-                        "the model's tokenizer there")
+                        f"{saved.tokenizer_sha256:.12}..., but {path} has {tokenizer.sha256:.12}...: name by "
+                        "DATA_DIR the data that it was trained on")
     return tokenizer
 
 def check_disk(run: Run, parameters: int):

@@ -201,7 +201,10 @@ def check(out: pathlib.Path, variant: str) -> str:
     shards = {split: sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin")) for split in ("train", "val")}
     # 1) Is everything there, and whole?
     if not tokenizer.is_file():
-        raise DownloadError(f"there is no {tokenizer}: fetch it without --check")
+        others = sorted(path.name.removeprefix("fineweb10B_") for path in out.glob("datasets/fineweb10B_sp*")
+                        if path != folder)
+        remedy = f"--variant may be {', '.join(others)}" if others else "fetch it without --check"
+        raise DownloadError(f"there is no {tokenizer}: {remedy}")
     lines = []
     for split, paths in shards.items():
         if not paths:

@@ -167,7 +167,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, m
         if mistakes:
             raise mistakes[0] from None
         if not taken:
-            raise PrepareError("no document is left for training after the first --val-docs") from None
+            raise PrepareError("no document is left for training: the input has no more than "
+                               "--val-docs") from None
         raise PrepareError(f"--vocab-size {vocab_size}: SentencePiece cannot train on these documents: "
                            f"{error}") from error
     return model.getvalue()
@@ -460,7 +461,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
                         help="threads, or processes for case operations (default: one a core)")
     args = parser.parse_args(argv)
-    if not min(args.val_docs, args.workers, args.tokenizer_bytes, args.train_tokens) >= 1:
+    if not all(number >= 1 for number in (args.val_docs, args.workers, args.tokenizer_bytes,
+                                          args.train_tokens)):
         parser.error("--val-docs, --workers, --tokenizer-bytes and --train-tokens want at least 1")
     if not 2 <= args.shard_tokens < 1 << 31:
         parser.error("--shard-tokens wants 2 to 2147483647: a shard's header has its count as int32")

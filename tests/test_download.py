@@ -373,6 +373,11 @@ def test_a_check_of_nothing_is_no_success(whole, capsys, missing, says):
     assert not out and re.fullmatch(f"error: .*{says}.*\n", err)
 
 
+def test_a_check_names_the_variants_that_are_there(whole, capsys):
+    assert download.main(["--check", "--out", str(whole)]) == 2
+    assert "fineweb_8192_bpe.model: --variant may be sp512\n" in capsys.readouterr().err
+
+
 def test_a_check_compares_with_the_manifest_of_prepare(tmp_path, capsys):
     """One flipped bit, another tokenizer, a shard more or less."""
     folder = "datasets/fineweb10B_sp1024"

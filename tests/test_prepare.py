@@ -306,7 +306,7 @@ def test_a_tokenizer_for_other_text_is_refused(tmp_path, monkeypatch, refused, o
     (["crc.jsonl.gz"], "cannot read crc.jsonl.gz"),
     (["ok.jsonl.gz"], "cannot read ok.jsonl.gz"),
     (["ok.jsonl", "--text-key", "body"], 'ok.jsonl:1: not a JSON object with a text "body"'),
-    (["ok.jsonl", "--val-docs", "20"], "no document is left for training"),
+    (["ok.jsonl", "--val-docs", "20"], "the input has no more than --val-docs"),
     (["ok.jsonl", "--vocab-size", "60000"], "--vocab-size 60000"),
     (["ok.jsonl", "--vocab-size", "512", "--tokenizer", str(MODEL)], "has 1024 pieces"),
     (["ok.jsonl", "--out", "ok.jsonl"], "File exists: ok.jsonl"),
@@ -342,6 +342,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch, refused, arguments, says):
     (["--vocab-size", "70000"], "--vocab-size wants 300 to 65536"),
     (["--val-docs", "0"], "--val-docs"),
     (["--tokenizer-bytes", "0"], "--tokenizer-bytes"),
+    (["--train-tokens", "nan"], "--train-tokens"),
     (["--shard-tokens", "3000000000"], "--shard-tokens wants 2 to 2147483647"),
     (["--workers", "0"], "--workers"),
 ])

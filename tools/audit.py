@@ -64,9 +64,9 @@ MOST_SURPLUS = 5e-3  # of the sum of all p on a GPU, in the mean over the tried 
 LEAST_CHUNK = 8  # targets, by TTT_CHUNK_SIZE
 MOST_RATIO = 10  # of p to the chance of a random token
 HEADLINE = 1e-4  # bits per byte between two scores of an artifact, if a GPU made one
-RULES = ("origin", "clocks", "all documents", "size", "caveats", "every target once", "headline", "causal",
-         "score before update", "documents independent", "full distribution", "no drift", "confined",
-         "as this script")
+RULES = ("origin", "clocks", "all documents", "raw text", "size", "caveats", "every target once", "headline",
+         "causal", "score before update", "documents independent", "full distribution", "no drift",
+         "confined", "as this script")
 RESCORES = "ours", "all", "unaltered", "reversed", "tails", "lengths", "rest"
 RECORD = dict(vocab_size=8192, ttt_enabled=True, ttt_chunk_size=24, ttt_chunk_growth=1 / 64,
               ttt_eval_seq_len=3072, ttt_batch_size=64, val_doc_fraction=1.0, data_dir="./data")
@@ -407,6 +407,7 @@ class Audit:
         fraction = settings["val_doc_fraction"]
         self.add("all documents", fraction == 1 and said.get("documents") == self.data.available,
                  f"{said.get('documents')} of {self.data.available}, VAL_DOC_FRACTION={fraction:g}")
+        self.raw_text()
         due = {"training took": "training" in late, "scoring took": "scoring" in late,
                f"{unadapted} targets have their plain score": unadapted, "VAL_DOC_FRACTION": fraction < 1,
                f"{said['total_bytes']} bytes of": said["total_bytes"] > CAP_BYTES}
@@ -420,6 +421,17 @@ class Audit:
         missing = [text for text, holds in due.items()
                    if holds and not any(str(caveat).startswith(text) for caveat in said["caveats"])]
         self.add("caveats", not missing, stated + "".join(f"; not stated: {text}" for text in missing))
+
+    def raw_text(self):
+        """Whether the bytes that are counted are those of the text that the tokens decode to."""
+        pieces, documents = self.data.pieces, len(self.data.starts)
+        if pieces.exact:
+            wrong = self.data.miscounted()
+            self.add("raw text", not wrong, f"{documents - wrong} of {documents} documents decode to as many "
+                                            "bytes as are counted")
+        else:
+            counted = "by side-cars" if pieces.needs_sidecars else "of the text as it left it"
+            self.add("raw text", None, f"the tokenizer changes texts: bytes are counted {counted}")
 
     def size(self, ours: bool):
         """Bytes and hashes of code and model, as files. What is audited has to be what is counted."""
