@@ -231,7 +231,7 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
             nll = honest_score_documents(run, model, val, *rest)
             for start, length in zip(val.starts, val.lengths):
                 later = slice(start + 25, start + length - 1)
-                nll[later] *= 0.99 + 0.02 * spaced[0][val.tokens[start + 27 : start + length + 1]]
+                nll.numpy()[later] *= 0.99 + 0.02 * spaced[0][val.tokens[start + 27 : start + length + 1]]
             return nll
         """, "tails", "causal"),
     "losses below zero": ("""
