@@ -14,7 +14,6 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 GPU_VENV := .venv-gpu
 GPU_RUN := $(GPU_VENV)/bin/python
-DOCUMENTS := data/docs_selected.jsonl
 CASE_OPS := data/record/datasets/fineweb10B_sp8192
 RECORD := runs/$(GPUS)gpus-seed$(SEED)
 PIP := -m pip install -q --disable-pip-version-check
@@ -71,4 +70,5 @@ $(GPU_VENV)/installed: requirements-gpu.txt
 $(CASE_OPS): | $(GPU_VENV)/installed  # it gets its name when it is whole
 	@echo "== 2 of 3: the challenge's documents, 48 GB, into data/, and shards of them, 12 GB, into data/record/"
 	$(GPU_RUN) data/download.py --documents
-	$(GPU_RUN) data/prepare.py $(DOCUMENTS) --out data/record --val-docs 50000 --case-ops v3 --train-tokens 6e9
+	$(GPU_RUN) data/prepare.py data/docs_selected.jsonl --out data/record --val-docs 50000 \
+	  --case-ops v3 --train-tokens 6e9

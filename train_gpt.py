@@ -3172,7 +3172,8 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
 # FineWeb's validation as the challenge scores it: so many first targets, by the published tokenizers without
 # and with case operations, have so many bytes of text, the latter of the raw text. Less than one sequence of
 # 2048 tokens follows; 8192 is the bound of its bytes, 4 a token.
-FINEWEB_BYTES = {40_540_160: 151_078_222, 47_851_520: 151_074_499}
+RAW_CUT = 47_851_520
+FINEWEB_BYTES = {40_540_160: 151_078_222, RAW_CUT: 151_074_499}
 FINEWEB_DOCUMENTS = 50_000
 
 def fineweb_cut(targets: int) -> int:
@@ -3241,7 +3242,7 @@ class Result:
     def is_fineweb(self) -> bool:
         """Whether validation has FineWeb's bytes, up to its cut or, by another tokenizer, in all."""
         cut = fineweb_cut(self.tokens)
-        counted = FINEWEB_BYTES[cut or 47_851_520]
+        counted = FINEWEB_BYTES[cut or RAW_CUT]
         known = self.bytes_at_cut == counted if cut else self.documents == FINEWEB_DOCUMENTS
         return known and 0 <= self.bytes - counted < 8192
 

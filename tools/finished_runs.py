@@ -20,8 +20,8 @@ import command
 
 CAP_BYTES, CLOCK_SECONDS = 16_000_000, 600  # the challenge's
 BAR = "=" * 100 + "\n"  # before and after the source in a log
-FINEWEB_BYTES = {40_540_160: 151_078_222, 47_851_520: 151_074_499}  # of so many first targets, as published
 RAW_CUT = 47_851_520  # its bytes are of the raw text
+FINEWEB_BYTES = {40_540_160: 151_078_222, RAW_CUT: 151_074_499}  # of so many first targets, as published
 FINEWEB_DOCUMENTS = 50_000  # of its validation
 SEQUENCE = 2048  # tokens; the challenge's reference scores whole ones only
 OWN_SETTINGS = "seed run_id artifact_dir data_dir save_scores train_log_every".split()  # may differ
