@@ -880,8 +880,9 @@ class Spans(NamedTuple):
 class Batch(NamedTuple):
     """A packed buffer, the input of a forward pass."""
     tokens: Tensor  # (T,)
-    targets: Tensor  # (T,) the token to predict, or IGNORE
+    targets: Tensor  # (T,) or (rows,): the token to predict, or IGNORE
     spans: Spans
+    rows: Tensor | None = None  # (rows,) the positions that predict the targets; None: all do
 
 def to_device(value: Any, device: torch.device) -> Any:
     """A tensor, or a NamedTuple with all tensors in it, on the device; the host does not wait."""
@@ -1329,8 +1330,7 @@ class Skip(NamedTuple):
 class Context(NamedTuple):
     """What all visits of one forward pass share."""
     cfg: Config
-    attend: Callable
-    fused: bool
+    backend: "Backend"
     rope: tuple[Tensor, Tensor, Tensor]  # cos and sin (longest span, 1, R / 2), positions (T,)
     spans: Spans
 
@@ -1351,11 +1351,12 @@ def no_hook(site: str, x, y, scale=None):
 
 def attention_sublayer(x, w: Layer, hook: Callable, ctx: Context):
     """Attention of a normed input, (T, D) -> (T, D), times its residual scale."""
-    split = fused_heads if ctx.fused else split_heads
-    exclude = fused_exclude if ctx.fused else exclude_self
+    backend = ctx.backend
+    split = FusedHeads.apply if backend.fused else split_heads
+    exclude = FusedExclude.apply if backend.fused else exclude_self
     qkv = hook("qkv", x, F.linear(x, w.qkv))
     q, k, v, own_v = split(qkv, w.q_gain, *ctx.rope, ctx.cfg.num_kv_heads)
-    heads = ctx.attend(q, k, v, ctx.spans)
+    heads = backend.attend(q, k, v, ctx.spans)
     y = exclude(heads, own_v).flatten(1)
     out = hook("o", y, F.linear(y, w.o))
     return hook("attn", x, out, w.attn_scale)
@@ -1366,7 +1367,7 @@ def mlp_sublayer(x, attn_out, w: Layer, hook: Callable, ctx: Context):
     Without attn_out, return the MLP of x alone. Both sums are computed here and not in visit_layer because
     the fused kernels include them.
     """
-    if ctx.fused:
+    if ctx.backend.fused:
         out, normed = FusedMLP.apply(x, attn_out, w.up, w.down, w.depth_scale)
     else:
         y = x if attn_out is None else x + attn_out
@@ -1381,25 +1382,31 @@ def visit_layer(x, mlp_lane, x0, skip: Skip, w: Layer, hook: Callable, ctx: Cont
 
     While there is one stream, that is x, and mlp_lane is None. Once there are two lanes, x is attention's.
     """
-    enter = FusedEntry.apply if ctx.fused else mix_and_norm
+    enter = FusedEntry.apply if ctx.backend.fused else mix_and_norm
     x, normed, x0 = enter(x, x0, w.resid_mix, w.depth_scale, mlp_lane is not None, *skip)
     attn_out = attention_sublayer(normed, w, hook, ctx)
     if mlp_lane is None:  # the MLP reads what attention wrote
         return mlp_sublayer(x, attn_out, w, hook, ctx), None, x0
     mlp_out = mlp_sublayer(mlp_lane, None, w, hook, ctx)
-    # Parallel residuals (#1204): each sublayer has read a lane of its own, and now writes to both.
-    keep, post = w.lane_keep, w.lane_post
-    x = keep[0] * x + post[0, 0] * attn_out + post[1, 0] * mlp_out
-    mlp_lane = keep[1] * mlp_lane + post[0, 1] * attn_out + post[1, 1] * mlp_out
-    return x, mlp_lane, x0
+    lanes = ctx.backend.mix_lanes(x, mlp_lane, attn_out, mlp_out, w.lane_keep, w.lane_post)
+    return *lanes, x0
+
+def mix_lanes(x, mlp_lane, attn_out, mlp_out, keep, post):
+    """Parallel residuals (#1204): each sublayer has read a lane of its own, and now writes to both."""
+    return (keep[0] * x + post[0, 0] * attn_out + post[1, 0] * mlp_out,
+            keep[1] * mlp_lane + post[0, 1] * attn_out + post[1, 1] * mlp_out)
+
+def final_norm(x, mlp_lane):
+    """What the head reads: the norm of the stream or, if there are two lanes, of their mean."""
+    return norm(x if mlp_lane is None else 0.5 * (x + mlp_lane)).to(x.dtype)
 
 def loss_head(x, mlp_lane, embed, targets, hook: Callable, ctx: Context):
     """Negative log-likelihood of each target, (T,) fp32, under a normalised distribution; 0 for IGNORE."""
-    x = norm(x if mlp_lane is None else 0.5 * (x + mlp_lane)).to(x.dtype)
-    if ctx.fused and hook is no_hook:
+    x = ctx.backend.final_norm(x, mlp_lane)
+    if ctx.backend.fused and hook is no_hook:
         return FusedLoss.apply(x, embed, targets, ctx.cfg.logit_softcap)
     logits = hook("head", x, F.linear(x, embed))
-    return softcapped_nll(logits, targets, ctx.cfg.logit_softcap)
+    return ctx.backend.nll(logits, targets, ctx.cfg.logit_softcap)
 
 def embed_norm(embedded, dtype: torch.dtype):
     """What enters the first layer, as x and as x0: two tensors, since compiled code that was given the same
@@ -1416,6 +1423,11 @@ def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype):
     scaled_o = o * attn_scale[:, :, None]
     scaled_down = down * mlp_scale[:, :, None]
     return [qkv, scaled_o.to(dtype), up.to(dtype), scaled_down.to(dtype)]
+
+def add_outputs(y, outputs, scale=None):
+    """y (T, out) plus the outputs of its adapters side by side, times the scale (out,) if there is one."""
+    total = torch.cat(outputs, dim=-1)
+    return y + (total if scale is None else scale * total)
 
 def adapter_adamw_(tensors, copies, grads, second_moments, bias_correction, lr: float, decay: float,
                    beta2: float):
@@ -1436,7 +1448,11 @@ class Backend(NamedTuple):
     cast: Callable = cast_banks
     embed: Callable = embed_norm
     visit: Callable = visit_layer
+    mix_lanes: Callable = mix_lanes
+    final_norm: Callable = final_norm
     head: Callable = loss_head
+    nll: Callable = softcapped_nll
+    add_outputs: Callable = add_outputs
     update: Callable = adapter_adamw_
 
     @classmethod
@@ -1456,48 +1472,16 @@ class Backend(NamedTuple):
         return self.attend is not sdpa_attention
 
     def compiled(self) -> "Backend":
-        """Compiled for batches of one length.
+        """The small passes between kernels compiled or, without kernels, whole visits and the head.
 
-        The parts are compiled one by one, so that visits of one kind share a graph. The 17 visits of a looped
-        pass need four, with and without a skip, with and without lanes, and a fifth where the lanes split, as
-        x and mlp_lane are one tensor there.
+        Code is compiled for the first length of a batch, and for any length once a second one comes.
         """
         if not self.compilable:
             return self
-        cast, embed, visit, head = self.compile_parts(dynamic=False)
-        return self._replace(cast=cast, embed=embed, visit=visit, head=head)
-
-    def compiled_for_any_length(self) -> "Backend":
-        """Visits, head and the update of adapters compiled for batches of any length."""
-        if not self.compilable:
-            return self
-        _, _, run_visit, run_head = self.compile_parts(dynamic=None)
-
-        def visit_of_any_length(x, mlp_lane, x0, skip, w, hook, ctx):
-            mark_length_dynamic(x, mlp_lane, x0, skip.x, ctx.spans.positions)
-            x, mlp_lane, _ = run_visit(x, mlp_lane, x0, skip, w, hook, ctx)
-            # Return the x0 that came in: the compiled code's own is a view of it, and a view whose length was
-            # marked as dynamic cannot be marked again at the next visit.
-            return x, mlp_lane, x0
-
-        def head_of_any_length(x, mlp_lane, embed, targets, hook, ctx):
-            mark_length_dynamic(x, mlp_lane, targets)
-            return run_head(x, mlp_lane, embed, targets, hook, ctx)
-
-        update = torch.compile(adapter_adamw_, fullgraph=True, dynamic=False)
-        return self._replace(visit=visit_of_any_length, head=head_of_any_length, update=update)
-
-    @staticmethod
-    def compile_parts(dynamic: bool | None) -> list[Callable]:
         torch._dynamo.config.recompile_limit = 64
-        parts = cast_banks, embed_norm, visit_layer, loss_head
-        return [torch.compile(part, fullgraph=True, dynamic=dynamic) for part in parts]
-
-def mark_length_dynamic(*tensors):
-    """Let compiled code take tensors of other lengths than these."""
-    for tensor in tensors:
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        between = ("mix_lanes", "final_norm", "nll", "add_outputs") if self.fused else ("visit", "head")
+        parts = ("cast", "embed", "update", *between)
+        return self._replace(**{part: torch.compile(getattr(self, part), fullgraph=True) for part in parts})
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -1588,7 +1572,7 @@ class GPT(nn.Module):
 
     def forward(self, batch: Batch, plan: Plan, backend: Backend = Backend(),
                 hooks: Callable | None = None) -> Tensor:
-        """Negative log-likelihood of every target, (T,) fp32.
+        """Negative log-likelihood of every target of the batch, fp32.
 
         Training averages it and evaluation sums it. Test-time training sums it for the score and averages it
         over a chunk to learn from that. hooks(visit, layer) gives the hook of a visit and, for -1 and -1, the
@@ -1602,7 +1586,7 @@ class GPT(nn.Module):
         x, x0 = backend.embed(embedded, dtype)
         # 2) Visit the layers. The encoder pushes skips, the decoder pops them.
         rope = self.cos, self.sin, batch.spans.positions
-        ctx = Context(cfg, backend.attend, backend.fused, rope, batch.spans)
+        ctx = Context(cfg, backend, rope, batch.spans)
         layers = self.layers(dtype, backend)
         scales = self.skip_scale.to(dtype).unbind(0)
         gates = self.skip_gate.to(dtype).unbind(0)
@@ -1624,6 +1608,8 @@ class GPT(nn.Module):
                 # The last of the encoder is the next visit's x as well as its skip; see embed_norm.
                 skips.append(x.clone() if decoder_visit == -1 else x)
         # 3) Predict the targets.
+        if batch.rows is not None:
+            x, mlp_lane = (y if y is None else y.index_select(0, batch.rows) for y in (x, mlp_lane))
         return backend.head(x, mlp_lane, self.embed.to(dtype), batch.targets, end_hook, ctx)
 
 # ---- 5 Hooks: calibration and adapters ---------------------------------------------------------------------
@@ -1688,29 +1674,29 @@ class AdapterHook(NamedTuple):
     """Adds B A x to what a site computes: a parallel, low-rank map. The rows of x belong to the slots, in
     order.
     """
-    adapters: dict[str, tuple[Tensor, Tensor]]  # A (slots, rank, in) and B (slots, out, rank) by name
+    A: dict[str, Tensor]  # (slots, adapters * rank, in) by site
+    B: dict[str, Tensor]  # (slots, out, rank) by adapter
     ends: Tensor  # (slots,) int32, where each slot's rows end
+    add_outputs: Callable
 
     def __call__(self, site: str, x, y, scale=None):
-        names = [name for name in ADAPTER_SITES.get(site, ()) if name in self.adapters]
-        if not names:
+        if site not in self.A:
             return y
-        outputs = [self.apply(name, x) for name in names]
-        output = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
-        return y + (output if scale is None else scale * output)
-
-    def apply(self, name: str, x):
-        A, B = self.adapters[name]
-        return grouped_linear(grouped_linear(x, A.mT, self.ends), B.mT, self.ends)
+        inner = grouped_linear(x, self.A[site].mT, self.ends)
+        names = ADAPTER_SITES[site]
+        outputs = [grouped_linear(part, self.B[name].mT, self.ends)
+                   for part, name in zip(inner.chunk(len(names), dim=-1), names)]
+        return self.add_outputs(y, outputs, scale)
 
 class Adapters:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685) of as many documents as there are slots.
 
     The slots are independent of each other. TTT_SITES says which of the adapters q, k, v, attn, mlp and head
-    there are; each is named after what its output is added to. A[name] (visits, slots, rank, in) starts from
-    a draw that is the same for every document and whatever TTT_SITES is, and B[name] (visits, slots, out,
-    rank) from zero; the head counts as one visit. Forward passes use `copies` in compute dtype, A's first.
-    Beta 1 is 0, so that AdamW has no first moment.
+    there are; each is named after what its output is added to. Those of a site read the same input, so their
+    A lie one below the other in A[site] (visits, slots, adapters * rank, in). It starts from a draw that is
+    the same for every document and whatever TTT_SITES is, and B[name] (visits, slots, out, rank) from zero;
+    the head counts as one visit. Forward passes use `copies` in compute dtype, A's first. Beta 1 is 0, so
+    that AdamW has no first moment.
     """
 
     def __init__(self, cfg: Config, visits: int, device: torch.device):
@@ -1720,13 +1706,15 @@ class Adapters:
         D = cfg.model_dim
         outputs = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "attn": D, "mlp": D, "head": cfg.vocab_size}
         draws = self.draw_all(outputs, visits, device)
-        names = [name for site in cfg.ttt_sites.split(",") for name in ADAPTER_SITES[site]]
-        self.initial_A = {name: draws[name] for name in names}  # (visits, 1, rank, in)
+        self.initial_A = {}  # (visits, 1, adapters * rank, in) by site
         self.A = {}
         self.B = {}
-        for name, draw in self.initial_A.items():
-            self.A[name] = draw.new_empty(len(draw), slots, rank, D)
-            self.B[name] = draw.new_empty(len(draw), slots, outputs[name], rank)
+        for site in cfg.ttt_sites.split(","):
+            names = ADAPTER_SITES[site]
+            draw = self.initial_A[site] = torch.cat([draws[name] for name in names], dim=2)
+            self.A[site] = draw.repeat(1, slots, 1, 1)
+            for name in names:
+                self.B[name] = draw.new_empty(len(draw), slots, outputs[name], rank)
         self.tensors = [*self.A.values(), *self.B.values()]
         self.second_moments = [torch.empty_like(t) for t in self.tensors]
         dtype = compute_dtype(device)
@@ -1756,26 +1744,31 @@ class Adapters:
         if not len(indices):
             return
         indices = to_device(indices, self.update_count.device)
-        for name, draw in self.initial_A.items():
-            self.A[name][:, indices] = draw
-            self.B[name][:, indices] = 0
+        for site, draw in self.initial_A.items():
+            self.A[site][:, indices] = draw
+        for B in self.B.values():
+            B[:, indices] = 0
         for tensor, compute_copy, moment in zip(self.tensors, self.copies, self.second_moments):
             compute_copy[:, indices] = tensor[:, indices].to(compute_copy.dtype)
             moment[:, indices] = 0
         self.update_count[indices] = 0
 
-    def hooks(self, ends) -> Callable:
-        """The hooks of a forward pass whose rows belong to slots as `ends` (slots,) says."""
+    def hooks(self, ends, row_ends, add: Callable = add_outputs) -> Callable:
+        """The hooks of a forward pass whose positions belong to slots as `ends` (slots,) says, and whose rows
+        with targets, which the head sees, as `row_ends`.
+        """
         count = len(self.A)
-        by_visit = {}  # (A, B) of every visit, by name
-        for name, A, B in zip(self.A, self.copies[:count], self.copies[count:]):
-            by_visit[name] = list(zip(A.unbind(0), B.unbind(0)))
+        A = {site: stack.unbind(0) for site, stack in zip(self.A, self.copies[:count])}
+        B = {name: stack.unbind(0) for name, stack in zip(self.B, self.copies[count:])}
+
+        def of_visit(stacks: dict, visit: int) -> dict[str, Tensor]:
+            is_end = visit < 0  # embedding and head, not a layer
+            names = [name for name in stacks if is_end == (name == "head")]
+            return {name: stacks[name][visit] for name in names}
 
         def hooks_of_visit(visit: int, layer: int) -> AdapterHook:
-            is_end = visit < 0  # embedding and head, not a layer
-            names = [name for name in by_visit if is_end == (name == "head")]
-            adapters = {name: by_visit[name][max(visit, 0)] for name in names}
-            return AdapterHook(adapters, ends)
+            own_ends = row_ends if visit < 0 else ends
+            return AdapterHook(of_visit(A, visit), of_visit(B, visit), own_ends, add)
 
         return hooks_of_visit
 
@@ -2839,7 +2832,7 @@ exec(compile(SOURCE, "train_gpt_unpacked.py", "exec"))
 def pack_script() -> bytes:
     """This script as it is shipped and counted: minified, LZMA, base85, self-extracting.
 
-    Annotations of functions stay: Triton and custom_op read them. A packed script is returned as it is.
+    Annotations of functions stay: Triton reads them. A packed script is returned as it is.
     """
     source = Path(__file__).read_bytes()
     if "SOURCE" in globals():
@@ -2855,6 +2848,7 @@ def pack_script() -> bytes:
 # ---- 10 Scores ---------------------------------------------------------------------------------------------
 
 UNSCORED = -1.0  # marks a target without a loss; no loss is negative, but for a rounding error
+ROWS_PER_SLOT = 64  # of a round, in the mean, for which the head has room
 PACK_MULTIPLE = 128  # numbers of positions are multiples of this, for efficient tiles and grouped products
 
 class Score(NamedTuple):
@@ -2972,12 +2966,12 @@ class Turn(NamedTuple):
     chunk: int
 
 class Round(NamedTuple):
-    """One chunk of every occupied slot."""
-    batch: Batch
-    ends: Tensor  # (slots,) int32: where each slot's rows end in the batch
-    loss_weight: Tensor  # (T,) 1 / chunk size; 0 outside the chunk, and if nothing of its document is left
-    rows: Tensor | None  # (scored,) positions in the batch that belong to the chunks
-    target_index: Tensor | None  # (scored,) the targets at these
+    """A chunk of every slot, but for those that have to wait; see schedule_rounds."""
+    batch: Batch  # its rows are the positions of the chunks, and filling
+    ends: Tensor  # (slots,) int32: where each slot's positions end in the batch
+    row_ends: Tensor  # (slots,) int32: where each slot's rows end
+    loss_weight: Tensor  # (rows,) 1 / chunk size; 0 for filling, and if nothing of the document is left
+    target_index: Tensor | None  # (scored,) the targets of the first rows; those that follow are filling
     new_slots: Sequence[int] = ()  # slots whose document begins in this round
     progress: float = 0.0  # fraction of the work done before it
     documents: int = 0  # finished before it
@@ -2994,10 +2988,20 @@ def chunk_ends(longest: int, cfg: Config):
         ends.append(ends[-1] + min(size, cfg.ttt_eval_seq_len))
     return np.array(ends)
 
-def schedule_rounds(lengths: list[int], slots: int, ends) -> Iterator[tuple[list[int], list[Turn]]]:
-    """For every round: the slots whose document is new, and a turn for each slot that has a document."""
+def most_rows(cfg: Config) -> int:
+    """The number of rows that a round is filled up to."""
+    return max(ROWS_PER_SLOT * cfg.ttt_batch_size, cfg.ttt_eval_seq_len)
+
+def schedule_rounds(lengths: list[int], cfg: Config, ends) -> Iterator[tuple[list[int], list[Turn]]]:
+    """For every round: the slots whose document is new, and whose turns it is, by slot.
+
+    It is the turn of each slot that has a document. But where chunks have grown so much that most_rows has
+    no room for all, those that have waited longest go first.
+    """
+    slots = cfg.ttt_batch_size
+    sizes = np.diff(ends, prepend=0)
     waiting = (document for document, length in enumerate(lengths) if length)
-    turns: dict[int, Turn] = {}  # by slot
+    turns: dict[int, Turn] = {}  # by slot, longest waiting first
     while True:
         free = [slot for slot in range(slots) if slot not in turns]
         new_slots = []
@@ -3006,9 +3010,13 @@ def schedule_rounds(lengths: list[int], slots: int, ends) -> Iterator[tuple[list
             new_slots.append(slot)
         if not turns:
             return
-        yield new_slots, [turns[slot] for slot in sorted(turns)]
-        turns = {turn.slot: turn._replace(chunk=turn.chunk + 1) for turn in turns.values()
-                 if ends[turn.chunk] < lengths[turn.document]}
+        rows = np.cumsum([sizes[turn.chunk] for turn in turns.values()])
+        now = list(turns.values())[: np.searchsorted(rows, most_rows(cfg), side="right")]
+        yield new_slots, sorted(now)
+        for turn in now:
+            del turns[turn.slot]
+            if ends[turn.chunk] < lengths[turn.document]:
+                turns[turn.slot] = turn._replace(chunk=turn.chunk + 1)
 
 def chunk_window(chunk: int, length: int, ends, context: int) -> tuple[int, int, int]:
     """The window of a document's chunk as targets [first, last), and the first target of the chunk itself.
@@ -3030,32 +3038,41 @@ def round_sizes(cfg: Config) -> range:
 def make_round(val: Validation, turns: list[Turn], ends, cfg: Config) -> Round:
     """Pack the windows of all turns; `ends` as chunk_ends gives them."""
     spans = []
-    in_chunks = []
+    rows = []
     weights = []
-    slot_rows = np.zeros(cfg.ttt_batch_size, dtype=np.int64)
+    span_sizes = np.zeros(cfg.ttt_batch_size, dtype=np.int64)
+    row_counts = np.zeros_like(span_sizes)
     for slot, document, chunk in turns:
         length = val.lengths[document]
         first, last, chunk_start = chunk_window(chunk, length, ends, cfg.ttt_eval_seq_len)
-        in_chunk = np.arange(first, last) >= chunk_start
-        goes_on = last < length
         start = val.starts[document]
+        goes_on = last < length
+        rows.append(span_sizes.sum() + np.arange(chunk_start, last) - first)
+        weights.append(np.full(last - chunk_start, goes_on / (ends[chunk] - chunk_start)))
         spans.append((start + first, start + last))
-        in_chunks.append(in_chunk)
-        weights.append(in_chunk * goes_on / (ends[chunk] - chunk_start))
-        slot_rows[slot] = last - first
+        span_sizes[slot] = last - first
+        row_counts[slot] = last - chunk_start
     multiple = round_sizes(cfg).step
-    batch, target_index = pack_spans(val, spans, cfg.ttt_eval_seq_len, cfg.ttt_batch_size, multiple)
-    rows = np.flatnonzero(np.concatenate(in_chunks))
-    slot_ends = np.cumsum(slot_rows)
-    filling = np.zeros(len(target_index) - slot_ends[-1])
-    slot_ends[-1] = len(target_index)  # what fills up counts as the last slot's, and weighs nothing
+    batch, index = pack_spans(val, spans, cfg.ttt_eval_seq_len, cfg.ttt_batch_size, multiple)
+    rows = np.concatenate(rows)
+    filling = np.zeros(most_rows(cfg) - len(rows), dtype=np.int64)  # position 0, once more, without a target
+    all_rows = np.append(rows, filling)
+    targets = np.append(batch.targets[rows], np.full_like(filling, IGNORE))
+    batch = batch._replace(targets=torch.from_numpy(targets), rows=torch.from_numpy(all_rows))
     loss_weight = np.concatenate([*weights, filling]).astype(np.float32)
-    return Round(batch, torch.from_numpy(slot_ends.astype(np.int32)), torch.from_numpy(loss_weight),
-                 torch.from_numpy(rows), torch.from_numpy(target_index[rows]))
+    return Round(batch, last_filled(span_sizes, len(index)), last_filled(row_counts, len(all_rows)),
+                 torch.from_numpy(loss_weight), torch.from_numpy(index[rows]))
+
+def last_filled(sizes, total: int) -> Tensor:
+    """Where slots of these sizes end, (slots,) int32; what fills up to the total counts as the last one's."""
+    ends = np.cumsum(sizes)
+    ends[-1] = total
+    return torch.from_numpy(ends.astype(np.int32))
 
 def adapt(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this: Round) -> Tensor:
-    """Run a round; returns the final losses of its positions. The order of the two steps is the rule."""
-    nll = model(this.batch, plan, backend, adapters.hooks(this.ends))
+    """Run a round; returns the final losses of its rows. The order of the two steps is the rule."""
+    hooks = adapters.hooks(this.ends, this.row_ends, backend.add_outputs)
+    nll = model(this.batch, plan, backend, hooks)
     final = nll.detach().clone()  # 1. score, with adapters that have learned from earlier chunks only
     adapters.learn((nll * this.loss_weight).sum(), backend.update)  # 2. learn from what was just scored
     return final
@@ -3063,16 +3080,15 @@ def adapt(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this: Ro
 class CapturedRound(NamedTuple):
     """`adapt` as a CUDA graph, which starts its 1,800 kernels at once."""
     graph: torch.cuda.CUDAGraph
-    inputs: Round  # memory that the graph reads; all graphs share one cu_seqlens and one `ends`
+    inputs: Round  # memory that the graph reads; all graphs share all but the tokens and their positions
     nll: Tensor
 
 def capture_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, size: int, like: Round):
     """Capture `adapt` for rounds of `size` positions, without running it. `like` is a round of any size."""
     tokens = like.batch.tokens.new_zeros(size)
-    loss_weight = like.loss_weight.new_zeros(size)
     spans = like.batch.spans._replace(positions=tokens.clone())
-    batch = Batch(tokens, tokens.clone(), spans)
-    inputs = Round(batch, like.ends, loss_weight, rows=None, target_index=None)
+    batch = like.batch._replace(tokens=tokens, spans=spans)
+    inputs = like._replace(batch=batch, target_index=None)
     graph = torch.cuda.CUDAGraph()
     # "thread_local" allows CUDA calls of other threads, such as NCCL's watchdog, while this one captures.
     with torch.cuda.graph(graph, pool=adapters.graph_pool, capture_error_mode="thread_local"):
@@ -3081,11 +3097,11 @@ def capture_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, 
 
 def run_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this: Round) -> Tensor:
     """`adapt` or, where it was captured for this size, its graph."""
-    captured = adapters.graphs.get(len(this.loss_weight))
+    captured = adapters.graphs.get(len(this.batch.tokens))
     if captured is None:
         return adapt(model, adapters, plan, backend, this)
     adapters.replayed.synchronize()  # the host is at most one round ahead, so that the deadline holds
-    # rows and target_index, the last tensors of a round, are None in captured.inputs: zip stops before them.
+    # target_index, the last tensor of a round, is None in captured.inputs: zip stops before it.
     for graph_input, tensor in zip(tensors_in(captured.inputs), tensors_in(this)):
         graph_input.copy_(tensor)
     captured.graph.replay()
@@ -3103,13 +3119,13 @@ def rank_rounds(run: Run, val: Validation) -> Iterator[Round]:
     own = np.flatnonzero(assign_balanced(costs, ranks.world_size) == ranks.rank)
     total = costs[own].sum()
     done = 0
-    entered = 0
-    for new_slots, turns in schedule_rounds(val.lengths[own].tolist(), cfg.ttt_batch_size, ends):
+    documents = 0
+    for new_slots, turns in schedule_rounds(val.lengths[own].tolist(), cfg, ends):
         turns = [turn._replace(document=own[turn.document]) for turn in turns]
-        entered += len(new_slots)
         this = make_round(val, turns, ends, cfg)
         yield to_device(this, ranks.device)._replace(new_slots=new_slots, progress=done / total,
-                                                     documents=entered - len(turns))
+                                                     documents=documents)
+        documents += sum(ends[turn.chunk] >= val.lengths[turn.document] for turn in turns)
         done += window_tokens[[turn.chunk for turn in turns]].sum()
 
 def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, backend: Backend,
@@ -3130,7 +3146,7 @@ def score_documents(run: Run, model: GPT, val: Validation, adapters: Adapters, b
             log_progress(run, val, tally, this, time.perf_counter() - began)
         adapters.reset_slots(this.new_slots)
         nll = run_round(model, adapters, plan, backend, this)
-        tally.add(this.target_index, nll[this.rows])
+        tally.add(this.target_index, nll[: len(this.target_index)])
     ranks.synchronize()
     seconds = time.perf_counter() - began
     slowest = ranks.all_reduce_max(seconds)
@@ -3407,7 +3423,7 @@ def score(run: Run, model: GPT, val: Validation) -> Scored:
     if cfg.ttt_enabled:
         with log.phase("prepare adaptation"):
             adapters = Adapters(cfg, len(plan.visits), ranks.device)
-            backend = backend.compiled_for_any_length()
+            backend = backend.compiled()
             if backend.compilable:
                 warm_up_adaptation(run, model, adapters, backend)
         with log.phase("adapt", "scoring"):
@@ -3565,6 +3581,8 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
     try:
         if arguments:
             raise UserError(f"{arguments[0]!r}: settings are environment variables; --help lists them")
+        # Kernels that a backward pass compiles in a thread of autograd's took a hundred times as long.
+        torch.autograd.set_multithreading_enabled(False)
         ranks = Ranks.join()
         cfg, saved = read_settings(env, ranks)
         backend = Backend.for_machine(cfg, ranks.device)
@@ -3633,30 +3651,16 @@ def choose_attention(name: str, device: torch.device) -> Callable:
 # What follows are the kernels: the MLP sublayer, the split into heads, the exclusion of a token's own value,
 # the entry of a layer, and the loss. PyTorch alone would carry their tensors through memory too often. Each
 # comes in this order: mathematics; kernels, forward and backward in one; functions that launch them;
-# operators, which torch.compile takes as they are; autograd. Values are bf16 in memory and fp32 in registers.
-# The gradient of x is dx. An argument may be an output forward and an input backward, or hold a value one way
-# and a gradient the other; the first comment in a kernel says what its arguments hold.
+# autograd. Values are bf16 in memory and fp32 in registers. The gradient of x is dx. An argument may be an
+# output forward and an input backward, or hold a value one way and a gradient the other; the first comment in
+# a kernel says what its arguments hold.
 
-def operator(fake: Callable) -> Callable:
-    """Make a function the operator MODULE::NAME, fed contiguous tensors; `fake` allocates its outputs."""
-    def contiguous(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.contiguous()
-        return [*map(contiguous, value)] if isinstance(value, list) else value
-
-    def register(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def on_contiguous(*args):
-            return function(*map(contiguous, args))
-        module = __name__.strip("_").replace(".", "_")  # so that two copies fit into one process
-        op = torch.library.custom_op(f"{module}::{function.__name__}", on_contiguous, mutates_args=())
-        op.register_fake(fake)
-        return op
-    return register
-
-def keep_tensors(ctx, inputs: tuple, output: Any):
-    """For autograd: the gradient of an operator follows from the tensors among its inputs."""
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+def on_contiguous(function: Callable) -> Callable:
+    """Feed a function of tensors contiguous ones."""
+    @functools.wraps(function)
+    def wrapped(*args):
+        return function(*(x.contiguous() if isinstance(x, Tensor) else x for x in args))
+    return wrapped
 
 def import_triton() -> tuple[Any, Any]:
     """Triton and its language, at their first use."""
@@ -3791,15 +3795,9 @@ def launch_mlp(a, b, act=None):
            num_warps=8)
     return out
 
-def mlp_outputs(x, a, up, down, depth):
-    """(out, n, r (T,), act (T, M)) of fused_mlp, allocated."""
-    T, M = x.size(0), up.size(0)  # len() would tie compiled code to this T
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(T, dtype=torch.float32), x.new_empty(T, M)
-
-@operator(mlp_outputs)
-def fused_mlp(x: Tensor, a: Tensor | None, up: Tensor, down: Tensor,
-              depth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, n, the norm's factor r (T,), act); without a, out is what to add to x."""
+@on_contiguous
+def fused_mlp(x, a, up, down, depth):
+    """(out, n, the norm's factor r (T,), act (T, M)); without a, out is what to add to x."""
     n = torch.empty_like(x)
     r = x.new_empty(len(x), dtype=torch.float32)
     y = n if a is None else torch.empty_like(x)  # without an a, a placeholder
@@ -3808,13 +3806,8 @@ def fused_mlp(x: Tensor, a: Tensor | None, up: Tensor, down: Tensor,
     out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
     return out, n, r, act
 
-@operator(lambda dout, down, act: torch.empty_like(act))
-def mlp_grad(dout: Tensor, down: Tensor, act: Tensor) -> Tensor:
-    """Gradient of the pre-activation n @ up.T, (T, M)."""
-    return launch_mlp(dout, down, act)
-
-@operator(lambda dn, dy, depth, n, r: torch.empty_like(n))
-def join_grad(dn: Tensor, dy: Tensor | None, depth: Tensor, n: Tensor, r: Tensor) -> Tensor:
+@on_contiguous
+def join_grad(dn, dy, depth, n, r):
     """Gradient of x, and of a, (T, D)."""
     dx = torch.empty_like(n)
     launch_join(dn, dy, depth, n, r, dx, backward=True)
@@ -3837,7 +3830,8 @@ class FusedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dn):  # dn is None unless a hook has used n; out is always used
         up, down, depth, n, r, act = ctx.saved_tensors
-        dpre = mlp_grad(dout, down, act)
+        dout = dout.contiguous()
+        dpre = launch_mlp(dout, down, act)
         dn = dpre @ up if dn is None else dn + dpre @ up
         dx = join_grad(dn, dout if ctx.adds else None, depth, n, r)
         da = dx if ctx.adds else None
@@ -3928,35 +3922,35 @@ def launch_heads(heads: Sequence, inputs: tuple, *grads):
     launch(*inputs, *heads, *grads, T, K, G=H // K, E=E, R=R, EPS=NORM_EPS, BLOCK=HEADS_BLOCK,
            BACKWARD=backward, num_warps=2)
 
-def heads_like(qkv, gain, cos, sin, positions, K):
-    """q, k, v (T, H, E) and own values (T, K, E), allocated."""
-    T, H = qkv.size(0), gain.size(0)  # len() would tie compiled code to this T
-    E = qkv.size(1) // (H + 2 * K)
-    return tuple(qkv.new_empty(T, heads, E) for heads in (H, H, H, K))
-
-@operator(heads_like)
-def fused_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-                K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@on_contiguous
+def fused_heads(qkv, gain, cos, sin, positions, K: int):
     """split_heads in one pass."""
-    heads = heads_like(qkv, gain, cos, sin, positions, K)
+    H = len(gain)
+    E = qkv.size(1) // (H + 2 * K)
+    heads = tuple(qkv.new_empty(len(qkv), n, E) for n in (H, H, H, K))
     launch_heads(heads, (qkv, gain, cos, sin, positions))
     return heads
 
-@operator(lambda dheads, qkv, gain, *rest: (torch.empty_like(qkv), torch.empty_like(gain)))
-def fused_heads_grad(dheads: list[Tensor], qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
-                     positions: Tensor) -> tuple[Tensor, Tensor]:
+@on_contiguous
+def fused_heads_grad(dq, dk, dv, dv_once, qkv, gain, *rope):
     """(dqkv, dgain)"""
     dqkv = torch.empty_like(qkv)
     programs = ceil_div(len(qkv), HEADS_BLOCK)
     dgain = gain.new_empty(programs, len(gain), dtype=torch.float32)
-    inputs = qkv, gain, cos, sin, positions
-    launch_heads(dheads, inputs, dqkv, dgain)
-    dgain = dgain.sum(0)
-    return dqkv, dgain.to(gain.dtype)
+    launch_heads((dq, dk, dv, dv_once), (qkv, gain, *rope), dqkv, dgain)
+    return dqkv, dgain.sum(0).to(gain.dtype)
 
-fused_heads.register_autograd(
-    lambda ctx, *grads: (*fused_heads_grad(list(grads), *ctx.saved_tensors), *[None] * 4),
-    setup_context=keep_tensors)
+class FusedHeads(torch.autograd.Function):
+    """split_heads in one pass."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs[:-1])
+        return fused_heads(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *fused_heads_grad(*grads, *ctx.saved_tensors), None, None, None, None
 
 # Exclusive self-attention     exclude_self in one pass: z = y - (y.u) u, where u = v / |v|
 
@@ -4007,23 +4001,32 @@ def launch_exclude(y, v, out, *grads):
     launch = exclude_kernel()[K, ceil_div(T, block)]
     launch(y, v, out, *grads, T, K, G=H // K, E=E, BLOCK=block, BACKWARD=backward)
 
-@operator(lambda y, v: torch.empty_like(y))
-def fused_exclude(y: Tensor, v: Tensor) -> Tensor:
+@on_contiguous
+def fused_exclude(y, v):
     """exclude_self in one pass."""
     z = torch.empty_like(y)
     launch_exclude(y, v, z)
     return z
 
-@operator(lambda dz, y, v: (torch.empty_like(y), torch.empty_like(v)))
-def fused_exclude_grad(dz: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+@on_contiguous
+def fused_exclude_grad(dz, y, v):
     """(dy, dv)"""
     dy = torch.empty_like(y)
     dv = torch.empty_like(v)
     launch_exclude(y, v, dy, dz, dv)
     return dy, dv
 
-fused_exclude.register_autograd(lambda ctx, dz: fused_exclude_grad(dz, *ctx.saved_tensors),
-                                setup_context=keep_tensors)
+class FusedExclude(torch.autograd.Function):
+    """exclude_self in one pass."""
+
+    @staticmethod
+    def forward(ctx, y, v):
+        ctx.save_for_backward(y, v)
+        return fused_exclude(y, v)
+
+    @staticmethod
+    def backward(ctx, dz):
+        return fused_exclude_grad(dz, *ctx.saved_tensors)
 
 # Entry of a layer     mix_and_norm in one pass: merge of a skip, mix with the embedding, norm
 
@@ -4112,43 +4115,32 @@ def launch_entry(inputs: Sequence, lanes: bool, out, normed, programs: int, *gra
     launch(*inputs, out, normed, *grads, T, D, EPS=NORM_EPS, LANES=lanes, BLOCK=block, WIDTH=power_of_2(D),
            BACKWARD=backward, num_warps=warps)
 
-@operator(lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)))
-def fused_entry(x: Tensor, x0: Tensor, mix: Tensor, depth: Tensor, lanes: bool, skip: Tensor | None,
-                scale: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+@on_contiguous
+def fused_entry(x, x0, mix, depth, lanes: bool, skip, scale, gate):
     """The two tensors of mix_and_norm that are computed, in one pass."""
     out = torch.empty_like(x)
     normed = torch.empty_like(x)
     programs = ceil_div(len(x), ENTRY_BLOCK)
-    inputs = x, x0, mix, depth, skip, scale, gate
-    launch_entry(inputs, lanes, out, normed, programs)
+    launch_entry((x, x0, mix, depth, skip, scale, gate), lanes, out, normed, programs)
     return out, normed
 
-def entry_grad_outputs(dout, dnormed, dx0_next, lanes, inputs):
-    """What fused_entry_grad returns, allocated; tensors that are not wanted are empty."""
-    dx = torch.empty_like(dout)
-    dx0 = dout.new_empty(0) if dx0_next is None else torch.empty_like(dout)
-    dskip = dout.new_empty(0) if inputs[4] is None else torch.empty_like(dout)
-    sums = dout.new_empty(4, dout.size(1), dtype=torch.float32)
-    return dx, dx0, dskip, sums
-
-@operator(entry_grad_outputs)
-def fused_entry_grad(dout: Tensor, dnormed: Tensor, dx0_next: Tensor | None, lanes: bool,
-                     inputs: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@on_contiguous
+def fused_entry_grad(dout, dnormed, dx0_next, lanes: bool, *inputs):
     """(dx, dx0, dskip, and the gradients of mix, scale and the gate's sigmoid as one, (4, D)).
 
-    A gradient that is not wanted is an empty tensor. dx0_next is the gradient of x0 from later visits; None
-    if nobody wants one.
+    dx0 is None without dx0_next, the gradient of x0 from later visits, and dskip without a skip.
     """
     x = inputs[0]
     skip = inputs[4]
     per_multiprocessor = 12 if skip is None else 8  # the fastest that were tried on an H200
     programs = min(len(x), per_multiprocessor * multiprocessors(x))
-    dx, dx0, dskip, _ = entry_grad_outputs(x, dnormed, dx0_next, lanes, inputs)
+    dx = torch.empty_like(x)
+    dx0 = None if dx0_next is None else torch.empty_like(x)
+    dskip = None if skip is None else torch.empty_like(x)
     sums = x.new_empty(programs, 4, x.size(1), dtype=torch.float32)
     launch_entry(inputs, lanes, dout, dnormed, programs, dx0_next, dx, dx0, dskip, sums)
     sums = sums.new_ones(1, programs) @ sums.flatten(1)  # sum(0) as a product, which is faster
-    sums = sums.view(4, -1)
-    return dx, dx0, dskip, sums
+    return dx, dx0, dskip, sums.view(4, -1)
 
 class FusedEntry(torch.autograd.Function):
     """mix_and_norm in one pass."""
@@ -4164,8 +4156,7 @@ class FusedEntry(torch.autograd.Function):
         inputs = ctx.saved_tensors
         _, _, mix, _, skip, _, gate = inputs
         dx0_next = dx0_next if ctx.needs_input_grad[1] else None
-        dx, dx0, dskip, sums = fused_entry_grad(dout, dnormed, dx0_next, ctx.lanes, list(inputs))
-        dx0 = None if dx0_next is None else dx0
+        dx, dx0, dskip, sums = fused_entry_grad(dout, dnormed, dx0_next, ctx.lanes, *inputs)
         dmix, dscale, dopen = sums.to(mix.dtype).split((2, 1, 1))
         if skip is None:
             return dx, dx0, dmix, None, None, None, None, None
@@ -4203,23 +4194,16 @@ def loss_kernel():
 
     return loss_program
 
-@operator(lambda x, embed, targets, softcap: (x.new_empty(x.size(0), dtype=torch.float32),
-                                              x.new_empty(x.size(0), embed.size(0))))
-def fused_loss(x: Tensor, embed: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """(nll (T,), its gradient with respect to the logits (T, V))"""
-    logits = F.linear(x, embed)
-    nll = x.new_empty(len(x), dtype=torch.float32)
-    V = len(embed)
-    loss_kernel()[(len(x),)](logits, targets, nll, V, SOFTCAP=softcap, WIDTH=power_of_2(V), num_warps=8)
-    return nll, logits
-
 class FusedLoss(torch.autograd.Function):
     """softcapped_nll of x (T, D) times embed.T, from embed (V, D), by the kernel."""
 
     @staticmethod
     def forward(ctx, x, embed, targets, softcap):
-        nll, dlogits = fused_loss(x, embed, targets, softcap)
-        ctx.save_for_backward(x, embed, dlogits)
+        logits = F.linear(x, embed)
+        nll = x.new_empty(len(x), dtype=torch.float32)
+        V = len(embed)
+        loss_kernel()[(len(x),)](logits, targets, nll, V, SOFTCAP=softcap, WIDTH=power_of_2(V), num_warps=8)
+        ctx.save_for_backward(x, embed, logits)  # which now are their own gradient
         return nll
 
     @staticmethod

@@ -36,13 +36,13 @@ def mlp_case(T, D, M, draw, alone=False):
 def heads_case(T, H, K, E, R, draw):
     """R rotated dimensions; positions in a table of 64."""
     rope = draw(64, 1, R // 2), draw(64, 1, R // 2), torch.arange(T, device=draw(1).device) % 64
-    return (lambda qkv, gain: tg.fused_heads(qkv, gain, *rope, K),
+    return (lambda qkv, gain: tg.FusedHeads.apply(qkv, gain, *rope, K),
             lambda qkv, gain: tg.split_heads(qkv, gain, *rope, K),
             (draw(T, (H + 2 * K) * E), 5 * draw(H).abs()))
 
 
 def exclude_case(T, H, K, E, draw):
-    return tg.fused_exclude, tg.exclude_self, (draw(T, H, E), draw(T, K, E))
+    return tg.FusedExclude.apply, tg.exclude_self, (draw(T, H, E), draw(T, K, E))
 
 
 def entry_case(T, D, draw, skip=False, lanes=False):

@@ -97,7 +97,7 @@ def test_captured_rounds_are_plain_rounds(monkeypatch):
             p.add_(0.02 * torch.randn_like(p))
     backend = tg.Backend.for_machine(cfg, device)
     run = tg.Run(cfg, tg.Ranks(device="cuda:0"), silent, backend)
-    backend = backend.compiled_for_any_length()
+    backend = backend.compiled()
     adapters = tg.Adapters(cfg, len(tg.depth_plan(cfg, True).visits), device)
     lengths = np.array([700, 3, 90, 256, 17, 40, 1, 333, 16])
     tokens = np.random.default_rng(0).integers(4, 1024, lengths.sum() + 1)

@@ -155,9 +155,9 @@ def test_an_honest_run_passes(finished, in_process, capsys, tmp_path):
 PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that it breaks
     "train before score": ("""
         def adapt(model, adapters, plan, backend, this):
-            early = model(this.batch, plan, backend, adapters.hooks(this.ends))
+            early = model(this.batch, plan, backend, adapters.hooks(this.ends, this.row_ends))
             adapters.learn((early * this.loss_weight).sum(), backend.update)
-            return model(this.batch, plan, backend, adapters.hooks(this.ends)).detach()
+            return model(this.batch, plan, backend, adapters.hooks(this.ends, this.row_ends)).detach()
         """, "tails", "score before update"),
     "state kept between documents": ("""
         honest_reset = Adapters.reset_slots
@@ -169,12 +169,14 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
     "a discount late in documents": ("""
         honest_adapt = adapt
         def adapt(*args):
-            return honest_adapt(*args) * (1 - 0.2 * (args[-1].batch.spans.positions > 30))
+            batch = args[-1].batch
+            return honest_adapt(*args) * (1 - 0.2 * (batch.spans.positions[batch.rows] > 30))
         """, "rest", "full distribution"),
     "a discount later on": ("""
         honest_adapt = adapt
         def adapt(*args):
-            return honest_adapt(*args) * (1 - 0.01 * (args[-1].batch.spans.positions > 12))
+            batch = args[-1].batch
+            return honest_adapt(*args) * (1 - 0.01 * (batch.spans.positions[batch.rows] > 12))
         """, "rest", "full distribution"),
     "a discount where a token is likely": ("""
         honest_adapt = adapt
@@ -270,8 +272,10 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
             counts = np.bincount(val.tokens, minlength=cfg.vocab_size)
             bias[:] = [torch.from_numpy(counts + 1.0).log().float()]
             return val
-        def softcapped_nll(logits, targets, softcap):
+        def nll(logits, targets, softcap):
             return honest_nll(logits + 0.3 * bias[0] if bias else logits, targets, softcap)
+        honest_backend = Backend.for_machine
+        Backend.for_machine = lambda *args: honest_backend(*args)._replace(nll=nll)
         """, "tails", "causal"),
     "short documents dropped": ("""
         honest_load = load_validation
@@ -331,8 +335,10 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
         """, "tails lengths rest", "causal"),
     "a temperature fitted on validation": ("""
         honest_score, honest_nll, temperature = score, softcapped_nll, [1.0]
-        def softcapped_nll(logits, targets, softcap):
+        def nll(logits, targets, softcap):
             return honest_nll(logits / temperature[0], targets, softcap)
+        honest_backend = Backend.for_machine
+        Backend.for_machine = lambda *args: honest_backend(*args)._replace(nll=nll)
         def score(run, model, val):
             losses = {}
             for temperature[0] in np.arange(0.5, 1.5, 0.1).tolist():

@@ -84,7 +84,7 @@ def graphs_of(monkeypatch, cfg, fused):
     torch._dynamo.reset()
     without_gpu(monkeypatch)
     backend = tg.Backend(attend=lambda q, k, v, spans: attend(q, k, v, spans.cu_seqlens), fused=fused)
-    backend = backend.compiled_for_any_length()
+    backend = backend.compiled()
     run = tg.Run(cfg, tg.Ranks(), silent, backend)
     plan = tg.depth_plan(cfg, cfg.loops_at_end)
     model = tiny_model(cfg).requires_grad_(False)
@@ -109,25 +109,8 @@ def test_no_document_makes_a_graph(monkeypatch, fused):
     assert warmed_up < 16 and added == 0
 
 
-def heads_of_one_length(qkv, gain, cos, sin, positions, K):
-    """What heads_like allocates, but as len() of a tensor would make it: for this length alone."""
-    length = int(qkv.size(0))
-    H = len(gain)
-    width = qkv.size(1) // (H + 2 * K)
-    return tuple(qkv.new_empty(length, heads, width) for heads in (H, H, H, K))
-
-
-def test_an_operator_that_fixes_its_length_is_caught(monkeypatch):
-    fixed = torch.library.custom_op("stand_in::heads_of_one_length", tg.fused_heads._init_fn, mutates_args=())
-    fixed.register_fake(heads_of_one_length)
-
-    def backward(ctx, *grads):
-        no_gradients = [None] * 4  # of cos, sin, positions and K
-        return *tg.fused_heads_grad(list(grads), *ctx.saved_tensors), *no_gradients
-
-    fixed.register_autograd(backward, setup_context=tg.keep_tensors)
-    _, added = graphs_of(monkeypatch, ONE_VISIT, fused=True)
-    assert added == 0, "without it"
-    monkeypatch.setattr(tg, "fused_heads", fixed)
-    _, added = graphs_of(monkeypatch, ONE_VISIT, fused=True)
+def test_code_for_one_length_is_caught(monkeypatch):
+    monkeypatch.setattr(tg.Backend, "compiled",
+                        lambda self: self._replace(visit=torch.compile(tg.visit_layer, dynamic=False)))
+    _, added = graphs_of(monkeypatch, ONE_VISIT, fused=False)
     assert added > 0

@@ -135,10 +135,12 @@ class GoldenAdapters(tg.Adapters):
         super().reset_slots(slots)
         self.B_norms = []  # after every update, by document
         with torch.no_grad():
-            for name, A, compute_copy in zip(self.A, self.A.values(), self.copies):
-                A.copy_(G.tensor(f"ttt_lora_A_{name}"))
+            for site, A, compute_copy in zip(self.A, self.A.values(), self.copies):
+                draws = [G.tensor(f"ttt_lora_A_{name}") for name in tg.ADAPTER_SITES[site]]
+                A.copy_(torch.cat(draws, dim=2))
                 compute_copy.copy_(A)
-                assert self.B[name].shape == tuple(G[f"ttt_lora_B_shape_{name}"])
+            for name, B in self.B.items():
+                assert B.shape == tuple(G[f"ttt_lora_B_shape_{name}"])
 
     def learn(self, loss, update=tg.adapter_adamw_):
         if loss.item() == 0:  # no document goes on: the reference skips this step, which no score sees
@@ -183,10 +185,13 @@ def test_adaptation(model, monkeypatch):
     assert_close(score.loss, G["ttt_val_loss"], 1e-3)
     assert_close(score.bpb, G["ttt_val_bpb"], 1e-3)
     assert_close(torch.stack(adapters.B_norms), G["ttt_lora_B_norm_after_chunk"], 2e-2)
-    for kind, tensors in (("A", adapters.A), ("B", adapters.B)):
-        for name, tensor in tensors.items():
-            norms = tensor.detach().flatten(2).norm(dim=2)
-            assert_close(norms, G[f"ttt_lora_{kind}_norm_final_{name}"], 2e-2)
+    parts = {("B", name): B for name, B in adapters.B.items()}
+    for site, A in adapters.A.items():
+        names = tg.ADAPTER_SITES[site]
+        parts |= {("A", name): part for name, part in zip(names, A.chunk(len(names), dim=2))}
+    for (kind, name), tensor in parts.items():
+        norms = tensor.detach().flatten(2).norm(dim=2)
+        assert_close(norms, G[f"ttt_lora_{kind}_norm_final_{name}"], 2e-2)
 
 
 def test_windows_without_learning(model, monkeypatch):

@@ -4,6 +4,7 @@ The model is moved off its initial values, and documents repeat themselves, whic
 every influence there is shows. Other documents are random: a choice that looks ahead goes another way there.
 """
 import collections
+import functools
 import inspect
 import itertools
 from typing import NamedTuple
@@ -169,7 +170,7 @@ def every_target_once() -> bool:
     times = np.zeros(len(val.tokens) - 1, dtype=int)
     for this in tg.rank_rounds(make_run(), val):
         np.add.at(times, this.target_index.numpy(), 1)
-        predicted = this.batch.targets[this.rows].numpy()
+        predicted = this.batch.targets[: len(this.target_index)].numpy()
         if not np.array_equal(predicted, val.tokens[this.target_index + 1]):
             return False
     return bool((times == 1).all())
@@ -211,7 +212,7 @@ def losses_arrive_unchanged() -> bool:
 
     def round_of_expected_losses(model, adapters, plan, backend, this):
         nll = torch.full_like(this.loss_weight, torch.nan)
-        nll[this.rows] = torch.from_numpy(expected)[this.target_index]
+        nll[: len(this.target_index)] = torch.from_numpy(expected)[this.target_index]
         return nll
 
     try:
@@ -250,11 +251,10 @@ def test_learning_matters():
 
 def train_before_score(model, adapters, plan, backend, this):
     """Learn from the chunk, then score it."""
-    in_chunk = torch.zeros(len(this.loss_weight))
-    in_chunk[this.rows] = 1 / 16
-    early = model(this.batch, plan, backend, adapters.hooks(this.ends))
-    adapters.learn((early * in_chunk).sum())
-    return model(this.batch, plan, backend, adapters.hooks(this.ends)).detach()
+    hooks = functools.partial(adapters.hooks, this.ends, this.row_ends)
+    early = model(this.batch, plan, backend, hooks())
+    adapters.learn(early.sum() / 16)
+    return model(this.batch, plan, backend, hooks()).detach()
 
 
 def keep_adapters(self, slots):
@@ -264,9 +264,16 @@ def keep_adapters(self, slots):
         RESET_SLOTS(self, slots)
 
 
-def one_adapter_for_all(self, ends):
+def one_adapter_for_all(self, ends, row_ends, *add):
     """Every document uses the adapters of the first slot."""
-    return HOOKS(self, torch.cat([ends[-1:]] * len(ends)))
+    return HOOKS(self, *(torch.cat([each[-1:]] * len(each)) for each in (ends, row_ends)), *add)
+
+
+def rows_one_ahead(val, turns, ends, cfg):
+    """Every target is predicted from where it has been read already, but for the last of its window."""
+    this = MAKE_ROUND(val, turns, ends, cfg)
+    rows = this.batch.rows + 1
+    return this._replace(batch=this.batch._replace(rows=rows.clamp(max=len(this.batch.tokens) - 1)))
 
 
 def count_from_the_end(chunk, length, ends, context):
@@ -312,7 +319,7 @@ def last_targets_for_free(val, turns, ends, cfg):
     """The last target of a document is not predicted, and costs nothing."""
     this = MAKE_ROUND(val, turns, ends, cfg)
     is_last = np.isin(this.target_index, val.starts + val.lengths - 1)
-    this.batch.targets[this.rows[is_last]] = tg.IGNORE
+    this.batch.targets[: len(is_last)][is_last] = tg.IGNORE
     return this
 
 
@@ -457,6 +464,7 @@ def least_of_all_times(run, model, val, *rest):
     (tg, "chunk_window", drop_the_tail, every_target_once, None),
     (tg, "chunk_ends", grow_by_length, documents_are_independent, SMALL),
     (tg, "make_round", last_targets_for_free, every_target_once, None),
+    (tg, "make_round", rows_one_ahead, past_ignores_future, SMALL),
     (tg.Tally, "add", loss_for_less, adapted_probabilities_sum_to_one, None),
     (tg.Tally, "add", loss_for_less, losses_arrive_unchanged, None),
     (tg.Tally, "add", hard_tokens_for_free, adapted_probabilities_sum_to_one, None),
@@ -556,14 +564,22 @@ def test_chunks_grow_with_what_came_before_alone(longest, chunk, growth, extra):
 @given(st.lists(st.integers(0, 70), max_size=12), st.integers(1, 5), st.integers(1, 20), GROWTH)
 @settings(max_examples=100, deadline=None)
 def test_schedule_reads_every_document_in_order(lengths, slots, chunk, growth):
-    ends = ends_of(70, chunk, growth)
+    """One chunk after the other, with as many documents in a round as have slots and room."""
+    cfg = tg.Config(ttt_batch_size=slots, ttt_eval_seq_len=70, ttt_chunk_size=chunk, ttt_chunk_growth=growth)
+    ends = tg.chunk_ends(70, cfg)
+    sizes = np.diff(ends, prepend=0)
     chunks_read = [[] for _ in lengths]
     entered = []
-    for new_slots, turns in tg.schedule_rounds(lengths, slots, ends):
+    new = set()
+    for new_slots, turns in tg.schedule_rounds(lengths, cfg, ends):
         in_turn = [turn.slot for turn in turns]
         assert turns and in_turn == sorted(set(in_turn)) and len(turns) <= slots
+        assert sum(sizes[turn.chunk] for turn in turns) <= tg.most_rows(cfg)
+        assert not new.intersection(new_slots), "a slot is made as new once for each document"
+        new.update(new_slots)
         for turn in turns:
-            assert (turn.chunk == 0) == (turn.slot in new_slots)
+            assert (turn.chunk == 0) == (turn.slot in new)
+            new.discard(turn.slot)
             chunks_read[turn.document].append(turn.chunk)
             if turn.chunk == 0:
                 entered.append(turn.document)
@@ -598,8 +614,8 @@ def test_adapters_learn_the_mean_of_a_chunk_however_long_it_has_grown():
     for chunk, size in enumerate(sizes):
         this = tg.make_round(val, [tg.Turn(0, document, chunk)], ends, CFG)
         expected = 1 / size if ends[chunk] < val.lengths[document] else 0
-        np.testing.assert_allclose(this.loss_weight[this.rows], expected, rtol=1e-6)
-        assert this.loss_weight.sum() == pytest.approx(expected * size), "what is read again has no weight"
+        np.testing.assert_allclose(this.loss_weight[: len(this.target_index)], expected, rtol=1e-6)
+        assert this.loss_weight.sum() == pytest.approx(expected * size), "what fills up has no weight"
 
 
 def test_deadline_leaves_the_rest_unscored(monkeypatch):
@@ -624,13 +640,14 @@ def test_adapters_start_the_same_for_every_document_and_follow_from_the_seed():
     adapters = make_adapters()
     torch.manual_seed(7)
     again = make_adapters()
-    for name, A in adapters.A.items():
-        assert torch.equal(A, again.A[name]) and (adapters.B[name] == 0).all()
+    assert all((B == 0).all() for B in adapters.B.values())
+    for site, A in adapters.A.items():
+        assert torch.equal(A, again.A[site])
         assert (A == A[:, :1]).all(), "every slot the same draw"
         bound = CFG.model_dim**-0.5
         assert A.abs().max() <= bound and A.std() > 0.4 * bound
     of_another_seed = make_adapters(tiny_config(seed=8))
-    assert not torch.equal(adapters.A["q"], of_another_seed.A["q"])
+    assert not torch.equal(adapters.A["qkv"], of_another_seed.A["qkv"])
 
 
 def test_adamw_of_adapters_is_torchs():

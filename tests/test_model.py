@@ -150,11 +150,11 @@ def test_hooks_see_every_site_of_every_visit():
 
 
 def adapters_for_two(**settings):
-    """Adapters for two documents, of 20 and 30 tokens, and a function that gives their hooks."""
+    """Adapters for two documents, of 20 and 30 tokens that all predict, and what gives their hooks."""
     cfg = tg.dataclasses.replace(CFG, ttt_batch_size=2, **settings)
     adapters = tg.Adapters(cfg, len(PLAN.visits), CPU)
     ends = torch.tensor([20, 50], dtype=torch.int32)
-    return adapters, lambda: adapters.hooks(ends)
+    return adapters, lambda: adapters.hooks(ends, ends)
 
 
 def test_new_adapters_change_nothing_bitwise():
@@ -170,8 +170,8 @@ def test_adapters_are_where_they_are_wanted(sites):
     adapters, hooks = adapters_for_two(ttt_sites=sites)
     assert set(adapters.B) == {name for site in sites.split(",") for name in tg.ADAPTER_SITES[site]}
     everywhere, _ = adapters_for_two()
-    for name, draw in adapters.initial_A.items():
-        assert torch.equal(draw, everywhere.initial_A[name]), "the same, whichever others there are"
+    for site, draw in adapters.initial_A.items():
+        assert torch.equal(draw, everywhere.initial_A[site]), "the same, whichever others there are"
     model = tiny_model(CFG).requires_grad_(False)
     batch = pack(draw_documents(20, 30))
     before = model(batch, PLAN, hooks=hooks())
@@ -234,21 +234,21 @@ def test_compiled_forward_is_as_exact_as_bf16_allows():
     model = tiny_model(cfg, noise=0.02)
     documents = draw_documents(700, 1, 300, 47, 1000)
     batch = pack(documents, max_spans=8, max_len=2048)
-    shorter = tg.to_device(pack(documents[:2], max_spans=8, max_len=2048), gpu)
+    shorter, shortest = (tg.to_device(pack(documents[:n], max_spans=8, max_len=2048), gpu) for n in (3, 2))
     exact = model(batch, looped).detach()
     model = model.cuda()
     batch = tg.to_device(batch, gpu)
     plain = tg.Backend(attend=tg.choose_attention("varlen", gpu))
     base = model(batch, looped, plain).detach().cpu()
-    fast = tg.Backend.for_machine(cfg, gpu)
-    for backend, any_length in ((fast.compiled(), False), (fast.compiled_for_any_length(), True)):
+    for fused in {False, tg.Backend.for_machine(cfg, gpu).fused}:
+        backend = tg.Backend.for_machine(cfg, gpu)._replace(fused=fused).compiled()
         ours = model(batch, looped, backend).detach().cpu()
         assert (ours - exact).norm() <= 2 * (base - exact).norm()
-        model(batch, looped, backend).mean().backward()
-        graphs = tg.compiled_graphs()
-        for plan in (looped, unlooped):
-            model(batch, plan, backend).mean().backward()
-        assert tg.compiled_graphs() == graphs
-        if any_length:
-            model(shorter, looped, backend).mean().backward()
+        for seen in (batch, shorter):
+            model(seen, looped, backend).mean().backward()
+            graphs = tg.compiled_graphs()
+            for plan in (looped, unlooped):
+                model(seen, plan, backend).mean().backward()
             assert tg.compiled_graphs() == graphs
+        model(shortest, looped, backend).mean().backward()
+        assert tg.compiled_graphs() == graphs, "for any length"
