@@ -48,6 +48,7 @@ import time
 
 PROCESS_START = time.perf_counter()  # before torch is loaded, so that phases count from here
 
+import ast
 import base64
 import contextlib
 import copy
@@ -2842,6 +2843,11 @@ def pack_script() -> bytes:
                                                     remove_argument_annotations=False)
     small = minifier.minify(source.decode(), remove_annotations=annotations, remove_literal_statements=True,
                             hoist_literals=False, rename_locals=False)
+    # The minifier hangs its whole tree on the nodes without fields, of which all syntax trees share one each.
+    # Triton copies such nodes for every += of a kernel, and would take a minute to compile all kernels.
+    for node in ast.walk(ast.parse(source)):
+        if not node._fields:
+            vars(node).clear()
     compressed = lzma.compress(small.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
     return (PACKED % base64.b85encode(compressed).decode()).encode()
 
@@ -3581,8 +3587,6 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
     try:
         if arguments:
             raise UserError(f"{arguments[0]!r}: settings are environment variables; --help lists them")
-        # Kernels that a backward pass compiles in a thread of autograd's took a hundred times as long.
-        torch.autograd.set_multithreading_enabled(False)
         ranks = Ranks.join()
         cfg, saved = read_settings(env, ranks)
         backend = Backend.for_machine(cfg, ranks.device)
@@ -3621,17 +3625,14 @@ def flash3_attention(q, k, v, spans: Spans):
     return flash_attn_varlen_func(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest,
                                   max_seqlen_k=longest, causal=True)
 
-@functools.cache
-def varlen_options() -> dict[str, Any]:
-    """How this PyTorch wants to be told "causal": its signature has changed."""
-    known = inspect.signature(lazy_import("torch.nn.attention.varlen").varlen_attn).parameters
-    return {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+def varlen_attention(q, k, v, spans: Spans, **causal):
+    """PyTorch's own varlen attention, on NVIDIA GPUs from Ampere on; bf16 or fp16.
 
-def varlen_attention(q, k, v, spans: Spans):
-    """PyTorch's own varlen attention, on NVIDIA GPUs from Ampere on; bf16 or fp16."""
+    `causal` says so as this PyTorch wants to be told.
+    """
     from torch.nn.attention.varlen import varlen_attn
     bounds, longest = spans.cu_seqlens, spans.max_seqlen
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **varlen_options())
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal)
 
 ATTENTION = {"flash3": flash3_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}
 
@@ -3646,6 +3647,10 @@ def choose_attention(name: str, device: torch.device) -> Callable:
     if (name == "flash3" and capability[0] != 9) or (name == "varlen" and capability[0] < 8):
         need = "a Hopper" if name == "flash3" else "an Ampere or newer"
         raise UserError(f"ATTENTION={name} needs {need} GPU, here is {device_name(device)}: use sdpa")
+    if name == "varlen":  # its signature has changed; torch.compile could not look it up
+        known = inspect.signature(lazy_import("torch.nn.attention.varlen").varlen_attn).parameters
+        causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+        return functools.update_wrapper(functools.partial(varlen_attention, **causal), varlen_attention)
     return ATTENTION[name]
 
 # What follows are the kernels: the MLP sublayer, the split into heads, the exclusion of a token's own value,

@@ -1,4 +1,6 @@
 """The three implementations of attention agree; nothing crosses a span, nothing sees ahead."""
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -48,10 +50,16 @@ def test_the_choice_is_explained():
 @pytest.mark.parametrize("parameters,expected", [
     ("is_causal", {"is_causal": True}), ("window_size, enable_gqa", {"window_size": (-1, 0)})])
 def test_varlen_adapts_to_the_signature(monkeypatch, parameters, expected):
+    """Once, where attention is chosen: torch.compile takes what was chosen as it is."""
     module = type(tg)("torch.nn.attention.varlen")
-    exec(f"def varlen_attn(q, k, v, {parameters}): pass", module.__dict__)
-    monkeypatch.setattr(tg, "lazy_import", lambda name: module)
-    assert tg.varlen_options.__wrapped__() == expected
+    exec(f"def varlen_attn(q, k, v, *bounds, {parameters}=0):\n    return q + k + v", module.__dict__)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    chosen = tg.choose_attention("auto", torch.device("cuda"))
+    assert chosen.keywords == expected and chosen.__name__ == "varlen_attention"
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    spans = spans_with([0, 4], 4)
+    assert torch.equal(compiled(*torch.ones(3, 4, 2, 8), spans), torch.full((4, 2, 8), 3.0))
 
 
 @pytest.mark.gpu

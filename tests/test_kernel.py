@@ -1,4 +1,5 @@
 """Every kernel against the PyTorch that it replaces: interpreted, compiled for Hopper, on a GPU."""
+import ast
 import os
 import subprocess
 import sys
@@ -53,6 +54,12 @@ def test_kernels_compile_for_hopper(name, backward):
                  for arg in kernel.arg_names}
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 1000
+
+
+def test_packing_leaves_nothing_on_what_syntax_trees_share():
+    """Triton copies the target of every += of a kernel: .3 s each with the tree of a script behind it."""
+    tg.pack_script.__wrapped__()
+    assert not vars(ast.parse("a += 1").body[0].target.ctx)
 
 
 class Recorder:
