@@ -1410,11 +1410,8 @@ def loss_head(x, mlp_lane, embed, targets, hook: Callable, ctx: Context):
     return ctx.backend.nll(logits, targets, ctx.cfg.logit_softcap)
 
 def embed_norm(embedded, dtype: torch.dtype):
-    """What enters the first layer, as x and as x0: two tensors, since compiled code that was given the same
-    one twice would have to be compiled once more.
-    """
-    x = norm(embedded).to(dtype)
-    return x, x.clone()
+    """What enters the first layer, and later ones as x0."""
+    return norm(embedded).to(dtype)
 
 def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype):
     """The banks in compute dtype as the layers use them, [qkv, o, up, down], with the residual scales."""
@@ -1472,15 +1469,17 @@ class Backend(NamedTuple):
     def compilable(self) -> bool:
         return self.attend is not sdpa_attention
 
-    def compiled(self) -> "Backend":
+    def compiled(self, hooked: bool = False) -> "Backend":
         """The small passes between kernels compiled or, without kernels, whole visits and the head.
 
-        Code is compiled for the first length of a batch, and for any length once a second one comes.
+        But no visits that are `hooked`: compiled code may lay gradients out as grouped products cannot take
+        them. Code is compiled for the first length of a batch, and for any length once a second one comes.
         """
         if not self.compilable:
             return self
         torch._dynamo.config.recompile_limit = 64
-        between = ("mix_lanes", "final_norm", "nll", "add_outputs") if self.fused else ("visit", "head")
+        small = self.fused or hooked
+        between = ("mix_lanes", "final_norm", "nll", "add_outputs") if small else ("visit", "head")
         parts = ("cast", "embed", "update", *between)
         return self._replace(**{part: torch.compile(getattr(self, part), fullgraph=True) for part in parts})
 
@@ -1584,7 +1583,7 @@ class GPT(nn.Module):
         end_hook = hooks(-1, -1) if hooks else no_hook
         # 1) Embed the tokens.
         embedded = end_hook("start", batch.tokens, F.embedding(batch.tokens, self.embed))
-        x, x0 = backend.embed(embedded, dtype)
+        x = x0 = backend.embed(embedded, dtype)
         # 2) Visit the layers. The encoder pushes skips, the decoder pops them.
         rope = self.cos, self.sin, batch.spans.positions
         ctx = Context(cfg, backend, rope, batch.spans)
@@ -1606,8 +1605,7 @@ class GPT(nn.Module):
             hook = hooks(visit, i) if hooks else no_hook
             x, mlp_lane, x0 = backend.visit(x, mlp_lane, x0, skip, layers[i], hook, ctx)
             if decoder_visit < 0:
-                # The last of the encoder is the next visit's x as well as its skip; see embed_norm.
-                skips.append(x.clone() if decoder_visit == -1 else x)
+                skips.append(x)
         # 3) Predict the targets.
         if batch.rows is not None:
             x, mlp_lane = (y if y is None else y.index_select(0, batch.rows) for y in (x, mlp_lane))
@@ -3429,7 +3427,7 @@ def score(run: Run, model: GPT, val: Validation) -> Scored:
     if cfg.ttt_enabled:
         with log.phase("prepare adaptation"):
             adapters = Adapters(cfg, len(plan.visits), ranks.device)
-            backend = backend.compiled()
+            backend = backend.compiled(hooked=True)
             if backend.compilable:
                 warm_up_adaptation(run, model, adapters, backend)
         with log.phase("adapt", "scoring"):

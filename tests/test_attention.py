@@ -92,7 +92,8 @@ def test_gpu_implementations_are_as_exact_as_bf16_allows(name, spans, heads, wid
 
 
 @pytest.mark.gpu
-def test_captured_rounds_are_plain_rounds(monkeypatch):
+@pytest.mark.parametrize("kernels", [True, False])
+def test_captured_rounds_are_plain_rounds(monkeypatch, kernels):
     """All rounds of documents of any length are replays of CUDA graphs, and score as they do without."""
     cfg = tg.Config(
         num_layers=5, model_dim=256, num_heads=4, num_kv_heads=2, vocab_size=1024, loop_start=1, loop_end=2,
@@ -104,8 +105,9 @@ def test_captured_rounds_are_plain_rounds(monkeypatch):
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
     backend = tg.Backend.for_machine(cfg, device)
+    backend = backend._replace(fused=backend.fused and kernels)
     run = tg.Run(cfg, tg.Ranks(device="cuda:0"), silent, backend)
-    backend = backend.compiled()
+    backend = backend.compiled(hooked=True)
     adapters = tg.Adapters(cfg, len(tg.depth_plan(cfg, True).visits), device)
     lengths = np.array([700, 3, 90, 256, 17, 40, 1, 333, 16])
     tokens = np.random.default_rng(0).integers(4, 1024, lengths.sum() + 1)
