@@ -1402,7 +1402,7 @@ def final_norm(x, mlp_lane):
     return norm(x if mlp_lane is None else 0.5 * (x + mlp_lane)).to(x.dtype)
 
 def loss_head(x, mlp_lane, embed, targets, hook: Callable, ctx: Context):
-    """Negative log-likelihood of each target, (T,) fp32, under a normalised distribution; 0 for IGNORE."""
+    """Negative log-likelihood of each target, fp32, under a normalised distribution; 0 for IGNORE."""
     x = ctx.backend.final_norm(x, mlp_lane)
     if ctx.backend.fused and hook is no_hook:
         return FusedLoss.apply(x, embed, targets, ctx.cfg.logit_softcap)
@@ -1410,7 +1410,7 @@ def loss_head(x, mlp_lane, embed, targets, hook: Callable, ctx: Context):
     return ctx.backend.nll(logits, targets, ctx.cfg.logit_softcap)
 
 def embed_norm(embedded, dtype: torch.dtype):
-    """What enters the first layer, and later ones as x0."""
+    """The normed embedding: the x of the first layer, and the x0 of all."""
     return norm(embedded).to(dtype)
 
 def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype):
@@ -1423,15 +1423,19 @@ def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype):
     return [qkv, scaled_o.to(dtype), up.to(dtype), scaled_down.to(dtype)]
 
 def add_outputs(y, outputs, scale=None):
-    """y (T, out) plus the outputs of its adapters side by side, times the scale (out,) if there is one."""
+    """y (T, out) plus scale (out,), if there is one, times the outputs of its adapters side by side."""
     total = torch.cat(outputs, dim=-1)
     return y + (total if scale is None else scale * total)
 
-def adapter_adamw_(tensors, copies, grads, second_moments, bias_correction, lr: float, decay: float,
-                   beta2: float):
-    """AdamW without a first moment, in place, for lists of tensors and of their copies in compute dtype."""
+def adapter_adamw_(tensors, copies, grads, second_moments, bias_correction, lr: float, decay, beta2):
+    """AdamW without a first moment, in place, for lists of tensors and of their copies in compute dtype.
+
+    bias_correction, decay and beta2 (slots, 1, 1) differ by slot. A beta2 of 1 and a decay of 0 leave a slot
+    as it is, whatever gradient a grouped product gives it.
+    """
     for tensor, compute_copy, grad, moment in zip(tensors, copies, grads, second_moments):
-        moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        grad = grad.float().where(beta2 < 1, 0.0)
+        moment.lerp_(grad.square(), 1 - beta2)
         denominator = (moment / bias_correction).sqrt() + 1e-10
         tensor.mul_(1 - lr * decay)
         tensor.addcdiv_(grad, denominator, value=-lr)
@@ -1440,7 +1444,7 @@ def adapter_adamw_(tensors, copies, grads, second_moments, bias_correction, lr: 
 # Backend
 
 class Backend(NamedTuple):
-    """The functions that do the work of a forward pass. The defaults run anywhere."""
+    """The functions that compute the model and update its adapters. The defaults run anywhere."""
     attend: Callable = sdpa_attention
     fused: bool = False  # kernels in place of PyTorch; hooks then do not see inside the MLP
     cast: Callable = cast_banks
@@ -1470,17 +1474,18 @@ class Backend(NamedTuple):
         return self.attend is not sdpa_attention
 
     def compiled(self, hooked: bool = False) -> "Backend":
-        """The small passes between kernels compiled or, without kernels, whole visits and the head.
+        """A copy whose small functions are compiled or, without kernels, whole visits and the head.
 
-        But no visits that are `hooked`: compiled code may lay gradients out as grouped products cannot take
-        them. Code is compiled for the first length of a batch, and for any length once a second one comes.
+        Visits with the hooks of adapters are never compiled as a whole: their backward pass may then return
+        gradients in a layout that grouped_mm refuses. torch.compile makes code for the first length of a
+        batch that it sees and, at a second one, code for any length.
         """
         if not self.compilable:
             return self
         torch._dynamo.config.recompile_limit = 64
+        parts = ["cast", "embed", "update"]
         small = self.fused or hooked
-        between = ("mix_lanes", "final_norm", "nll", "add_outputs") if small else ("visit", "head")
-        parts = ("cast", "embed", "update", *between)
+        parts += ["mix_lanes", "final_norm", "nll", "add_outputs"] if small else ["visit", "head"]
         return self._replace(**{part: torch.compile(getattr(self, part), fullgraph=True) for part in parts})
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -1692,9 +1697,9 @@ class Adapters:
 
     The slots are independent of each other. TTT_SITES says which of the adapters q, k, v, attn, mlp and head
     there are; each is named after what its output is added to. Those of a site read the same input, so their
-    A lie one below the other in A[site] (visits, slots, adapters * rank, in). It starts from a draw that is
-    the same for every document and whatever TTT_SITES is, and B[name] (visits, slots, out, rank) from zero;
-    the head counts as one visit. Forward passes use `copies` in compute dtype, A's first. Beta 1 is 0, so
+    A are one stack of rows, A[site] (visits, slots, adapters * rank, in). A starts from a draw that is the
+    same for every document and whatever TTT_SITES is, and B[name] (visits, slots, out, rank) from zero; the
+    head counts as one visit. Forward passes use `copies` in compute dtype, A's first. Beta 1 is 0, so
     that AdamW has no first moment.
     """
 
@@ -1711,7 +1716,7 @@ class Adapters:
         for site in cfg.ttt_sites.split(","):
             names = ADAPTER_SITES[site]
             draw = self.initial_A[site] = torch.cat([draws[name] for name in names], dim=2)
-            self.A[site] = draw.repeat(1, slots, 1, 1)
+            self.A[site] = draw.repeat(1, slots, 1, 1)  # for the shape: reset_slots fills all
             for name in names:
                 self.B[name] = draw.new_empty(len(draw), slots, outputs[name], rank)
         self.tensors = [*self.A.values(), *self.B.values()]
@@ -1753,8 +1758,8 @@ class Adapters:
         self.update_count[indices] = 0
 
     def hooks(self, ends, row_ends, add: Callable = add_outputs) -> Callable:
-        """The hooks of a forward pass whose positions belong to slots as `ends` (slots,) says, and whose rows
-        with targets, which the head sees, as `row_ends`.
+        """The hooks of a forward pass. ends (slots,) says which positions belong to which slot, row_ends
+        (slots,) which rows of the batch, which is what the head sees.
         """
         count = len(self.A)
         A = {site: stack.unbind(0) for site, stack in zip(self.A, self.copies[:count])}
@@ -1763,7 +1768,7 @@ class Adapters:
         def of_visit(stacks: dict, visit: int) -> dict[str, Tensor]:
             is_end = visit < 0  # embedding and head, not a layer
             names = [name for name in stacks if is_end == (name == "head")]
-            return {name: stacks[name][visit] for name in names}
+            return {name: stacks[name][visit] for name in names}  # -1: the head's only one
 
         def hooks_of_visit(visit: int, layer: int) -> AdapterHook:
             own_ends = row_ends if visit < 0 else ends
@@ -1771,15 +1776,20 @@ class Adapters:
 
         return hooks_of_visit
 
-    def learn(self, loss, update: Callable = adapter_adamw_):
-        """One AdamW step on the sum of the documents' losses, each of which moves its own adapters alone."""
+    def learn(self, loss, has_turn, update: Callable = adapter_adamw_):
+        """One AdamW step on the sum of the documents' losses, each of which moves its own adapters alone.
+
+        Slots whose has_turn (slots,) is 0 stay as they are.
+        """
         cfg = self.cfg
         grads = torch.autograd.grad(loss, self.copies)
         with torch.no_grad():
-            self.update_count += 1
-            bias_correction = 1 - cfg.ttt_beta2**self.update_count  # by slot: each began at another time
-            update(self.tensors, self.copies, grads, self.second_moments, bias_correction[:, None, None],
-                   cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2)
+            self.update_count += has_turn
+            count = self.update_count.clamp(min=1)[:, None, None]  # of 0, nothing is there to be corrected
+            bias_correction = 1 - cfg.ttt_beta2**count  # by slot: each began at another time
+            active = has_turn[:, None, None]
+            update(self.tensors, self.copies, grads, self.second_moments, bias_correction, cfg.ttt_lora_lr,
+                   cfg.ttt_weight_decay * active, 1 - (1 - cfg.ttt_beta2) * active)
 
 # ---- 6 Optimizers ------------------------------------------------------------------------------------------
 
@@ -2841,8 +2851,8 @@ def pack_script() -> bytes:
                                                     remove_argument_annotations=False)
     small = minifier.minify(source.decode(), remove_annotations=annotations, remove_literal_statements=True,
                             hoist_literals=False, rename_locals=False)
-    # The minifier hangs its whole tree on the nodes without fields, of which all syntax trees share one each.
-    # Triton copies such nodes for every += of a kernel, and would take a minute to compile all kernels.
+    # python-minifier leaves references to its tree of this script on ast.Store and the like, objects that all
+    # syntax trees share. For every += of a kernel Triton deep-copies such an object, and would copy the tree.
     for node in ast.walk(ast.parse(source)):
         if not node._fields:
             vars(node).clear()
@@ -2852,7 +2862,6 @@ def pack_script() -> bytes:
 # ---- 10 Scores ---------------------------------------------------------------------------------------------
 
 UNSCORED = -1.0  # marks a target without a loss; no loss is negative, but for a rounding error
-ROWS_PER_SLOT = 64  # of a round, in the mean, for which the head has room
 PACK_MULTIPLE = 128  # numbers of positions are multiples of this, for efficient tiles and grouped products
 
 class Score(NamedTuple):
@@ -2960,8 +2969,9 @@ def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
 # A chunk is scored by adapters that have learned from the earlier chunks of its document. That score is
 # final; then the adapters take one step on the chunk. Documents share nothing, and no score depends on how
 # soon its document will end (see chunk_window). Documents enter a fixed number of slots in validation order;
-# when one ends, the next one takes its slot. A round scores one chunk in every occupied slot. The window of a
-# chunk is the chunk with the context before it; a round packs its windows end to end.
+# when one ends, the next one takes its slot. A round scores one chunk in every occupied slot; if these chunks
+# are too large together, some slots wait for a later round. The window of a chunk is the chunk with the
+# context before it; a round packs its windows end to end.
 
 class Turn(NamedTuple):
     """One chunk of one document, in its slot."""
@@ -2970,13 +2980,14 @@ class Turn(NamedTuple):
     chunk: int
 
 class Round(NamedTuple):
-    """A chunk of every slot, but for those that have to wait; see schedule_rounds."""
+    """One chunk of every slot that takes a turn; see schedule_rounds."""
     batch: Batch  # its rows are the positions of the chunks, and filling
     ends: Tensor  # (slots,) int32: where each slot's positions end in the batch
     row_ends: Tensor  # (slots,) int32: where each slot's rows end
+    has_turn: Tensor  # (slots,) 1 for those that take a turn, else 0
     loss_weight: Tensor  # (rows,) 1 / chunk size; 0 for filling, and if nothing of the document is left
-    target_index: Tensor | None  # (scored,) the targets of the first rows; those that follow are filling
-    new_slots: Sequence[int] = ()  # slots whose document begins in this round
+    target_index: Tensor | None  # (scored,) the target of each row that is not filling; those come first
+    new_slots: Sequence[int] = ()  # slots that a new document has just entered
     progress: float = 0.0  # fraction of the work done before it
     documents: int = 0  # finished before it
 
@@ -2992,35 +3003,37 @@ def chunk_ends(longest: int, cfg: Config):
         ends.append(ends[-1] + min(size, cfg.ttt_eval_seq_len))
     return np.array(ends)
 
-def most_rows(cfg: Config) -> int:
-    """The number of rows that a round is filled up to."""
+ROWS_PER_SLOT = 64  # in the mean: a slot may use more where others use fewer
+
+def round_rows(cfg: Config) -> int:
+    """How many rows the head sees in every round, for graphs need fixed shapes; no chunk has more."""
     return max(ROWS_PER_SLOT * cfg.ttt_batch_size, cfg.ttt_eval_seq_len)
 
 def schedule_rounds(lengths: list[int], cfg: Config, ends) -> Iterator[tuple[list[int], list[Turn]]]:
-    """For every round: the slots whose document is new, and whose turns it is, by slot.
+    """For every round: the slots that new documents enter, and the turns that are taken, by slot.
 
-    It is the turn of each slot that has a document. But where chunks have grown so much that most_rows has
-    no room for all, those that have waited longest go first.
+    Every occupied slot takes a turn, unless the chunks together have more than round_rows: then the slots
+    that have waited longest go first, and the others wait for a later round.
     """
     slots = cfg.ttt_batch_size
     sizes = np.diff(ends, prepend=0)
-    waiting = (document for document, length in enumerate(lengths) if length)
-    turns: dict[int, Turn] = {}  # by slot, longest waiting first
+    queue = (document for document, length in enumerate(lengths) if length)
+    next_turns: dict[int, Turn] = {}  # by slot, longest waiting first
     while True:
-        free = [slot for slot in range(slots) if slot not in turns]
+        free = [slot for slot in range(slots) if slot not in next_turns]
         new_slots = []
-        for slot, document in zip(free, waiting):  # free first: zip takes no document without a slot for it
-            turns[slot] = Turn(slot, document, 0)
+        for slot, document in zip(free, queue):  # free first: zip takes no document without a slot for it
+            next_turns[slot] = Turn(slot, document, 0)
             new_slots.append(slot)
-        if not turns:
+        if not next_turns:
             return
-        rows = np.cumsum([sizes[turn.chunk] for turn in turns.values()])
-        now = list(turns.values())[: np.searchsorted(rows, most_rows(cfg), side="right")]
-        yield new_slots, sorted(now)
-        for turn in now:
-            del turns[turn.slot]
+        rows = np.cumsum([sizes[turn.chunk] for turn in next_turns.values()])
+        taken = list(next_turns.values())[: np.searchsorted(rows, round_rows(cfg), side="right")]
+        yield new_slots, sorted(taken)
+        for turn in taken:
+            del next_turns[turn.slot]
             if ends[turn.chunk] < lengths[turn.document]:
-                turns[turn.slot] = turn._replace(chunk=turn.chunk + 1)
+                next_turns[turn.slot] = turn._replace(chunk=turn.chunk + 1)
 
 def chunk_window(chunk: int, length: int, ends, context: int) -> tuple[int, int, int]:
     """The window of a document's chunk as targets [first, last), and the first target of the chunk itself.
@@ -3041,8 +3054,9 @@ def round_sizes(cfg: Config) -> range:
 
 def make_round(val: Validation, turns: list[Turn], ends, cfg: Config) -> Round:
     """Pack the windows of all turns; `ends` as chunk_ends gives them."""
+    # 1) Where the window and the chunk of every turn are.
     spans = []
-    rows = []
+    chunk_rows = []
     weights = []
     span_sizes = np.zeros(cfg.ttt_batch_size, dtype=np.int64)
     row_counts = np.zeros_like(span_sizes)
@@ -3051,23 +3065,26 @@ def make_round(val: Validation, turns: list[Turn], ends, cfg: Config) -> Round:
         first, last, chunk_start = chunk_window(chunk, length, ends, cfg.ttt_eval_seq_len)
         start = val.starts[document]
         goes_on = last < length
-        rows.append(span_sizes.sum() + np.arange(chunk_start, last) - first)
+        packed_before = span_sizes.sum()
+        chunk_rows.append(np.arange(chunk_start, last) - first + packed_before)
         weights.append(np.full(last - chunk_start, goes_on / (ends[chunk] - chunk_start)))
         spans.append((start + first, start + last))
         span_sizes[slot] = last - first
         row_counts[slot] = last - chunk_start
+    # 2) Pack the windows; give targets to the rows of the chunks alone, and fill up the rows.
     multiple = round_sizes(cfg).step
-    batch, index = pack_spans(val, spans, cfg.ttt_eval_seq_len, cfg.ttt_batch_size, multiple)
-    rows = np.concatenate(rows)
-    filling = np.zeros(most_rows(cfg) - len(rows), dtype=np.int64)  # position 0, once more, without a target
-    all_rows = np.append(rows, filling)
-    targets = np.append(batch.targets[rows], np.full_like(filling, IGNORE))
+    batch, target_index = pack_spans(val, spans, cfg.ttt_eval_seq_len, cfg.ttt_batch_size, multiple)
+    rows = np.concatenate(chunk_rows)
+    filling = round_rows(cfg) - len(rows)
+    all_rows = np.pad(rows, (0, filling))  # with position 0, which has no target here
+    targets = np.pad(batch.targets[rows], (0, filling), constant_values=IGNORE)
+    loss_weight = np.pad(np.concatenate(weights), (0, filling)).astype(np.float32)
+    has_turn = (row_counts > 0).astype(np.float32)
     batch = batch._replace(targets=torch.from_numpy(targets), rows=torch.from_numpy(all_rows))
-    loss_weight = np.concatenate([*weights, filling]).astype(np.float32)
-    return Round(batch, last_filled(span_sizes, len(index)), last_filled(row_counts, len(all_rows)),
-                 torch.from_numpy(loss_weight), torch.from_numpy(index[rows]))
+    return Round(batch, slot_ends(span_sizes, len(batch.tokens)), slot_ends(row_counts, len(all_rows)),
+                 *map(torch.from_numpy, (has_turn, loss_weight, target_index[rows])))
 
-def last_filled(sizes, total: int) -> Tensor:
+def slot_ends(sizes, total: int) -> Tensor:
     """Where slots of these sizes end, (slots,) int32; what fills up to the total counts as the last one's."""
     ends = np.cumsum(sizes)
     ends[-1] = total
@@ -3078,13 +3095,14 @@ def adapt(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this: Ro
     hooks = adapters.hooks(this.ends, this.row_ends, backend.add_outputs)
     nll = model(this.batch, plan, backend, hooks)
     final = nll.detach().clone()  # 1. score, with adapters that have learned from earlier chunks only
-    adapters.learn((nll * this.loss_weight).sum(), backend.update)  # 2. learn from what was just scored
+    loss = (nll * this.loss_weight).sum()
+    adapters.learn(loss, this.has_turn, backend.update)  # 2. learn from what was just scored
     return final
 
 class CapturedRound(NamedTuple):
-    """`adapt` as a CUDA graph, which starts its 1,800 kernels at once."""
+    """`adapt` as a CUDA graph, which starts all of its kernels at once."""
     graph: torch.cuda.CUDAGraph
-    inputs: Round  # memory that the graph reads; all graphs share all but the tokens and their positions
+    inputs: Round  # memory that the graph reads; graphs share all of it but tokens and their positions
     nll: Tensor
 
 def capture_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, size: int, like: Round):
@@ -3176,9 +3194,11 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
     length = int(ends[-1]) + 1
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, slots * length + 1)
     val = Validation(tokens, np.ones(len(tokens) - 1), np.arange(slots) * length, np.full(slots, length), 0)
-    # Short, medium and full windows; the last need most memory, and compiled code may need 64-bit indices.
-    for chunk in (0, len(ends) // 2, len(ends) - 1):
-        turns = [Turn(slot, slot, chunk) for slot in range(slots)]
+    # One slot, so that compiled code sees two lengths at least; then short, medium and full windows.
+    last = len(ends) - 1
+    for chunk, most in ((0, 1), (0, slots), (last // 2, slots), (last, slots)):
+        size = ends[chunk] - (ends[chunk - 1] if chunk else 0)
+        turns = [Turn(slot, slot, chunk) for slot in range(min(most, round_rows(cfg) // size))]
         this = to_device(make_round(val, turns, ends, cfg), run.ranks.device)
         adapt(model, adapters, plan, backend, this)
     if run.ranks.on_gpu:
@@ -3623,10 +3643,10 @@ def flash3_attention(q, k, v, spans: Spans):
     return flash_attn_varlen_func(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest,
                                   max_seqlen_k=longest, causal=True)
 
-def varlen_attention(q, k, v, spans: Spans, **causal):
+def varlen_attention(causal: dict, q, k, v, spans: Spans):
     """PyTorch's own varlen attention, on NVIDIA GPUs from Ampere on; bf16 or fp16.
 
-    `causal` says so as this PyTorch wants to be told.
+    `causal` is the argument that makes it causal, whose name depends on the version of PyTorch.
     """
     from torch.nn.attention.varlen import varlen_attn
     bounds, longest = spans.cu_seqlens, spans.max_seqlen
@@ -3645,10 +3665,10 @@ def choose_attention(name: str, device: torch.device) -> Callable:
     if (name == "flash3" and capability[0] != 9) or (name == "varlen" and capability[0] < 8):
         need = "a Hopper" if name == "flash3" else "an Ampere or newer"
         raise UserError(f"ATTENTION={name} needs {need} GPU, here is {device_name(device)}: use sdpa")
-    if name == "varlen":  # its signature has changed; torch.compile could not look it up
+    if name == "varlen":  # looked up here, as torch.compile cannot trace inspect.signature
         known = inspect.signature(lazy_import("torch.nn.attention.varlen").varlen_attn).parameters
         causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-        return functools.update_wrapper(functools.partial(varlen_attention, **causal), varlen_attention)
+        return functools.update_wrapper(functools.partial(varlen_attention, causal), varlen_attention)
     return ATTENTION[name]
 
 # What follows are the kernels: the MLP sublayer, the split into heads, the exclusion of a token's own value,
@@ -3658,12 +3678,9 @@ def choose_attention(name: str, device: torch.device) -> Callable:
 # output forward and an input backward, or hold a value one way and a gradient the other; the first comment in
 # a kernel says what its arguments hold.
 
-def on_contiguous(function: Callable) -> Callable:
-    """Feed a function of tensors contiguous ones."""
-    @functools.wraps(function)
-    def wrapped(*args):
-        return function(*(x.contiguous() if isinstance(x, Tensor) else x for x in args))
-    return wrapped
+def contiguous(*tensors):
+    """The same tensors, or None, each contiguous, as kernels read them."""
+    return tuple(x if x is None else x.contiguous() for x in tensors)
 
 def import_triton() -> tuple[Any, Any]:
     """Triton and its language, at their first use."""
@@ -3798,33 +3815,21 @@ def launch_mlp(a, b, act=None):
            num_warps=8)
     return out
 
-@on_contiguous
-def fused_mlp(x, a, up, down, depth):
-    """(out, n, the norm's factor r (T,), act (T, M)); without a, out is what to add to x."""
-    n = torch.empty_like(x)
-    r = x.new_empty(len(x), dtype=torch.float32)
-    y = n if a is None else torch.empty_like(x)  # without an a, a placeholder
-    launch_join(x, a, depth, n, r, y, backward=False)
-    act = launch_mlp(n, up)
-    out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
-    return out, n, r, act
-
-@on_contiguous
-def join_grad(dn, dy, depth, n, r):
-    """Gradient of x, and of a, (T, D)."""
-    dx = torch.empty_like(n)
-    launch_join(dn, dy, depth, n, r, dx, backward=True)
-    return dx
-
 class FusedMLP(torch.autograd.Function):
     """The MLP of mlp_sublayer by these kernels: (x, a, up, down, depth) -> (out, n), (T, D) both.
 
-    Frozen weights cost no gradient.
+    Without a, out is what to add to x. Frozen weights cost no gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, a, up, down, depth):
-        out, n, r, act = fused_mlp(x, a, up, down, depth)
+    def forward(ctx, *inputs):
+        x, a, up, down, depth = contiguous(*inputs)
+        n = torch.empty_like(x)
+        r = x.new_empty(len(x), dtype=torch.float32)  # the norm's factor
+        y = n if a is None else torch.empty_like(x)  # without an a, a placeholder
+        launch_join(x, a, depth, n, r, y, backward=False)
+        act = launch_mlp(n, up)
+        out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
         ctx.set_materialize_grads(False)
         ctx.adds = a is not None
         ctx.save_for_backward(up, down, depth, n, r, act)
@@ -3836,7 +3841,8 @@ class FusedMLP(torch.autograd.Function):
         dout = dout.contiguous()
         dpre = launch_mlp(dout, down, act)
         dn = dpre @ up if dn is None else dn + dpre @ up
-        dx = join_grad(dn, dout if ctx.adds else None, depth, n, r)
+        dx = torch.empty_like(n)
+        launch_join(dn, dout if ctx.adds else None, depth, n, r, dx, backward=True)
         da = dx if ctx.adds else None
         dup = dpre.T @ n if ctx.needs_input_grad[2] else None
         ddown = dout.T @ act if ctx.needs_input_grad[3] else None
@@ -3925,35 +3931,29 @@ def launch_heads(heads: Sequence, inputs: tuple, *grads):
     launch(*inputs, *heads, *grads, T, K, G=H // K, E=E, R=R, EPS=NORM_EPS, BLOCK=HEADS_BLOCK,
            BACKWARD=backward, num_warps=2)
 
-@on_contiguous
-def fused_heads(qkv, gain, cos, sin, positions, K: int):
-    """split_heads in one pass."""
-    H = len(gain)
-    E = qkv.size(1) // (H + 2 * K)
-    heads = tuple(qkv.new_empty(len(qkv), n, E) for n in (H, H, H, K))
-    launch_heads(heads, (qkv, gain, cos, sin, positions))
-    return heads
-
-@on_contiguous
-def fused_heads_grad(dq, dk, dv, dv_once, qkv, gain, *rope):
-    """(dqkv, dgain)"""
-    dqkv = torch.empty_like(qkv)
-    programs = ceil_div(len(qkv), HEADS_BLOCK)
-    dgain = gain.new_empty(programs, len(gain), dtype=torch.float32)
-    launch_heads((dq, dk, dv, dv_once), (qkv, gain, *rope), dqkv, dgain)
-    return dqkv, dgain.sum(0).to(gain.dtype)
-
 class FusedHeads(torch.autograd.Function):
     """split_heads in one pass."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        ctx.save_for_backward(*inputs[:-1])
-        return fused_heads(*inputs)
+    def forward(ctx, qkv, gain, cos, sin, positions, K):
+        inputs = contiguous(qkv, gain, cos, sin, positions)
+        ctx.save_for_backward(*inputs)
+        H = len(gain)
+        E = qkv.size(1) // (H + 2 * K)
+        heads = tuple(qkv.new_empty(len(qkv), n, E) for n in (H, H, H, K))
+        launch_heads(heads, inputs)
+        return heads
 
     @staticmethod
-    def backward(ctx, *grads):
-        return *fused_heads_grad(*grads, *ctx.saved_tensors), None, None, None, None
+    def backward(ctx, *dheads):
+        inputs = ctx.saved_tensors
+        qkv, gain, *_ = inputs
+        dqkv = torch.empty_like(qkv)
+        programs = ceil_div(len(qkv), HEADS_BLOCK)
+        dgain = gain.new_empty(programs, len(gain), dtype=torch.float32)
+        launch_heads(contiguous(*dheads), inputs, dqkv, dgain)
+        dgain = dgain.sum(0)
+        return dqkv, dgain.to(gain.dtype), None, None, None, None
 
 # Exclusive self-attention     exclude_self in one pass: z = y - (y.u) u, where u = v / |v|
 
@@ -4004,32 +4004,24 @@ def launch_exclude(y, v, out, *grads):
     launch = exclude_kernel()[K, ceil_div(T, block)]
     launch(y, v, out, *grads, T, K, G=H // K, E=E, BLOCK=block, BACKWARD=backward)
 
-@on_contiguous
-def fused_exclude(y, v):
-    """exclude_self in one pass."""
-    z = torch.empty_like(y)
-    launch_exclude(y, v, z)
-    return z
-
-@on_contiguous
-def fused_exclude_grad(dz, y, v):
-    """(dy, dv)"""
-    dy = torch.empty_like(y)
-    dv = torch.empty_like(v)
-    launch_exclude(y, v, dy, dz, dv)
-    return dy, dv
-
 class FusedExclude(torch.autograd.Function):
     """exclude_self in one pass."""
 
     @staticmethod
-    def forward(ctx, y, v):
+    def forward(ctx, *inputs):
+        y, v = contiguous(*inputs)
         ctx.save_for_backward(y, v)
-        return fused_exclude(y, v)
+        z = torch.empty_like(y)
+        launch_exclude(y, v, z)
+        return z
 
     @staticmethod
     def backward(ctx, dz):
-        return fused_exclude_grad(dz, *ctx.saved_tensors)
+        y, v = ctx.saved_tensors
+        dy = torch.empty_like(y)
+        dv = torch.empty_like(v)
+        launch_exclude(y, v, dy, dz.contiguous(), dv)
+        return dy, dv
 
 # Entry of a layer     mix_and_norm in one pass: merge of a skip, mix with the embedding, norm
 
@@ -4118,56 +4110,42 @@ def launch_entry(inputs: Sequence, lanes: bool, out, normed, programs: int, *gra
     launch(*inputs, out, normed, *grads, T, D, EPS=NORM_EPS, LANES=lanes, BLOCK=block, WIDTH=power_of_2(D),
            BACKWARD=backward, num_warps=warps)
 
-@on_contiguous
-def fused_entry(x, x0, mix, depth, lanes: bool, skip, scale, gate):
-    """The two tensors of mix_and_norm that are computed, in one pass."""
-    out = torch.empty_like(x)
-    normed = torch.empty_like(x)
-    programs = ceil_div(len(x), ENTRY_BLOCK)
-    launch_entry((x, x0, mix, depth, skip, scale, gate), lanes, out, normed, programs)
-    return out, normed
-
-@on_contiguous
-def fused_entry_grad(dout, dnormed, dx0_next, lanes: bool, *inputs):
-    """(dx, dx0, dskip, and the gradients of mix, scale and the gate's sigmoid as one, (4, D)).
-
-    dx0 is None without dx0_next, the gradient of x0 from later visits, and dskip without a skip.
-    """
-    x = inputs[0]
-    skip = inputs[4]
-    per_multiprocessor = 12 if skip is None else 8  # the fastest that were tried on an H200
-    programs = min(len(x), per_multiprocessor * multiprocessors(x))
-    dx = torch.empty_like(x)
-    dx0 = None if dx0_next is None else torch.empty_like(x)
-    dskip = None if skip is None else torch.empty_like(x)
-    sums = x.new_empty(programs, 4, x.size(1), dtype=torch.float32)
-    launch_entry(inputs, lanes, dout, dnormed, programs, dx0_next, dx, dx0, dskip, sums)
-    sums = sums.new_ones(1, programs) @ sums.flatten(1)  # sum(0) as a product, which is faster
-    return dx, dx0, dskip, sums.view(4, -1)
-
 class FusedEntry(torch.autograd.Function):
     """mix_and_norm in one pass."""
 
     @staticmethod
     def forward(ctx, x, x0, mix, depth, lanes, *skip):
+        inputs = contiguous(x, x0, mix, depth, *skip)
         ctx.lanes = lanes
-        ctx.save_for_backward(x, x0, mix, depth, *skip)
-        return *fused_entry(x, x0, mix, depth, lanes, *skip), x0.view_as(x0)
+        ctx.save_for_backward(*inputs)
+        out = torch.empty_like(inputs[0])
+        normed = torch.empty_like(out)
+        launch_entry(inputs, lanes, out, normed, ceil_div(len(x), ENTRY_BLOCK))
+        return out, normed, x0.view_as(x0)
 
     @staticmethod
     def backward(ctx, dout, dnormed, dx0_next):
+        # dx0_next is the gradient of x0 from later visits, to which that of this visit is added.
         inputs = ctx.saved_tensors
-        _, _, mix, _, skip, _, gate = inputs
+        x, _, mix, _, skip, _, gate = inputs
         dx0_next = dx0_next if ctx.needs_input_grad[1] else None
-        dx, dx0, dskip, sums = fused_entry_grad(dout, dnormed, dx0_next, ctx.lanes, *inputs)
-        dmix, dscale, dopen = sums.to(mix.dtype).split((2, 1, 1))
+        dout, dnormed, dx0_next = contiguous(dout, dnormed, dx0_next)
+        per_multiprocessor = 12 if skip is None else 8  # the fastest that were tried on an H200
+        programs = min(len(x), per_multiprocessor * multiprocessors(x))
+        dx = torch.empty_like(x)
+        dx0 = None if dx0_next is None else torch.empty_like(x)
+        dskip = None if skip is None else torch.empty_like(x)
+        sums = x.new_empty(programs, 4, x.size(1), dtype=torch.float32)
+        launch_entry(inputs, ctx.lanes, dout, dnormed, programs, dx0_next, dx, dx0, dskip, sums)
+        sums = sums.new_ones(1, programs) @ sums.flatten(1)  # sum(0) as a product, which is faster
+        dmix, dscale, dopen = sums.view(4, -1).to(mix.dtype).split((2, 1, 1))
         if skip is None:
             return dx, dx0, dmix, None, None, None, None, None
         dgate = torch.ops.aten.sigmoid_backward(dopen[0], gate.sigmoid())
         return dx, dx0, dmix, None, None, dskip, dscale[0], dgate
 
 # Loss     softcapped_nll of logits = x embed.T, with its gradient
-# The kernel overwrites a row of logits by the gradient of its loss with respect to them. The backward pass
+# The kernel overwrites a row of logits with the gradient of its loss with respect to them. The backward pass
 # gets one factor a row, dnll, and multiplies x and dx by it rather than the gradients of the logits, which
 # are V / D = 16 times larger.
 
@@ -4205,8 +4183,9 @@ class FusedLoss(torch.autograd.Function):
         logits = F.linear(x, embed)
         nll = x.new_empty(len(x), dtype=torch.float32)
         V = len(embed)
-        loss_kernel()[(len(x),)](logits, targets, nll, V, SOFTCAP=softcap, WIDTH=power_of_2(V), num_warps=8)
-        ctx.save_for_backward(x, embed, logits)  # which now are their own gradient
+        launch = loss_kernel()[(len(x),)]
+        launch(logits, targets.contiguous(), nll, V, SOFTCAP=softcap, WIDTH=power_of_2(V), num_warps=8)
+        ctx.save_for_backward(x, embed, logits)  # the kernel has written their gradient there
         return nll
 
     @staticmethod

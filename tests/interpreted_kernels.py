@@ -55,7 +55,7 @@ def check_heads_and_exclusion():
         assert_same(heads_case(T, H, K, E, R, torch.randn))
         assert_same(exclude_case(T, H, K, E, torch.randn))
     y, v = torch.ones(3, 2, 8), torch.zeros(3, 1, 8)
-    assert torch.equal(tg.fused_exclude(y, v), y), "a value of zero excludes nothing"
+    assert torch.equal(tg.FusedExclude.apply(y, v), y), "a value of zero excludes nothing"
 
 
 def check_entry():

@@ -4,6 +4,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_gpt as tg
 from conftest import silent, tiny_config, tiny_model
@@ -14,8 +15,12 @@ ROUNDS = 12  # of adaptation that are run
 
 
 def attend(q, k, v, spans):
-    """Some attention that is not the one for CPUs, for which nothing is compiled."""
-    return tg.sdpa_attention(q, k, v, spans)
+    """Attention that torch.compile can trace; and not the one for CPUs, with which nothing is compiled."""
+    index = torch.arange(q.size(0))
+    span = torch.bucketize(index, spans.cu_seqlens, right=True)
+    mask = (span[:, None] == span) & (index[:, None] >= index)
+    heads = [t.transpose(0, 1) for t in (q, k, v)]
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(0, 1)
 
 
 real_compile = torch.compile
@@ -34,6 +39,23 @@ def without_gpu(monkeypatch):
     for launch in ("launch_heads", "launch_exclude", "launch_entry", "launch_join"):
         monkeypatch.setattr(tg, launch, lambda *args, **options: None)
     monkeypatch.setattr(tg, "PACK_MULTIPLE", 4)  # so that few rounds are alike
+
+
+def test_whole_visits_are_compiled_for_two_lengths_at_most(monkeypatch):
+    """As training and plain scores without kernels compile them: no third length makes a graph."""
+    torch._dynamo.reset()
+    without_gpu(monkeypatch)
+    backend = tg.Backend(attend=attend).compiled()
+    model = tiny_model(CFG)
+    graphs = []
+    for length in (64, 40, 24, 33):
+        tokens = np.random.default_rng(0).integers(4, 1024, length + 1)
+        batch = tg.make_batch(tokens[:-1], tokens[1:], np.array([0, length]), 2, 64)
+        nll = model(batch, tg.depth_plan(CFG, True), backend)
+        nll.sum().backward()
+        torch.testing.assert_close(nll, model(batch, tg.depth_plan(CFG, True)))
+        graphs.append(tg.compiled_graphs())
+    assert graphs[0] < graphs[1] == graphs[2] == graphs[3]
 
 
 def graphs_of(monkeypatch, fused):

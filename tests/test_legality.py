@@ -4,10 +4,13 @@ The model is moved off its initial values, and documents repeat themselves, whic
 every influence there is shows. Other documents are random: a choice that looks ahead goes another way there.
 """
 import collections
+import contextlib
 import functools
 import inspect
 import itertools
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,9 +44,14 @@ LARGE = Case(  # a long document with long windows, and many documents: for chea
     tiny_config(**SHALLOW, TTT_LORA_LR=0.03, TTT_EVAL_SEQ_LEN=320, TTT_BATCH_SIZE=8),
     (1100, *(10 + 7 * i % 40 for i in range(70))))
 LONG = Case(tg.dataclasses.replace(LARGE.cfg, ttt_eval_seq_len=3072), (3300, 9, 30))  # a record's windows
+WAITING = Case(  # chunks that grow so much that slots wait for each other
+    tiny_config(**SHALLOW, TTT_LORA_LR=0.03, TTT_EVAL_SEQ_LEN=128, TTT_BATCH_SIZE=2, TTT_CHUNK_GROWTH=1.0),
+    (900, 900, 30, 700, 9))
 MANY = Case(LARGE.cfg, (100, *(8 + 7 * i % 20 for i in range(250))))
 CPU = torch.device("cpu")
-RESET_SLOTS, HOOKS = tg.Adapters.reset_slots, tg.Adapters.hooks  # as they are before a cheat replaces them
+EVERY_SLOT = torch.ones(CFG.ttt_batch_size)
+# As they are before a cheat replaces them
+RESET_SLOTS, HOOKS, LEARN = tg.Adapters.reset_slots, tg.Adapters.hooks, tg.Adapters.learn
 CHUNK_WINDOW, CHUNK_ENDS, MAKE_ROUND = tg.chunk_window, tg.chunk_ends, tg.make_round
 ADAPT, TALLY_ADD = tg.adapt, tg.Tally.add
 EVALUATE, SCORE_DOCUMENTS = tg.evaluate, tg.score_documents
@@ -164,11 +172,11 @@ def documents_are_independent(case=SMALL) -> bool:
     return True
 
 
-def every_target_once() -> bool:
+def every_target_once(case=SMALL) -> bool:
     """All documents, all targets, the tail: counted where scores are written; and each is predicted."""
-    val = validation_of(draw_documents())
+    val = validation_of(draw_documents(case.lengths))
     times = np.zeros(len(val.tokens) - 1, dtype=int)
-    for this in tg.rank_rounds(make_run(), val):
+    for this in tg.rank_rounds(make_run(case.cfg), val):
         np.add.at(times, this.target_index.numpy(), 1)
         predicted = this.batch.targets[: len(this.target_index)].numpy()
         if not np.array_equal(predicted, val.tokens[this.target_index + 1]):
@@ -232,9 +240,18 @@ def test_rule(holds):
 
 
 @pytest.mark.parametrize("holds,case", [
-    (past_ignores_future, LONG), (past_ignores_length, LONG), (documents_are_independent, MANY)])
-def test_rule_holds_for_long_and_many_documents(holds, case):
+    (past_ignores_future, LONG), (past_ignores_length, LONG), (documents_are_independent, MANY),
+    *((holds, WAITING) for holds in (past_ignores_future, past_ignores_length, documents_are_independent,
+                                     every_target_once))])
+def test_rule_holds_for_long_many_and_waiting_documents(holds, case):
     assert holds(case)
+
+
+def test_slots_wait_where_chunks_have_grown():
+    """Else the rules would not be tried where they do."""
+    val = validation_of(draw_documents(WAITING.lengths))
+    turns = [this.has_turn.sum() for this in tg.rank_rounds(make_run(WAITING.cfg), val)]
+    assert turns.count(1) > 10 and turns.count(2) > 3
 
 
 def test_learning_matters():
@@ -253,7 +270,7 @@ def train_before_score(model, adapters, plan, backend, this):
     """Learn from the chunk, then score it."""
     hooks = functools.partial(adapters.hooks, this.ends, this.row_ends)
     early = model(this.batch, plan, backend, hooks())
-    adapters.learn(early.sum() / 16)
+    adapters.learn(early.sum() / 16, this.has_turn)
     return model(this.batch, plan, backend, hooks()).detach()
 
 
@@ -264,13 +281,18 @@ def keep_adapters(self, slots):
         RESET_SLOTS(self, slots)
 
 
-def one_adapter_for_all(self, ends, row_ends, *add):
+def one_adapter_for_all(self, ends, row_ends, *rest):
     """Every document uses the adapters of the first slot."""
-    return HOOKS(self, *(torch.cat([each[-1:]] * len(each)) for each in (ends, row_ends)), *add)
+    return HOOKS(self, *(torch.cat([each[-1:]] * len(each)) for each in (ends, row_ends)), *rest)
+
+
+def learn_while_waiting(self, loss, has_turn, *update):
+    """A slot that waits decays, as often as others let it wait."""
+    LEARN(self, loss, torch.ones_like(has_turn), *update)
 
 
 def rows_one_ahead(val, turns, ends, cfg):
-    """Every target is predicted from where it has been read already, but for the last of its window."""
+    """Every target is predicted at the next position, where it is read; but for the last of a window."""
     this = MAKE_ROUND(val, turns, ends, cfg)
     rows = this.batch.rows + 1
     return this._replace(batch=this.batch._replace(rows=rows.clamp(max=len(this.batch.tokens) - 1)))
@@ -460,6 +482,7 @@ def least_of_all_times(run, model, val, *rest):
     (tg, "adapt", train_before_score, past_ignores_future, SMALL),
     (tg.Adapters, "reset_slots", keep_adapters, documents_are_independent, SMALL),
     (tg.Adapters, "hooks", one_adapter_for_all, documents_are_independent, SMALL),
+    (tg.Adapters, "learn", learn_while_waiting, documents_are_independent, WAITING),
     (tg, "chunk_window", count_from_the_end, past_ignores_length, SMALL),
     (tg, "chunk_window", drop_the_tail, every_target_once, None),
     (tg, "chunk_ends", grow_by_length, documents_are_independent, SMALL),
@@ -519,7 +542,59 @@ def test_number_of_slots_does_not_matter(slots):
     assert all_same(score_with(ttt_batch_size=slots), score(draw_documents()))
 
 
-def test_slots_that_wait_keep_nothing_and_disturb_nothing():
+def test_replays_read_the_round_that_they_are_given(monkeypatch):
+    """Graphs, for which functions stand here: each tensor of a round arrives in the memory that they read."""
+    honest_adapt, cfg = tg.adapt, WAITING.cfg
+    val = validation_of(draw_documents(WAITING.lengths))
+    run, model = make_run(cfg), tiny_model(cfg).requires_grad_(False)
+    plain = tg.score_documents(run, model, val, make_adapters(cfg), run.backend, float("inf"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(tg, "adapt", lambda *args: torch.zeros(tg.round_rows(cfg)))  # while it is captured
+    adapters = make_adapters(cfg)
+    adapters.graph_pool = None
+    adapters.replayed = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
+    like = next(tg.rank_rounds(run, val))
+    for size in tg.round_sizes(cfg):
+        tg.capture_round(model, adapters, PLAN, run.backend, size, like)
+        captured = adapters.graphs[size]
+        arguments = model, adapters, tg.depth_plan(cfg, True), run.backend, captured.inputs
+        replay = functools.partial(lambda nll, *arguments: nll.copy_(honest_adapt(*arguments)), captured.nll)
+        captured.graph.replay = functools.partial(replay, *arguments)
+    monkeypatch.setattr(tg, "adapt", None)  # a round that is no replay would call it
+    replayed = tg.score_documents(run, model, val, adapters, run.backend, float("inf"))
+    assert same(replayed, plain)
+
+
+def test_slots_without_a_turn_change_by_no_gradient(monkeypatch):
+    """Whatever a grouped product gives for the weights of empty groups."""
+    honest_linear = tg.grouped_linear
+
+    def garbage_for_empty_groups(x, weights, ends):
+        filled = torch.diff(ends, prepend=ends.new_zeros(1)) > 0
+        if weights.requires_grad:
+            weights.register_hook(lambda grad: grad.where(filled[:, None, None], torch.nan))
+        return honest_linear(x, weights, ends)
+
+    documents = draw_documents(WAITING.lengths)
+    expected = score(documents, WAITING.cfg)
+    monkeypatch.setattr(tg, "grouped_linear", garbage_for_empty_groups)
+    assert all_same(score(documents, WAITING.cfg), expected)
+
+
+def test_progress_counts_what_is_done():
+    val = validation_of(draw_documents(WAITING.lengths))
+    scored = np.zeros(len(val.tokens) - 1, dtype=bool)
+    before = -1.0
+    for this in tg.rank_rounds(make_run(WAITING.cfg), val):
+        finished = [scored[start : start + length].all() for start, length in zip(val.starts, val.lengths)]
+        assert this.documents == sum(finished) and before < this.progress < 1
+        before = this.progress
+        scored[this.target_index] = True
+    assert this.progress > 0.9
+
+
+def test_idle_slots_keep_nothing_and_disturb_nothing():
     """With more slots than documents, idle ones have empty row groups."""
     documents = draw_documents((30, 20))
     nine_slots = tg.dataclasses.replace(CFG, ttt_batch_size=9)
@@ -561,28 +636,43 @@ def test_chunks_grow_with_what_came_before_alone(longest, chunk, growth, extra):
         assert end - before == min(max(chunk, int(before * growth)), context)
 
 
-@given(st.lists(st.integers(0, 70), max_size=12), st.integers(1, 5), st.integers(1, 20), GROWTH)
-@settings(max_examples=100, deadline=None)
-def test_schedule_reads_every_document_in_order(lengths, slots, chunk, growth):
-    """One chunk after the other, with as many documents in a round as have slots and room."""
-    cfg = tg.Config(ttt_batch_size=slots, ttt_eval_seq_len=70, ttt_chunk_size=chunk, ttt_chunk_growth=growth)
-    ends = tg.chunk_ends(70, cfg)
+@given(st.lists(st.integers(0, 200), max_size=12), st.integers(1, 5), st.integers(1, 20), GROWTH,
+       st.sampled_from([1, 3, 8, 64]))
+@settings(max_examples=300, deadline=None)
+def test_schedule_reads_every_document_in_order(lengths, slots, chunk, growth, rows_per_slot):
+    """One chunk after the other; in a round those that waited longest, of as many as have slots and room."""
+    cfg = tg.Config(ttt_batch_size=slots, ttt_eval_seq_len=40, ttt_chunk_size=chunk, ttt_chunk_growth=growth)
+    with mock.patch.object(tg, "ROWS_PER_SLOT", rows_per_slot):
+        rounds = list(tg.schedule_rounds(lengths, cfg, tg.chunk_ends(200, cfg)))
+        room = tg.round_rows(cfg)
+    ends = tg.chunk_ends(200, cfg)
     sizes = np.diff(ends, prepend=0)
     chunks_read = [[] for _ in lengths]
     entered = []
     new = set()
-    for new_slots, turns in tg.schedule_rounds(lengths, cfg, ends):
+    latest = {}  # by occupied slot: the round of its latest turn, or when its document entered
+    for number, (new_slots, turns) in enumerate(rounds):
         in_turn = [turn.slot for turn in turns]
+        latest |= dict.fromkeys(new_slots, number - 0.5)
+        waiting = latest.keys() - in_turn
+        last_of_those_in_turn = max(latest[slot] for slot in in_turn)
+        assert last_of_those_in_turn <= min((latest[slot] for slot in waiting), default=number)
+        if waiting:
+            fits = sum(sizes[turn.chunk] for turn in turns)
+            assert fits + sizes.max() > room, "no slot waits where there is room for any chunk"
+        latest |= dict.fromkeys(in_turn, number)
+        for turn in turns:
+            if ends[turn.chunk] >= lengths[turn.document]:
+                del latest[turn.slot]
         assert turns and in_turn == sorted(set(in_turn)) and len(turns) <= slots
-        assert sum(sizes[turn.chunk] for turn in turns) <= tg.most_rows(cfg)
+        assert sum(sizes[turn.chunk] for turn in turns) <= room
         assert not new.intersection(new_slots), "a slot is made as new once for each document"
         new.update(new_slots)
         for turn in turns:
             assert (turn.chunk == 0) == (turn.slot in new)
             new.discard(turn.slot)
             chunks_read[turn.document].append(turn.chunk)
-            if turn.chunk == 0:
-                entered.append(turn.document)
+        entered += sorted(turn.document for turn in turns if turn.chunk == 0)
     with_targets = [document for document, length in enumerate(lengths) if length]
     assert entered == with_targets, "documents enter in validation order"
     for length, chunks in zip(lengths, chunks_read):
@@ -662,7 +752,7 @@ def test_adamw_of_adapters_is_torchs():
         return sum((t * draw).square().sum() + (t * draw).sum() for t, draw in zip(tensors, draws))
 
     for seed in range(3):
-        adapters.learn(loss(adapters.copies, seed))
+        adapters.learn(loss(adapters.copies, seed), EVERY_SLOT)
         reference.zero_grad()
         loss(twins, seed).backward()
         reference.step()
@@ -676,18 +766,19 @@ def test_a_late_slot_corrects_its_bias_by_its_own_count():
     def after_first_step(rounds_before):
         adapters = make_adapters()
         for _ in range(rounds_before):
-            adapters.learn(sum((t * 2).sum() for t in adapters.copies))
+            adapters.learn(sum((t * 2).sum() for t in adapters.copies), EVERY_SLOT)
         adapters.reset_slots([1])
-        adapters.learn(sum((t * 3).sum() for t in adapters.copies))
+        adapters.learn(sum((t * 3).sum() for t in adapters.copies), EVERY_SLOT)
         return adapters.B["q"][:, 1].detach()
 
     assert torch.equal(after_first_step(0), after_first_step(4))
 
 
-@pytest.mark.parametrize("chunk", [16, 20, 48])
-def test_warm_up_of_adaptation_learns_nothing_and_knows_no_validation(monkeypatch, chunk):
-    """Also where a window holds two chunks, or one."""
+@pytest.mark.parametrize("chunk,rows_per_slot", [(16, 64), (20, 64), (48, 64), (48, 20)])
+def test_warm_up_of_adaptation_learns_nothing_and_knows_no_validation(monkeypatch, chunk, rows_per_slot):
+    """Also where a window holds two chunks, or one, and where not all slots have room for theirs."""
     cfg = tiny_config(ttt_chunk_size=chunk)
+    monkeypatch.setattr(tg, "ROWS_PER_SLOT", rows_per_slot)
     honest_adapt = tg.adapt
     sizes = []  # of the rounds that are run
 
@@ -705,7 +796,8 @@ def test_warm_up_of_adaptation_learns_nothing_and_knows_no_validation(monkeypatc
     tg.warm_up_adaptation(run, model, adapters, run.backend)
     assert all(torch.equal(tensor, old) for tensor, old in zip(state, before))
     window = min(cfg.ttt_eval_seq_len, -(-cfg.ttt_eval_seq_len // chunk) * chunk)
-    assert min(sizes) > 0 and max(sizes) >= cfg.ttt_batch_size * window, "the largest round is among them"
+    has_room = min(cfg.ttt_batch_size, tg.round_rows(cfg) // chunk)
+    assert min(sizes) > 0 and max(sizes) >= has_room * window, "the largest round is among them"
     assert "val" not in inspect.signature(tg.warm_up_adaptation).parameters
 
 

@@ -175,7 +175,7 @@ def test_adapters_are_where_they_are_wanted(sites):
     model = tiny_model(CFG).requires_grad_(False)
     batch = pack(draw_documents(20, 30))
     before = model(batch, PLAN, hooks=hooks())
-    adapters.learn(before.sum())
+    adapters.learn(before.sum(), torch.ones(2))
     for B in adapters.B.values():
         assert B.abs().amax((1, 2, 3)).min() > 0, "those of every visit learn"
     assert not torch.equal(model(batch, PLAN, hooks=hooks()), before)

@@ -51,7 +51,9 @@ def read_script(ref: str) -> bytes:
 
 
 def load_script(ref: str, name: str):
-    """train_gpt.py of a commit or a path as a module; its name is also the namespace of its operators."""
+    """train_gpt.py of a commit or a path as a module; in older ones its name is also the
+    namespace of operators.
+    """
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     file = Path(folder.name, f"{name}.py")  # a real file: Triton reads the source of its kernels
