@@ -5,9 +5,11 @@ interprets.
 """
 import functools
 
+import numpy as np
 import torch
 
 import train_gpt as tg
+from conftest import tiny_config, tiny_model
 from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
 
 
@@ -79,6 +81,23 @@ def check_loss():
         assert_same(loss_case(T, D, V, torch.randn))
 
 
+def check_model():
+    """All kernels in their places: the looped model has the same losses and gradients with them."""
+    cfg = tiny_config()
+    model = tiny_model(cfg)
+    tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, 49)
+    batch = tg.make_batch(tokens[:-1], tokens[1:], np.array([0, 20, 48]), 3, 64)
+
+    def losses_and_gradients(fused):
+        model.zero_grad()
+        nll = model(batch, tg.depth_plan(cfg, True), tg.Backend(fused=fused))
+        nll.sum().backward()
+        return [nll.detach(), *(p.grad for p in model.parameters())]
+
+    for ours, theirs in zip(losses_and_gradients(True), losses_and_gradients(False), strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     poison_new_memory()
@@ -86,4 +105,5 @@ if __name__ == "__main__":
     check_heads_and_exclusion()
     check_entry()
     check_loss()
+    check_model()
     print("interpreted")
