@@ -3196,9 +3196,9 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
     val = Validation(tokens, np.ones(len(tokens) - 1), np.arange(slots) * length, np.full(slots, length), 0)
     # One slot, so that compiled code sees two lengths at least; then short, medium and full windows.
     last = len(ends) - 1
+    have_room = round_rows(cfg) // np.diff(ends, prepend=0)  # slots, by chunk
     for chunk, most in ((0, 1), (0, slots), (last // 2, slots), (last, slots)):
-        size = ends[chunk] - (ends[chunk - 1] if chunk else 0)
-        turns = [Turn(slot, slot, chunk) for slot in range(min(most, round_rows(cfg) // size))]
+        turns = [Turn(slot, slot, chunk) for slot in range(min(most, have_room[chunk]))]
         this = to_device(make_round(val, turns, ends, cfg), run.ranks.device)
         adapt(model, adapters, plan, backend, this)
     if run.ranks.on_gpu:

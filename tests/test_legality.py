@@ -642,10 +642,10 @@ def test_chunks_grow_with_what_came_before_alone(longest, chunk, growth, extra):
 def test_schedule_reads_every_document_in_order(lengths, slots, chunk, growth, rows_per_slot):
     """One chunk after the other; in a round those that waited longest, of as many as have slots and room."""
     cfg = tg.Config(ttt_batch_size=slots, ttt_eval_seq_len=40, ttt_chunk_size=chunk, ttt_chunk_growth=growth)
-    with mock.patch.object(tg, "ROWS_PER_SLOT", rows_per_slot):
-        rounds = list(tg.schedule_rounds(lengths, cfg, tg.chunk_ends(200, cfg)))
-        room = tg.round_rows(cfg)
     ends = tg.chunk_ends(200, cfg)
+    with mock.patch.object(tg, "ROWS_PER_SLOT", rows_per_slot):
+        rounds = list(tg.schedule_rounds(lengths, cfg, ends))
+        room = tg.round_rows(cfg)
     sizes = np.diff(ends, prepend=0)
     chunks_read = [[] for _ in lengths]
     entered = []
