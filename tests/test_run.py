@@ -94,7 +94,8 @@ def test_every_second_belongs_to_a_phase(tiny_data, tmp_path):
     seconds = time.perf_counter() - began
     result = read_result(tmp_path / "run")
     assert "validate" in result["phases"]
-    assert 0 <= result["seconds"] - sum(result["phases"].values()) < 0.5
+    milliseconds = 0.0005 * (len(result["phases"]) + 1)  # to which each is rounded
+    assert -milliseconds <= result["seconds"] - sum(result["phases"].values()) < 0.5
     assert 0 <= seconds - result["seconds"] < 3
 
 
