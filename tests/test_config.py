@@ -59,7 +59,7 @@ def test_a_model_brings_no_setting_of_a_run():
     """Such as which part of validation counts, which only the user of a script decides."""
     for name in tg.Config.names("run"):
         assert name not in tg.Config().to_save()
-        with pytest.raises(tg.UserError, match=f"what is {name}"):
+        with pytest.raises(tg.UserError, match=f"another version.*: {name}$"):
             tg.Config.from_env({}, {**tg.Config().to_save(), name: getattr(tg.Config(), name)})
 
 
@@ -109,7 +109,7 @@ def test_dropped_settings_are_those_of_the_specification():
     # not together with the defaults of others
     "MODEL_DIM=510", "NUM_HEADS=6", "NUM_KV_HEADS=3", "ROPE_DIMS=15", "ROPE_DIMS=130", "MLP_MULT=0.001",
     "LOOP_START=6", "LOOP_END=8", "NUM_LAYERS=5", "TRAIN_BATCH_TOKENS=786433", "TRAIN_SEQ_LEN=98305",
-    "VAL_BATCH_TOKENS=1024", "TTT_CHUNK_SIZE=4096", "GPTQ_RESERVE_SECONDS=600",
+    "TTT_CHUNK_SIZE=4096", "GPTQ_RESERVE_SECONDS=600",
 ])
 def test_impossible_values_name_their_variable(assignment):
     name, value = assignment.split("=")

@@ -524,7 +524,7 @@ def with_setting(name: str, value) -> bytes:
     (with_setting("ttt_eval_seq_len", 10**15), "out of range"),
     (with_setting("vocab_size", "1\n2"), "not a whole number"),
     (with_setting("model_dim", [[1]]), "not a whole number"),
-    (with_setting("surprise\x1b[2J\n", 1), "what is surprise")], ids=range(16))
+    (with_setting("surprise\x1b[2J\n", 1), "whose settings differ: surprise")], ids=range(16))
 def test_hostile_artifacts_end_in_one_line(run, tmp_path, blob, says):
     """Some kilobytes that stand for gigabytes, or settings that would fill the memory."""
     path = tmp_path / ARTIFACT

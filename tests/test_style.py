@@ -27,7 +27,7 @@ FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef
 TOP_LEVEL = [node for node in TREE.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 CONFIG = next(node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == "Config")
 
-MOST_TOKENS = 34_210  # of the file: a feature pays for what it adds
+MOST_TOKENS = 34_690  # of the file: a feature pays for what it adds
 MEAN, MEDIAN, NINETIETH = 12.8, 10, 24  # tokens a statement, over the file
 FUNCTION_MEAN, KERNEL_MEAN = 17.0, 20.0  # in any function of five statements or more
 TABLES = {"caveats", "__post_init__"}  # functions that are a table of data; a mean says nothing of them
@@ -36,8 +36,8 @@ MOST_COLUMNS = 110
 LONGEST_FUNCTION = 60  # lines; a kernel may be longer, as it holds both directions
 UNNUMBERED_LINES = 25  # a longer function that is no table and no list of attributes numbers its steps
 SECTIONS = """1 Settings; 2 Processes, log, files; 3 Data; 4 Model; 5 Hooks: calibration and adapters;
-6 Optimizers; 7 Training; 8 Quantization; 9 Artifact; 10 Scores; 11 Score-first adaptation; 12 The run;
-A Appendix: attention backends and Triton kernels"""
+6 Optimizers; 7 Training; 8 Quantization; 9 Artifact; 10 Scores; 11 Score-first adaptation;
+12 Mixture; 13 The run; A Appendix: attention backends and Triton kernels"""
 
 SETTINGS = """preset seed run_id artifact_dir data_dir eval_only_path save_scores attention vocab_size
 train_batch_tokens train_buffers train_seq_len val_batch_tokens eval_seq_len val_doc_fraction num_layers

@@ -328,7 +328,7 @@ def saved_losses(data: bytes, targets: int) -> np.ndarray:
 def seconds_expected(run: FinishedRun, share: float, processes: int) -> float:
     """Of scoring a share of the run's targets, by its phases: those of every start, and those of scoring."""
     starting = "imports", "join", "setup", "open validation", "open artifact", "prepare adaptation", "report"
-    scoring = "count bytes", "score quantized", "adapt"
+    scoring = "count bytes", "score quantized", "count n-grams", "adapt"
     ranks = int(re.match(r"[0-9]{0,4}", run.result["hardware"])[0] or 1)
     once, shared = (sum(run.phases.get(name, 0) for name in names) for names in (starting, scoring))
     return once + shared * share * ranks / processes
@@ -409,7 +409,7 @@ class Audit:
                  f"{said.get('documents')} of {self.data.available}, VAL_DOC_FRACTION={fraction:g}")
         self.raw_text()
         due = {"training took": "training" in late, "scoring took": "scoring" in late,
-               f"{unadapted} targets have their plain score": unadapted, "VAL_DOC_FRACTION": fraction < 1,
+               f"{unadapted} targets are not adapted": unadapted, "VAL_DOC_FRACTION": fraction < 1,
                f"{said['total_bytes']} bytes of": said["total_bytes"] > CAP_BYTES}
         if ours or "tokenizer_sha256" in said:  # older scripts did not state these
             due |= {"unknown validation set": not self.data.known(),

@@ -34,7 +34,8 @@ NEEDED += [f"val_{unit}{stage}" for unit in ("loss", "bpb") for stage in STAGES]
 NEEDED_NOW = """recompilations cap_bytes run_id targets_left_out model_sha256 train_sha256
     train_data_sha256""".split()  # what older runs may lack
 ON_CLOCK = {"train": "training", "calibrate": "training", "open artifact": "scoring",
-            "score quantized": "scoring", "adapt": "scoring"}  # phases that a clock has to count
+            "score quantized": "scoring", "count n-grams": "scoring",
+            "adapt": "scoring"}  # phases that a clock has to count
 VERDICTS = "pass", "FAIL", "NOT CHECKED"  # that an audit.json has, by rule
 AUDITED_VALUES = "code_sha256", "packed_sha256", "val_sha256", "val_loss", "val_bpb"  # that it repeats
 

@@ -101,7 +101,7 @@ def shown_values(field: dataclasses.Field) -> str:
 
 def smoke_runs() -> str:
     """Table of the logged smoke runs."""
-    rows = ["| seed | unquantized | quantized | adapted | bytes of the model | log |",
+    rows = ["| seed | unquantized | quantized | final | bytes of the model | log |",
             "|---|---|---|---|---|---|"]
     for path in sorted((ROOT / "logs").glob("*_cpu_smoke-seed*/result.json")):
         result = json.loads(path.read_bytes())
