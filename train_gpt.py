@@ -1423,29 +1423,10 @@ def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype):
     scaled_down = down * mlp_scale[:, :, None]
     return [qkv, scaled_o.to(dtype), up.to(dtype), scaled_down.to(dtype)]
 
-def add_outputs(y, outputs, scale=None):
-    """y (T, out) plus scale (out,), if there is one, times the outputs of its adapters side by side."""
-    total = torch.cat(outputs, dim=-1)
-    return y + (total if scale is None else scale * total)
-
-def adapter_adamw_(tensors, copies, grads, second_moments, bias_correction, lr: float, decay, beta2):
-    """AdamW without a first moment, in place, for lists of tensors and of their copies in compute dtype.
-
-    bias_correction, decay and beta2 (slots, 1, 1) differ by slot. A beta2 of 1 and a decay of 0 leave a slot
-    as it is, whatever gradient a grouped product gives it.
-    """
-    for tensor, compute_copy, grad, moment in zip(tensors, copies, grads, second_moments):
-        grad = grad.float().where(beta2 < 1, 0.0)
-        moment.lerp_(grad.square(), 1 - beta2)
-        denominator = (moment / bias_correction).sqrt() + 1e-10
-        tensor.mul_(1 - lr * decay)
-        tensor.addcdiv_(grad, denominator, value=-lr)
-        compute_copy.copy_(tensor)
-
 # Backend
 
 class Backend(NamedTuple):
-    """The functions that compute the model and update its adapters. The defaults run anywhere."""
+    """The functions that compute the model. The defaults run anywhere."""
     attend: Callable = sdpa_attention
     fused: bool = False  # kernels in place of PyTorch; hooks then do not see inside the MLP
     cast: Callable = cast_banks
@@ -1455,8 +1436,6 @@ class Backend(NamedTuple):
     final_norm: Callable = final_norm
     head: Callable = loss_head
     nll: Callable = softcapped_nll
-    add_outputs: Callable = add_outputs
-    update: Callable = adapter_adamw_
 
     @classmethod
     def for_machine(cls, cfg: Config, device: torch.device) -> "Backend":
@@ -1484,9 +1463,9 @@ class Backend(NamedTuple):
         if not self.compilable:
             return self
         torch._dynamo.config.recompile_limit = 64
-        parts = ["cast", "embed", "update"]
+        parts = ["cast", "embed"]
         small = self.fused or hooked
-        parts += ["mix_lanes", "final_norm", "nll", "add_outputs"] if small else ["visit", "head"]
+        parts += ["mix_lanes", "final_norm", "nll"] if small else ["visit", "head"]
         return self._replace(**{part: torch.compile(getattr(self, part), fullgraph=True) for part in parts})
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -1675,6 +1654,25 @@ def grouped_linear(x, weights, ends):
         start = end
     return torch.cat(products)
 
+def add_outputs(y, outputs, scale=None):
+    """y (T, out) plus scale (out,), if there is one, times the outputs of its adapters side by side."""
+    total = torch.cat(outputs, dim=-1)
+    return y + (total if scale is None else scale * total)
+
+def adapter_adamw_(tensors, copies, grads, second_moments, bias_correction, lr: float, decay, beta2):
+    """AdamW without a first moment, in place, for lists of tensors and of their copies in compute dtype.
+
+    bias_correction, decay and beta2 (slots, 1, 1) differ by slot. A beta2 of 1 and a decay of 0 leave a slot
+    as it is, whatever gradient a grouped product gives it.
+    """
+    for tensor, compute_copy, grad, moment in zip(tensors, copies, grads, second_moments):
+        grad = grad.float().where(beta2 < 1, 0.0)
+        moment.lerp_(grad.square(), 1 - beta2)
+        denominator = (moment / bias_correction).sqrt() + 1e-10
+        tensor.mul_(1 - lr * decay)
+        tensor.addcdiv_(grad, denominator, value=-lr)
+        compute_copy.copy_(tensor)
+
 class AdapterHook(NamedTuple):
     """Adds B A x to what a site computes: a parallel, low-rank map. The rows of x belong to the slots, in
     order.
@@ -1704,6 +1702,9 @@ class Adapters:
     that AdamW has no first moment.
     """
 
+    add_outputs = staticmethod(add_outputs)
+    update = staticmethod(adapter_adamw_)
+
     def __init__(self, cfg: Config, visits: int, device: torch.device):
         self.cfg = cfg
         slots = cfg.ttt_batch_size
@@ -1730,6 +1731,10 @@ class Adapters:
             self.graph_pool = torch.cuda.graph_pool_handle()
             self.replayed = torch.cuda.Event()
         self.reset_slots(range(slots))
+
+    def compile(self):
+        self.add_outputs = torch.compile(add_outputs, fullgraph=True)
+        self.update = torch.compile(adapter_adamw_, fullgraph=True)
 
     def draw_all(self, names: Iterable[str], visits: int, device: torch.device) -> dict[str, Tensor]:
         """Initial values of A for all names, whichever are wanted, so that no draw depends on the others."""
@@ -1758,7 +1763,7 @@ class Adapters:
             moment[:, indices] = 0
         self.update_count[indices] = 0
 
-    def hooks(self, ends, row_ends, add: Callable = add_outputs) -> Callable:
+    def hooks(self, ends, row_ends) -> Callable:
         """The hooks of a forward pass. ends (slots,) says which positions belong to which slot, row_ends
         (slots,) which rows of the batch, which is what the head sees.
         """
@@ -1773,11 +1778,11 @@ class Adapters:
 
         def hooks_of_visit(visit: int, layer: int) -> AdapterHook:
             own_ends = row_ends if visit < 0 else ends
-            return AdapterHook(of_visit(A, visit), of_visit(B, visit), own_ends, add)
+            return AdapterHook(of_visit(A, visit), of_visit(B, visit), own_ends, self.add_outputs)
 
         return hooks_of_visit
 
-    def learn(self, loss, has_turn, update: Callable = adapter_adamw_):
+    def learn(self, loss, has_turn):
         """One AdamW step on the sum of the documents' losses, each of which moves its own adapters alone.
 
         Slots whose has_turn (slots,) is 0 stay as they are.
@@ -1789,8 +1794,8 @@ class Adapters:
             count = self.update_count.clamp(min=1)[:, None, None]  # of 0, nothing is there to be corrected
             bias_correction = 1 - cfg.ttt_beta2**count  # by slot: each began at another time
             active = has_turn[:, None, None]
-            update(self.tensors, self.copies, grads, self.second_moments, bias_correction, cfg.ttt_lora_lr,
-                   cfg.ttt_weight_decay * active, 1 - (1 - cfg.ttt_beta2) * active)
+            self.update(self.tensors, self.copies, grads, self.second_moments, bias_correction,
+                        cfg.ttt_lora_lr, cfg.ttt_weight_decay * active, 1 - (1 - cfg.ttt_beta2) * active)
 
 # ---- 6 Optimizers ------------------------------------------------------------------------------------------
 
@@ -1812,7 +1817,7 @@ def orthogonalize(G, steps: int):
 class BankShard:
     """Communication buffers of one bank, in the dtype that travels."""
     full: Tensor  # (world_size * share, ...) the bank's gradient on its way out, its update on its way back
-    own: Tensor  # (share, ...) this rank's slice of the reduced gradient; of a single rank, all of `full`
+    local: Tensor  # (share, ...) this rank's slice of the reduced gradient; of a single rank, all of `full`
     pending: Any = None  # the collective under way
 
     def wait(self):
@@ -1842,9 +1847,9 @@ class Muon(torch.optim.Optimizer):
             share = ceil_div(len(bank), ranks.world_size)
             shape = ranks.world_size * share, *bank.shape[1:]
             full = bank.new_zeros(shape, dtype=compute_dtype(bank.device))
-            own = torch.zeros_like(full[:share]) if ranks.world_size > 1 else full
-            self.shards[bank] = BankShard(full, own)
-            self.state[bank]["momentum"] = torch.zeros_like(own, dtype=torch.float32)
+            local = torch.zeros_like(full[:share]) if ranks.world_size > 1 else full
+            self.shards[bank] = BankShard(full, local)
+            self.state[bank]["momentum"] = torch.zeros_like(local, dtype=torch.float32)
 
     @torch.no_grad()
     def send(self):
@@ -1852,14 +1857,14 @@ class Muon(torch.optim.Optimizer):
         for bank, shard in self.shards.items():
             shard.full[: len(bank)] = bank.grad
             if self.ranks.world_size > 1:
-                shard.pending = dist.reduce_scatter_tensor(shard.own, shard.full, async_op=True)
+                shard.pending = dist.reduce_scatter_tensor(shard.local, shard.full, async_op=True)
 
     @torch.no_grad()
     def squared_norm(self):
         """Squared norm of this rank's slices of the reduced gradients, ()."""
         for shard in self.shards.values():
             shard.wait()
-        norms = torch._foreach_norm([shard.own.float() for shard in self.shards.values()])
+        norms = torch._foreach_norm([shard.local.float() for shard in self.shards.values()])
         return torch.stack(norms).square().sum()
 
     @torch.no_grad()
@@ -1868,7 +1873,7 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         for bank, shard in self.shards.items():
             shard.wait()
-            grad = shard.own.float() * grad_scale
+            grad = shard.local.float() * grad_scale
             momentum = self.state[bank]["momentum"]
             momentum.mul_(group["momentum"]).add_(grad)
             update = grad + group["momentum"] * momentum  # Nesterov
@@ -2112,8 +2117,8 @@ class Trainer:
                     log(f"layer_loop:enabled step:{self.steps} frac:{progress:.3f}")
                 lr_scale = learning_rate_scale(progress, cfg)
                 momentum = muon_momentum(self.steps, progress, cfg)
-                own = itertools.islice(batches, self.local_buffers)
-                loss = self.step(own, self.plans[looped], lr_scale, momentum)
+                of_step = itertools.islice(batches, self.local_buffers)
+                loss = self.step(of_step, self.plans[looped], lr_scale, momentum)
                 ema.update()
                 self.steps += 1
                 rows.append(dict(step=self.steps, loss=loss, seconds=seconds, lr=lr_scale, looped=looped))
@@ -2204,10 +2209,10 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
     torch.set_float32_matmul_precision("high")  # TF32 holds bf16 inputs exactly and sums in fp32
     model.requires_grad_(False)
     model.embed.requires_grad_()  # so that gradients go all the way back
-    own = list(range(first + ranks.rank, first + cfg.gptq_calibration_batches, ranks.world_size))
+    indices = list(range(first + ranks.rank, first + cfg.gptq_calibration_batches, ranks.world_size))
     # A rank without a buffer of its own runs one all the same, to have tensors of the right shapes, and then
     # adds zeros.
-    for batch in loader.buffers(iter(own or [first]), ranks.device):
+    for batch in loader.buffers(iter(indices or [first]), ranks.device):
         model(batch, plan, backend, sums.hooks)
         with torch.enable_grad():
             quarter = first_tokens(batch, ceil_div(len(batch.tokens), 4))
@@ -2217,7 +2222,7 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
     torch.set_float32_matmul_precision(precision)
     for statistics in sums:
         for name, value in statistics.items():
-            statistics[name] = ranks.all_reduce_(value if own else value.zero_())
+            statistics[name] = ranks.all_reduce_(value if indices else value.zero_())
             if not statistics[name].isfinite().all():
                 raise UserError("not all activations and gradients are finite after training: lower "
                                 "MATRIX_LR")
@@ -2431,7 +2436,7 @@ class MatrixInfo(NamedTuple):
 
 class Quantizers(NamedTuple):
     """How the matrices of a model are shared out among ranks to be quantized."""
-    own: list[Quantizer]  # this rank's, one for each shape of its matrices
+    local: list[Quantizer]  # this rank's, one for each shape of its matrices
     matrices: dict[str, MatrixInfo]  # all of them
 
 @torch.no_grad()
@@ -2453,15 +2458,15 @@ def make_quantizers(run: Run, model: GPT, sums: Calibration) -> Quantizers:
     #    looked up, it is S[i] / D, where S[i] is the sum of the squared gradients of row i. All costs are
     #    used without the 1 / N, which changes nothing but the unit; so the table's is multiplied by N. The
     #    trace of the head's hessian is N D, since its inputs are normed to a mean square of 1.
-    own = []
+    local = []
     for (shape, is_embed), members in groups.items():
         names, weights, hessians, fishers = map(list, zip(*members))
         token_fisher = None
         if is_embed:
             tokens = sums.hessians["embed"].trace() / shape[1]
             token_fisher = sums.fishers["start"] * tokens / shape[1]
-        own.append(Quantizer(names, weights, hessians, fishers, token_fisher))
-    return Quantizers(own, infos)
+        local.append(Quantizer(names, weights, hessians, fishers, token_fisher))
+    return Quantizers(local, infos)
 
 def matrix_statistics(cfg: Config, model: GPT, sums: Calibration, name: str) -> tuple[Tensor, Tensor]:
     """The hessian (in, in) and the fisher (out,) of one matrix, "3.q" or "embed"."""
@@ -2487,13 +2492,13 @@ def quantize(run: Run, model: GPT, quantizers: Quantizers, coarseness: float) ->
     for name, p in model.named_parameters():
         if name in Optimizers.SCALARS:
             tensors[name] = shorten_fp16(p.half()).cpu()
-    own = {}
-    for quantizer in quantizers.own:
-        own |= quantizer.quantize(coarseness, run.cfg.quant_states)
+    local = {}
+    for quantizer in quantizers.local:
+        local |= quantizer.quantize(coarseness, run.cfg.quant_states)
     for name, info in quantizers.matrices.items():
         for kind in MATRIX_TENSORS:
             key = f"{name}.{kind}"
-            tensor = own[key] if key in own else info.empty(kind, run.ranks.device)
+            tensor = local[key] if key in local else info.empty(kind, run.ranks.device)
             as_bytes = tensor.contiguous().view(torch.int8)  # collectives have no int16
             run.ranks.broadcast_(as_bytes, info.owner)
             tensors[key] = as_bytes.view(tensor.dtype).cpu()
@@ -2722,7 +2727,7 @@ def export(run: Run, model: GPT, sums: Calibration, code_bytes: int, path: Path,
     # 1) Begin with the coarseness that would fill the cap if values were Gaussian: the entropy of one, in
     #    bits, is log2 of its spread in bins + log2(2 pi e) / 2, which is 2.05.
     weights = sum(p.numel() for p in model.parameters())
-    log_spread = sum((q.log_spread() for q in quantizers.own), torch.zeros((), device=ranks.device))
+    log_spread = sum((q.log_spread() for q in quantizers.local), torch.zeros((), device=ranks.device))
     log_spread = ranks.all_reduce_(log_spread).item() / weights
     bits = min(8 * (CAP_BYTES - code_bytes) / weights, 10.0)
     coarseness = 2 ** (log_spread + 2.05 - bits)
@@ -2943,9 +2948,9 @@ def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
     cfg = run.cfg
     ranks = run.ranks
     tally = Tally(len(val.token_bytes), ranks)
-    own = np.flatnonzero(assign_balanced(val.lengths, ranks.world_size) == ranks.rank)
+    local = np.flatnonzero(assign_balanced(val.lengths, ranks.world_size) == ranks.rank)
     spans = deque()
-    for start, length in zip(val.starts[own].tolist(), val.lengths[own].tolist()):
+    for start, length in zip(val.starts[local].tolist(), val.lengths[local].tolist()):
         end = start + length
         spans.extend((lo, min(lo + cfg.eval_seq_len, end)) for lo in range(start, end, cfg.eval_seq_len))
     batch_tokens = cfg.val_batch_tokens // max(ranks.world_size, 8)  # of one size for up to 8 ranks
@@ -3090,11 +3095,10 @@ def slot_ends(sizes, total: int) -> Tensor:
 
 def adapt(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this: Round) -> Tensor:
     """Run a round; returns the adapted losses of its rows. The order of the two steps is the rule."""
-    hooks = adapters.hooks(this.ends, this.row_ends, backend.add_outputs)
-    nll = model(this.batch, plan, backend, hooks)
+    nll = model(this.batch, plan, backend, adapters.hooks(this.ends, this.row_ends))
     final = nll.detach().clone()  # 1. score, with adapters that have learned from earlier chunks only
     loss = (nll * this.loss_weight).sum()
-    adapters.learn(loss, this.has_turn, backend.update)  # 2. learn from what was just scored
+    adapters.learn(loss, this.has_turn)  # 2. learn from what was just scored
     return final
 
 class CapturedRound(NamedTuple):
@@ -3136,12 +3140,12 @@ def rank_rounds(run: Run, val: Validation) -> Iterator[Round]:
     window_tokens = np.minimum(ends, cfg.ttt_eval_seq_len)  # by chunk
     last_chunk = np.searchsorted(ends, val.lengths)
     costs = np.cumsum(window_tokens)[last_chunk]
-    own = np.flatnonzero(assign_balanced(costs, ranks.world_size) == ranks.rank)
-    total = costs[own].sum()
+    local = np.flatnonzero(assign_balanced(costs, ranks.world_size) == ranks.rank)
+    total = costs[local].sum()
     done = 0
     documents = 0
-    for new_slots, turns in schedule_rounds(val.lengths[own].tolist(), cfg, ends):
-        turns = [turn._replace(document=own[turn.document]) for turn in turns]
+    for new_slots, turns in schedule_rounds(val.lengths[local].tolist(), cfg, ends):
+        turns = [turn._replace(document=local[turn.document]) for turn in turns]
         this = make_round(val, turns, ends, cfg)
         yield to_device(this, ranks.device)._replace(new_slots=new_slots, progress=done / total,
                                                      documents=documents)
@@ -3501,6 +3505,7 @@ def score(run: Run, model: GPT, val: Validation) -> Scored:
             adapters = Adapters(cfg, len(plan.visits), ranks.device)
             backend = backend.compiled(hooked=True)
             if backend.compilable:
+                adapters.compile()
                 warm_up_adaptation(run, model, adapters, backend)
         with log.phase("adapt", "scoring"):
             budget = 0.99 * (cfg.eval_max_seconds or math.inf)

@@ -109,6 +109,7 @@ def test_captured_rounds_are_plain_rounds(monkeypatch, kernels):
     run = tg.Run(cfg, tg.Ranks(device="cuda:0"), silent, backend)
     backend = backend.compiled(hooked=True)
     adapters = tg.Adapters(cfg, len(tg.depth_plan(cfg, True).visits), device)
+    adapters.compile()
     lengths = np.array([700, 3, 90, 256, 17, 40, 1, 333, 16])
     tokens = np.random.default_rng(0).integers(4, 1024, lengths.sum() + 1)
     val = tg.Validation(tokens, np.ones(len(tokens) - 1), np.cumsum(lengths) - lengths, lengths, 0)

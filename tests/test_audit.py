@@ -156,7 +156,7 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
     "train before score": ("""
         def adapt(model, adapters, plan, backend, this):
             early = model(this.batch, plan, backend, adapters.hooks(this.ends, this.row_ends))
-            adapters.learn((early * this.loss_weight).sum(), this.has_turn, backend.update)
+            adapters.learn((early * this.loss_weight).sum(), this.has_turn)
             return model(this.batch, plan, backend, adapters.hooks(this.ends, this.row_ends)).detach()
         """, "tails", "score before update"),
     "state kept between documents": ("""

@@ -67,6 +67,7 @@ def graphs_of(monkeypatch, fused):
     plan = tg.depth_plan(CFG, CFG.loops_at_end)
     model = tiny_model(CFG).requires_grad_(False)
     adapters = tg.Adapters(CFG, len(plan.visits), torch.device("cpu"))
+    adapters.compile()
     lengths = np.array(LENGTHS)
     tokens = np.random.default_rng(0).integers(4, 1024, sum(lengths) + 1)
     val = tg.Validation(tokens, np.ones(len(tokens) - 1), np.cumsum(lengths) - lengths, lengths, 0)

@@ -287,14 +287,14 @@ def keep_adapters(self, slots):
         RESET_SLOTS(self, slots)
 
 
-def one_adapter_for_all(self, ends, row_ends, *rest):
+def one_adapter_for_all(self, ends, row_ends):
     """Every document uses the adapters of the first slot."""
-    return HOOKS(self, *(torch.cat([each[-1:]] * len(each)) for each in (ends, row_ends)), *rest)
+    return HOOKS(self, *(torch.cat([each[-1:]] * len(each)) for each in (ends, row_ends)))
 
 
-def learn_while_waiting(self, loss, has_turn, *update):
+def learn_while_waiting(self, loss, has_turn):
     """A slot that waits decays, as often as others let it wait."""
-    LEARN(self, loss, torch.ones_like(has_turn), *update)
+    LEARN(self, loss, torch.ones_like(has_turn))
 
 
 def rows_one_ahead(val, turns, ends, cfg):

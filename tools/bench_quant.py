@@ -144,7 +144,7 @@ class Bench:
         export_seconds = clock.seconds()
         quantizers = tg.make_quantizers(run, self.model, self.sums)
         clock = Clock(run.ranks)
-        for quantizer in quantizers.own:
+        for quantizer in quantizers.local:
             quantizer.quantize(0.1, states)
         gptq_seconds = clock.seconds()
         clock = Clock(run.ranks)
