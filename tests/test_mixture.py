@@ -81,3 +81,12 @@ def test_equal_keys_are_numbered_and_counted(keys):
     for i, key in enumerate(keys):
         assert before[i] == keys[:i].count(key)
         assert ((numbers == numbers[i]) == (torch.tensor(keys) == key)).all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_the_same():
+    rng = np.random.default_rng(0)
+    text = rng.choice([0, 2, 3, 4], 5000)
+    val = validation_of([np.append(BOS, text[start : start + 300]) for start in rng.integers(0, 4700, 200)])
+    votes = [tg.count_votes(val, PIECES, torch.device(device)) for device in ("cpu", "cuda")]
+    torch.testing.assert_close(*votes, rtol=1e-6, atol=1e-7)
