@@ -1817,7 +1817,7 @@ def orthogonalize(G, steps: int):
 class BankShard:
     """Communication buffers of one bank, in the dtype that travels."""
     full: Tensor  # (world_size * share, ...) the bank's gradient on its way out, its update on its way back
-    local: Tensor  # (share, ...) this rank's slice of the reduced gradient; of a single rank, all of `full`
+    own: Tensor  # (share, ...) this rank's slice of the reduced gradient; of a single rank, all of `full`
     pending: Any = None  # the collective under way
 
     def wait(self):
@@ -1847,9 +1847,9 @@ class Muon(torch.optim.Optimizer):
             share = ceil_div(len(bank), ranks.world_size)
             shape = ranks.world_size * share, *bank.shape[1:]
             full = bank.new_zeros(shape, dtype=compute_dtype(bank.device))
-            local = torch.zeros_like(full[:share]) if ranks.world_size > 1 else full
-            self.shards[bank] = BankShard(full, local)
-            self.state[bank]["momentum"] = torch.zeros_like(local, dtype=torch.float32)
+            own = torch.zeros_like(full[:share]) if ranks.world_size > 1 else full
+            self.shards[bank] = BankShard(full, own)
+            self.state[bank]["momentum"] = torch.zeros_like(own, dtype=torch.float32)
 
     @torch.no_grad()
     def send(self):
@@ -1857,14 +1857,14 @@ class Muon(torch.optim.Optimizer):
         for bank, shard in self.shards.items():
             shard.full[: len(bank)] = bank.grad
             if self.ranks.world_size > 1:
-                shard.pending = dist.reduce_scatter_tensor(shard.local, shard.full, async_op=True)
+                shard.pending = dist.reduce_scatter_tensor(shard.own, shard.full, async_op=True)
 
     @torch.no_grad()
     def squared_norm(self):
         """Squared norm of this rank's slices of the reduced gradients, ()."""
         for shard in self.shards.values():
             shard.wait()
-        norms = torch._foreach_norm([shard.local.float() for shard in self.shards.values()])
+        norms = torch._foreach_norm([shard.own.float() for shard in self.shards.values()])
         return torch.stack(norms).square().sum()
 
     @torch.no_grad()
@@ -1873,7 +1873,7 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         for bank, shard in self.shards.items():
             shard.wait()
-            grad = shard.local.float() * grad_scale
+            grad = shard.own.float() * grad_scale
             momentum = self.state[bank]["momentum"]
             momentum.mul_(group["momentum"]).add_(grad)
             update = grad + group["momentum"] * momentum  # Nesterov
@@ -3533,7 +3533,7 @@ def caveats(run: Run, result: Result) -> list[str]:
         (f"training took {training:.1f} s of {CLOCK_SECONDS}", training > CLOCK_SECONDS),
         (f"scoring took {scoring:.1f} s of {CLOCK_SECONDS}", scoring > CLOCK_SECONDS),
         (f"{result.total_bytes} bytes of {CAP_BYTES}", result.total_bytes > CAP_BYTES),
-        (f"{result.unadapted_tokens} targets are not adapted", result.unadapted_tokens),
+        (f"{result.unadapted_tokens} targets have their plain score", result.unadapted_tokens),
         (f"recompilations on the clocks: {result.recompilations}", result.recompilations),
         (f"VAL_DOC_FRACTION={cfg.val_doc_fraction}: not all documents", cfg.val_doc_fraction < 1),
         ("unknown validation set", not result.is_fineweb()),

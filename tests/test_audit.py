@@ -617,7 +617,7 @@ FALSE = {  # changes of result.json, made from what it says, and the rules that 
         name: {"seconds": 4000.0, "budget": 0.0} for name in ("training", "scoring")}}, "clocks, caveats"),
     "late, and said": (lambda said: {
         "unadapted_tokens": 500,
-        "caveats": [*said["caveats"], "500 targets are not adapted"]}, "clocks"),
+        "caveats": [*said["caveats"], "500 targets have their plain score"]}, "clocks"),
     "a smaller model": (lambda said: {"model_bytes": said["model_bytes"] - 1}, "size"),
     "another model": (lambda said: {"model_sha256": "0" * 64}, "size"),
     "another script": (lambda said: {"packed_sha256": "0" * 64}, "size"),

@@ -328,8 +328,8 @@ def test_a_result_says_what_speaks_against_it(run, finished, tmp_path):
     for i, (settings, why) in enumerate((
             (saved, "not trained by this run"),
             ({**saved, "VAL_DOC_FRACTION": 0.4}, "not all documents"),
-            ({**saved, "TTT_ENABLED": 0}, "targets are not adapted"),
-            ({**saved, "EVAL_MAX_SECONDS": 0.01}, "targets are not adapted"),
+            ({**saved, "TTT_ENABLED": 0}, "targets have their plain score"),
+            ({**saved, "EVAL_MAX_SECONDS": 0.01}, "targets have their plain score"),
             ({**QUICK, "VAL_LOSS_EVERY": 4}, "validation was read during training"))):
         outcome = run(ARTIFACT_DIR=tmp_path / str(i), **settings)
         _, said = outcome.out.rsplit("caveats: ")

@@ -409,7 +409,7 @@ class Audit:
                  f"{said.get('documents')} of {self.data.available}, VAL_DOC_FRACTION={fraction:g}")
         self.raw_text()
         due = {"training took": "training" in late, "scoring took": "scoring" in late,
-               f"{unadapted} targets are not adapted": unadapted, "VAL_DOC_FRACTION": fraction < 1,
+               f"{unadapted} targets have their plain score": unadapted, "VAL_DOC_FRACTION": fraction < 1,
                f"{said['total_bytes']} bytes of": said["total_bytes"] > CAP_BYTES}
         if ours or "tokenizer_sha256" in said:  # older scripts did not state these
             due |= {"unknown validation set": not self.data.known(),

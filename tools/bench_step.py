@@ -122,9 +122,9 @@ class Candidate:
         """The collectives of the banks alone: gradients out, updates back."""
         shards = self.trainer.optimizers.muon.shards.values()
         for shard in shards:
-            dist.reduce_scatter_tensor(shard.local, shard.full)
+            dist.reduce_scatter_tensor(shard.own, shard.full)
         for shard in shards:
-            dist.all_gather_into_tensor(shard.full, shard.local)
+            dist.all_gather_into_tensor(shard.full, shard.own)
 
 
 def medians(calls: dict, rounds: int, repeat: int, ranks) -> dict:
