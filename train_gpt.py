@@ -892,6 +892,28 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [tensor for item in value for tensor in tensors_in(item)]
     return [value] if isinstance(value, Tensor) else []
 
+class CapturedCall(NamedTuple):
+    """A call of a function as a CUDA graph, which starts all of its kernels at once."""
+    graph: torch.cuda.CUDAGraph
+    inputs: Any  # a NamedTuple with the memory that the graph reads
+    output: Any  # what it writes, or None
+
+    @classmethod
+    def of(cls, function: Callable, inputs: Any, pool: tuple) -> "CapturedCall":
+        """Capture function(inputs), without a run of it, once one has been. A pool's graphs share memory."""
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local" allows CUDA calls of other threads, such as NCCL's watchdog, while this one captures.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            output = function(inputs)
+        return cls(graph, inputs, output)
+
+    def replay(self, inputs: Any) -> Any:
+        """The output for other inputs of the same shapes; the next replay overwrites it."""
+        for graph_input, tensor in zip(tensors_in(self.inputs), tensors_in(inputs)):
+            graph_input.copy_(tensor)
+        self.graph.replay()
+        return self.output
+
 def span_bounds(starts, total: int, max_len: int):
     """Boundaries of spans, (spans + 1,), for documents that begin at `starts` in a buffer of `total` tokens.
 
@@ -1726,7 +1748,7 @@ class Adapters:
         dtype = compute_dtype(device)
         self.copies = [t.to(dtype, copy=True).requires_grad_() for t in self.tensors]
         self.update_count = torch.zeros(slots, device=device)
-        self.graphs: dict[int, CapturedRound] = {}  # by number of positions
+        self.graphs: dict[int, CapturedCall] = {}  # of `adapt`, by number of positions
         if device.type == "cuda":
             self.graph_pool = torch.cuda.graph_pool_handle()
             self.replayed = torch.cuda.Event()
@@ -1915,6 +1937,8 @@ class Optimizers:
         self.adamw = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
                                        fused=ranks.on_gpu)
         self.peak_lrs = [group["lr"] for group in self.groups]
+        for p in parameters.values():
+            p.grad = torch.zeros_like(p)  # stays in its place, where CUDA graphs find it
 
     @property
     def groups(self) -> list[dict]:
@@ -1922,17 +1946,13 @@ class Optimizers:
 
     def step(self, lr_scale: float, momentum: float):
         """Update the model from this rank's share of the gradients, then forget these."""
-        # 1) A parameter that no visit of the plan uses has no gradient: lane_keep, if no layer is parallel.
-        for p in (*self.muon.shards, *self.replicated):
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        # 2) Reduce over ranks: each bank for itself, and all other gradients as one tensor.
+        # 1) Reduce over ranks: each bank for itself, and all other gradients as one tensor.
         self.muon.send()
         grads = [p.grad.view(-1) for p in self.replicated]
         if self.ranks.world_size > 1:
             packed = self.ranks.all_reduce_(torch.cat(grads))
             torch._foreach_copy_(grads, packed.split([len(grad) for grad in grads]))
-        # 3) Clip, set the rates, step.
+        # 2) Clip, set the rates, step.
         grad_scale = self.clip_scale(grads)
         torch._foreach_mul_(grads, grad_scale)
         for group, peak in zip(self.groups, self.peak_lrs):
@@ -1951,8 +1971,8 @@ class Optimizers:
         return (limit / (total + 1e-6)).clamp(max=1.0)
 
     def zero_grad(self):
-        self.muon.zero_grad()
-        self.adamw.zero_grad()
+        self.muon.zero_grad(set_to_none=False)
+        self.adamw.zero_grad(set_to_none=False)
 
 class Ema:
     """Exponential moving average of all weights, which is what gets exported.
@@ -2037,24 +2057,39 @@ class Trainer:
         self.local_buffers, _ = split_step(self.cfg, self.ranks.world_size)
         self.optimizers = Optimizers(model, self.ranks, self.cfg)
         self.backend = backend.compiled()
-        self.plans = [depth_plan(self.cfg, looped) for looped in (False, True)]
+        self.plans = [depth_plan(self.cfg, looped) for looped in sorted({False, self.cfg.loops_at_end})]
+        self.graphs: dict[Plan, CapturedCall] = {}  # of `learn`
         self.steps = 0
+        self.loss = torch.zeros((), device=self.ranks.device)  # this rank's part of a step's mean loss
         self.targets = torch.zeros((), dtype=torch.int64, device=self.ranks.device)  # that this rank learned
+
+    def learn(self, plan: Plan, batch: Batch):
+        """Forward and backward pass of one buffer, whose share of the step's mean loss adds to self.loss."""
+        nll = self.model(batch, plan, self.backend)
+        counted = (batch.targets != IGNORE).sum()
+        self.targets += counted
+        # Parts add up to the mean over the buffers of all ranks.
+        part = nll.sum() / counted.clamp(min=1) / (self.local_buffers * self.ranks.world_size)
+        part.backward()
+        self.loss += part.detach()
+
+    def capture(self, like: Batch):
+        """Capture `learn` for each plan, once it has run, for batches of this one's shapes."""
+        torch.cuda.empty_cache()  # graphs have a memory pool of their own
+        pool = torch.cuda.graph_pool_handle()
+        for plan in self.plans:
+            self.graphs[plan] = CapturedCall.of(functools.partial(self.learn, plan), like, pool)
 
     def step(self, batches: Iterable[Batch], plan: Plan, lr_scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns this rank's part of its mean loss, (), still on the device."""
-        loss = torch.zeros((), device=self.ranks.device)
-        buffers = self.local_buffers * self.ranks.world_size
+        self.loss.zero_()
         for batch in batches:
-            nll = self.model(batch, plan, self.backend)
-            counted = (batch.targets != IGNORE).sum()
-            self.targets += counted
-            # Parts add up to the mean over the buffers of all ranks.
-            part = nll.sum() / counted.clamp(min=1) / buffers
-            part.backward()
-            loss += part.detach()
+            if plan in self.graphs:
+                self.graphs[plan].replay(batch)
+            else:
+                self.learn(plan, batch)
         self.optimizers.step(lr_scale, momentum)
-        return loss
+        return self.loss.clone()
 
     def warm_up(self):
         """Compile and run the plans with and without loops on random tokens, and leave no trace of it."""
@@ -2066,9 +2101,11 @@ class Trainer:
         batch = make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len)
         batch = to_device(batch, self.ranks.device)
         with preserved(self.model, self.optimizers):
-            for plan in self.plans if cfg.loops_at_end else self.plans[:1]:
+            for plan in self.plans:
                 for _ in range(cfg.warmup_steps):
                     self.step([batch] * self.local_buffers, plan, 1.0, cfg.muon_momentum)
+        if self.backend.fused:
+            self.capture(batch)
         self.targets.zero_()
 
     def own_buffers(self) -> Iterator[int]:
@@ -3101,23 +3138,16 @@ def adapt(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this: Ro
     adapters.learn(loss, this.has_turn)  # 2. learn from what was just scored
     return final
 
-class CapturedRound(NamedTuple):
-    """`adapt` as a CUDA graph, which starts all of its kernels at once."""
-    graph: torch.cuda.CUDAGraph
-    inputs: Round  # memory that the graph reads; graphs share all of it but tokens and their positions
-    nll: Tensor
-
 def capture_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, size: int, like: Round):
-    """Capture `adapt` for rounds of `size` positions, without running it. `like` is a round of any size."""
+    """Capture `adapt` for rounds of `size` positions. `like` is a round of any size: graphs share all of its
+    memory but tokens and their positions.
+    """
     tokens = like.batch.tokens.new_zeros(size)
     spans = like.batch.spans._replace(positions=tokens.clone())
     batch = like.batch._replace(tokens=tokens, spans=spans)
-    inputs = like._replace(batch=batch, target_index=None)
-    graph = torch.cuda.CUDAGraph()
-    # "thread_local" allows CUDA calls of other threads, such as NCCL's watchdog, while this one captures.
-    with torch.cuda.graph(graph, pool=adapters.graph_pool, capture_error_mode="thread_local"):
-        nll = adapt(model, adapters, plan, backend, inputs)
-    adapters.graphs[size] = CapturedRound(graph, inputs, nll)
+    inputs = like._replace(batch=batch, target_index=None)  # the last tensor: replay() copies those before it
+    function = functools.partial(adapt, model, adapters, plan, backend)
+    adapters.graphs[size] = CapturedCall.of(function, inputs, adapters.graph_pool)
 
 def run_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this: Round) -> Tensor:
     """`adapt` or, where it was captured for this size, its graph."""
@@ -3125,12 +3155,9 @@ def run_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this
     if captured is None:
         return adapt(model, adapters, plan, backend, this)
     adapters.replayed.synchronize()  # the host is at most one round ahead, so that the deadline holds
-    # target_index, the last tensor of a round, is None in captured.inputs: zip stops before it.
-    for graph_input, tensor in zip(tensors_in(captured.inputs), tensors_in(this)):
-        graph_input.copy_(tensor)
-    captured.graph.replay()
+    nll = captured.replay(this)
     adapters.replayed.record()
-    return captured.nll
+    return nll
 
 def rank_rounds(run: Run, val: Validation) -> Iterator[Round]:
     """The rounds of this rank. Ranks get whole documents, balanced by the tokens in their windows."""

@@ -607,7 +607,7 @@ def test_replays_read_the_round_that_they_are_given(monkeypatch):
         tg.capture_round(model, adapters, PLAN, run.backend, size, like)
         captured = adapters.graphs[size]
         arguments = model, adapters, tg.depth_plan(cfg, True), run.backend, captured.inputs
-        replay = functools.partial(lambda nll, *arguments: nll.copy_(honest_adapt(*arguments)), captured.nll)
+        replay = functools.partial(lambda nll, *inputs: nll.copy_(honest_adapt(*inputs)), captured.output)
         captured.graph.replay = functools.partial(replay, *arguments)
     monkeypatch.setattr(tg, "adapt", None)  # a round that is no replay would call it
     replayed = tg.score_documents(run, model, val, adapters, run.backend, float("inf"))

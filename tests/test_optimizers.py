@@ -1,8 +1,11 @@
 """Muon, AdamW, clipping, averaging, and what warm-up leaves behind (nothing)."""
+import contextlib
 import copy
+import functools
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,7 +140,7 @@ def test_warm_up_leaves_everything_bitwise_as_it_was():
     assert equal_states(whole_state(trainer), state)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert first_buffers(trainer) == buffers
-    assert all(p.grad is None for p in trainer.model.parameters())
+    assert not any(p.grad.any() for p in trainer.model.parameters())
 
 
 def test_training_after_warm_up_is_training_without_it():
@@ -150,6 +153,70 @@ def test_training_after_warm_up_is_training_without_it():
         return whole_state(trainer)
 
     assert equal_states(state_after_steps(True), state_after_steps(False))
+
+
+def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
+    """Graphs, for which functions stand here: each step learns its own buffers, by the graph of its plan."""
+    def state_after_steps(trainer):
+        for seed in range(4):
+            batches = [draw_batch(10 * seed + n) for n in range(BUFFERS)]
+            trainer.step(batches, trainer.plans[seed % 2], 1.0, MOMENTUM)
+        return [trainer.loss.clone(), trainer.targets.clone(), *whole_state(trainer)]
+
+    plain = state_after_steps(make_trainer())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    trainer = make_trainer()
+    honest_learn, trainer.learn = trainer.learn, lambda plan, batch: None  # while it is captured
+    trainer.capture(draw_batch(99))
+    for plan, captured in trainer.graphs.items():
+        captured.graph.replay = functools.partial(honest_learn, plan, captured.inputs)
+    trainer.learn = None  # a buffer that is learned without a replay would call it
+    assert equal_states(state_after_steps(trainer), plain)
+
+
+@pytest.mark.gpu
+def test_captured_buffers_are_learned_as_others_are(monkeypatch):
+    """Replays of CUDA graphs give the losses and gradients of the same buffers without graphs."""
+    cfg = tg.Config(num_layers=5, loop_start=1, loop_end=2, parallel_start_layer=3, train_batch_tokens=16_384)
+    device = torch.device("cuda")
+    backend = tg.Backend.for_machine(cfg, device)
+    if not backend.fused:
+        pytest.skip("only kernels are captured")
+    run = tg.Run(cfg, tg.Ranks(device="cuda:0"), silent, backend)
+    loader = LoaderShape()
+    loader.buffer_tokens = 2048
+    trainer = tg.Trainer(run, tiny_model(cfg, noise=0.02).to(device), loader)
+    trainer.warm_up()
+    graphs, trainer.graphs = trainer.graphs, {}
+    assert sorted(graphs) == sorted(trainer.plans)
+    monkeypatch.setattr(trainer.optimizers, "step", lambda *args: None)
+    rng = np.random.default_rng(1)
+    batches = []
+    for starts in ((0, 700), (0, 30, 1900), (0,), (0, 1000, 1010)):
+        tokens = rng.integers(0, cfg.vocab_size, 2049)
+        bounds = tg.span_bounds(np.array(starts), 2048, cfg.train_seq_len)
+        batch = tg.make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len)
+        batches.append(tg.to_device(batch, device))
+
+    def losses_and_gradients(plan):
+        trainer.optimizers.zero_grad()
+        trainer.step(batches, plan, 1.0, MOMENTUM)
+        return trainer.loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    for plan in trainer.plans:
+        loss, gradient = losses_and_gradients(plan)
+        _, again = losses_and_gradients(plan)
+        noise = (again - gradient).norm()
+        trainer.graphs = graphs
+        monkeypatch.setattr(trainer, "learn", None)  # a buffer that is learned without a replay would call it
+        for _ in range(2):
+            replayed_loss, replayed = losses_and_gradients(plan)
+            assert replayed_loss == pytest.approx(loss, rel=1e-5)
+            assert (replayed - gradient).norm() <= max(3 * noise, 1e-5 * gradient.norm())
+        monkeypatch.delattr(trainer, "learn")
+        trainer.graphs = {}
 
 
 def test_a_forgotten_momentum_is_caught(monkeypatch):
