@@ -3142,9 +3142,10 @@ def capture_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, 
     """Capture `adapt` for rounds of `size` positions. `like` is a round of any size: graphs share all of its
     memory but tokens and their positions.
     """
-    tokens = like.batch.tokens.new_zeros(size)
-    spans = like.batch.spans._replace(positions=tokens.clone())
-    batch = like.batch._replace(tokens=tokens, spans=spans)
+    batch = like.batch
+    tokens = batch.tokens.new_zeros(size)
+    spans = batch.spans._replace(positions=tokens.clone())
+    batch = batch._replace(tokens=tokens, spans=spans)
     inputs = like._replace(batch=batch, target_index=None)  # the last tensor: replay() copies those before it
     function = functools.partial(adapt, model, adapters, plan, backend)
     adapters.graphs[size] = CapturedCall.of(function, inputs, adapters.graph_pool)
