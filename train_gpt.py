@@ -1628,10 +1628,10 @@ class CalibrationHook(NamedTuple):
     """Sums up, over tokens and over all visits of a layer, what quantization needs to know.
 
     A forward pass without gradients has to come first: hessians[name] += X.T X of the inputs X of a matrix.
-    Then one with gradients: fishers[name] += the squared gradients of its outputs, by output; and
-    fishers["start"], which the caller provides, += those of the embedded tokens, by row of the embedding.
-    Names are "3.qkv", "3.o", "3.up", "3.down" and "embed". The backend must have no kernels, so that every
-    site is seen.
+    Then one with gradients: fishers[name] += G.T G of the gradients G of its outputs or, for the head, their
+    squares; and fishers["start"], which the caller provides, += the squares of those of the embedded tokens,
+    by row of the embedding. Names are "3.qkv", "3.o", "3.up", "3.down" and "embed". The backend must have no
+    kernels, so that every site is seen.
     """
     hessians: dict[str, Tensor]
     fishers: dict[str, Tensor]
@@ -1649,16 +1649,19 @@ class CalibrationHook(NamedTuple):
         return y
 
     def add_gradients(self, name: str, tokens, grad):
-        squares = grad.float().square()
-        if tokens is None:
-            self.fishers[name].add_(squares.sum(0))
+        grad = grad.float()
+        if tokens is not None:
+            self.fishers[name].index_add_(0, tokens, grad.square().sum(1))
+        elif name == "embed":
+            self.fishers[name].add_(grad.square().sum(0))
         else:
-            self.fishers[name].index_add_(0, tokens, squares.sum(1))
+            self.fishers[name].addmm_(grad.T, grad)
 
     def add_inputs(self, name: str, x, outputs: int):
         if name not in self.hessians:
+            shape = (outputs,) if name == "embed" else (outputs, outputs)
             self.hessians[name] = x.new_zeros(x.size(1), x.size(1))
-            self.fishers[name] = x.new_zeros(outputs)
+            self.fishers[name] = x.new_zeros(shape)
         self.hessians[name].addmm_(x.T, x)
 
 def grouped_linear(x, weights, ends):
@@ -2201,11 +2204,17 @@ class Trainer:
 # few tokens, above all those of the embedding's rows. So the cost of a row is at least 1/16 of its matrix's
 # mean, and a row of the embedding then uses the geometric mean of its own cost and that mean.
 #
+# But for the embedding, errors of rows move on to later rows as well: F is the sum of g g.T over gradients g
+# of the outputs, and F[i] above is what remains of its diagonal after that. Every ROW_PARTS-th row is a part,
+# and parts are rounded one after the other (https://arxiv.org/abs/2505.22988, in blocks).
+#
 # Shifts cost no bytes: the shift of a value follows from the oddness of the `whole`s to its left in the row.
 # This is trellis-coded quantization, https://doi.org/10.1109/26.46532; of language models,
 # https://arxiv.org/abs/2406.11235. A Viterbi search finds the best sequence of values. With 64 states and at
 # the same size of the artifact, the squared error is a quarter less than that of rounding one by one.
 
+ROW_PARTS = 8
+ROW_DAMPING = 0.2  # what is added to the diagonal of F, in its means: F is estimated from few tokens
 MAX_INT8 = 127  # no `whole` and no exponent is larger
 # What is stored of a matrix (out, in). The names are those of the artifact's format; here they are called
 #   codes         codes (out, in), int16
@@ -2225,7 +2234,7 @@ TRELLIS = {1: (0, 0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45,
 class Calibration(NamedTuple):
     """Sums over calibration tokens, which tell what an error in a weight costs; see CalibrationHook."""
     hessians: dict[str, Tensor]  # (in, in)
-    fishers: dict[str, Tensor]  # (out,), and "start": (vocab_size,)
+    fishers: dict[str, Tensor]  # (out, out); "embed" and "start": (vocab_size,)
 
     def hooks(self, visit: int, layer: int) -> CalibrationHook:
         return CalibrationHook(self.hessians, self.fishers, layer)
@@ -2397,12 +2406,35 @@ def power(exponents, parts: int):
     """The inverse of exponents_of, fp32."""
     return (exponents.float() / parts).exp2()
 
+class RowPart(NamedTuple):
+    """Rows that are rounded together, and how their errors move on to those that are rounded later."""
+    rows: slice
+    later: Tensor  # (later,) indices
+    moves: Tensor  # (n, later, rows of the part): by what a later row falls for an error in one of these
+
+def split_rows(F) -> tuple[list[RowPart], Tensor]:
+    """Parts of the rows of n matrices with F (n, out, out), and what an error in each row costs, (n, out)."""
+    out = F.size(1)
+    diagonal = F.diagonal(dim1=1, dim2=2)
+    F = F + torch.diag_embed((ROW_DAMPING * diagonal.mean(1, keepdim=True)).expand_as(diagonal))
+    cost = torch.empty_like(diagonal)
+    index = torch.arange(out, device=F.device)
+    parts = []
+    for part in range(ROW_PARTS):
+        rows = slice(part, None, ROW_PARTS)
+        later = index[index % ROW_PARTS > part]
+        across = F[:, later, rows]
+        moves = torch.linalg.solve(F[:, later[:, None], later], across)
+        cost[:, rows] = F.diagonal(dim1=1, dim2=2)[:, rows] - (across * moves).sum(1)
+        parts.append(RowPart(rows, later, moves))
+    return parts, cost
+
 class Quantizer:
     """Matrices of one shape, stacked as (n, out, in), with all that GPTQ needs to know for any bin width."""
 
     def __init__(self, names: list[str], weights: list, hessians: list, fishers: list, token_fisher=None):
-        """Lists have an item for each matrix: (out, in), (in, in), (out,). For the embedding alone,
-        token_fisher (vocab_size,) adds what errors cost where tokens are looked up.
+        """Lists have an item for each matrix: (out, in), (in, in), (out, out). For the embedding fishers are
+        (out,), and token_fisher (vocab_size,) adds what errors cost where tokens are looked up.
         """
         self.names = names
         # 1) Column exponents, from d, what remains of the energy of each input. GPTQ works in their units.
@@ -2417,7 +2449,10 @@ class Quantizer:
         # 2) The cost of an error in row i: F[i] times the geometric mean of d. By how much d[j] differs from
         #    this mean, the column exponents tell already.
         mean_d = mean_log_d.exp2()
-        cost = torch.stack(fishers) * mean_d
+        F = torch.stack(fishers)
+        nowhere = RowPart(slice(None), torch.arange(0), F.new_zeros(1, 0, self.W.size(1)))
+        self.parts, remaining = split_rows(F) if token_fisher is None else ([nowhere], F)
+        cost = remaining * mean_d
         if token_fisher is not None:  # the embedding is read twice: as the head and, by token, at the start
             cost = cost + token_fisher
         mean_cost = cost.mean(1, keepdim=True)
@@ -2444,7 +2479,12 @@ class Quantizer:
         row_exponents = exponents.clamp(-MAX_INT8, MAX_INT8).to(torch.int8)
         by_row = power(row_exponents, 8)[:, :, None]
         by_column = power(self.column_exponents, 8)[:, None]
-        values = gptq(self.W / by_row, self.U, states, RATE_WEIGHT)
+        W = self.W.clone()
+        values = torch.empty_like(W)
+        for rows, later, moves in self.parts:
+            values[:, rows] = gptq(W[:, rows] / by_row[:, rows], self.U, states, RATE_WEIGHT)
+            error = values[:, rows] * by_row[:, rows] - W[:, rows]
+            W[:, later] -= moves @ error
         # 2) Tell the decoder how widely the weights of each row, and then of each column, are spread.
         restored = values * by_row * by_column
         row_spread = exponents_of(root_mean_square(restored, 2), 4)
@@ -2506,7 +2546,7 @@ def make_quantizers(run: Run, model: GPT, sums: Calibration) -> Quantizers:
     return Quantizers(local, infos)
 
 def matrix_statistics(cfg: Config, model: GPT, sums: Calibration, name: str) -> tuple[Tensor, Tensor]:
-    """The hessian (in, in) and the fisher (out,) of one matrix, "3.q" or "embed"."""
+    """The hessian (in, in) and the fisher of one matrix, "3.q" (out, out) or "embed" (out,)."""
     layer, _, kind = name.rpartition(".")
     site = f"{layer}.qkv" if kind in ("q", "k", "v") else name
     fisher = sums.fishers[site]
@@ -2517,10 +2557,12 @@ def matrix_statistics(cfg: Config, model: GPT, sums: Calibration, name: str) -> 
         fisher = fisher / visits.count(int(layer))
     if kind in ("o", "down"):  # calibration saw them multiplied by their residual scale
         scale = model.attn_scale if kind == "o" else model.mlp_scale
-        fisher = fisher * scale[int(layer)].square()
+        scale = scale[int(layer)]
+        fisher = fisher * scale * scale[:, None]
     D, KE = cfg.model_dim, cfg.kv_dim
     rows = {"q": slice(0, D), "k": slice(D, D + KE), "v": slice(D + KE, None)}
-    return sums.hessians[site], fisher[rows.get(kind, slice(None))]
+    own = rows.get(kind, slice(None))
+    return sums.hessians[site], fisher[own, own] if layer else fisher
 
 @torch.no_grad()
 def quantize(run: Run, model: GPT, quantizers: Quantizers, coarseness: float) -> dict[str, Tensor]:

@@ -215,7 +215,8 @@ def test_statistics_are_those_of_inputs_and_gradients():
         x = torch.cat(inputs[key])
         torch.testing.assert_close(H, x.T @ x, rtol=1e-4, atol=1e-4)
         gradients = torch.cat([y.grad for y in outputs[key]])
-        torch.testing.assert_close(fishers[name], gradients.square().sum(0), rtol=1e-4, atol=1e-6)
+        expected = gradients.square().sum(0) if site == "embed" else gradients.T @ gradients
+        torch.testing.assert_close(fishers[name], expected, rtol=1e-4, atol=1e-6)
     (tokens,), (embedded,) = inputs[-1, "start"], outputs[-1, "start"]
     by_row = torch.zeros(CFG.vocab_size).index_add_(0, tokens, embedded.grad.square().sum(1))
     torch.testing.assert_close(fishers["start"], by_row, rtol=1e-4, atol=1e-6)

@@ -33,8 +33,8 @@ def draw_problem(outputs=24, inputs=48, samples=500, seed=0):
 
 
 def make_quantizer(W, H, fisher=None):
-    """A quantizer of one matrix, "w"; without a fisher all rows matter alike."""
-    return tg.Quantizer(["w"], [W], [H], [torch.ones(len(W)) if fisher is None else fisher])
+    """A quantizer of one matrix, "w"; without a fisher (outputs, outputs) all rows matter alike."""
+    return tg.Quantizer(["w"], [W], [H], [torch.eye(len(W)) if fisher is None else fisher])
 
 
 def bin_widths_of(tensors):
@@ -197,7 +197,7 @@ def test_bin_widths_by_sensitivity_beat_equal_ones(seed):
     def loss(tensors):
         return (F[:, None] * ((decoded(tensors) - W) @ x.T).square()).sum()
 
-    by_sensitivity = make_quantizer(W, x.T @ x, F)
+    by_sensitivity = make_quantizer(W, x.T @ x, F.diag())
     equal = make_quantizer(W, x.T @ x)
     by_column = tg.power(equal.column_exponents, 8)[:, None]
     equal.W = equal.W * by_column
@@ -210,6 +210,40 @@ def test_bin_widths_by_sensitivity_beat_equal_ones(seed):
         if bits_of(ours) <= bits_of(theirs):
             break
     assert bits_of(ours) <= bits_of(theirs) and loss(ours) < 0.6 * loss(theirs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_errors_that_move_on_to_later_rows_cost_less(seed):
+    """At no more bits, where gradients of outputs go together; loss is the sum of (error x)^T F (error x)."""
+    W, x = draw_problem(outputs=64, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(64, 64, generator=generator) * torch.logspace(0.5, -1, 64)[:, None]
+    F = directions.T @ directions
+
+    def loss(tensors):
+        error = (decoded(tensors) - W) @ x.T
+        return (error * (F @ error)).sum()
+
+    by_diagonal = make_quantizer(W, x.T @ x, F.diagonal().diag()).quantize(0.4, 8)
+    moving = make_quantizer(W, x.T @ x, F)
+    for coarseness in torch.logspace(-2, 3, 200).tolist():
+        ours = moving.quantize(coarseness, 8)
+        if bits_of(ours) <= bits_of(by_diagonal):
+            break
+    assert bits_of(ours) <= bits_of(by_diagonal) and loss(ours) < 0.8 * loss(by_diagonal)
+
+
+def test_row_parts_are_all_rows_once():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 500, 19, generator=generator)
+    parts, cost = tg.split_rows(x.mT @ x)
+    rows = torch.arange(19)
+    assert torch.cat([rows[part.rows] for part in parts]).sort().values.equal(rows)
+    done = torch.empty(0, dtype=torch.long)
+    for part in parts:
+        done = torch.cat([done, rows[part.rows]])
+        assert torch.cat([done, part.later]).sort().values.equal(rows)
+    assert (cost > 0).all()
 
 
 # ---- Coder and container -----------------------------------------------------------------------------------
@@ -294,8 +328,9 @@ def even_statistics() -> tg.Calibration:
     for layer in range(CFG.num_layers):
         shapes.update((f"{layer}.{site}", shape) for site, shape in of_layer.items())
     hessians = {name: torch.eye(inputs) for name, (inputs, _) in shapes.items()}
-    fishers = {name: torch.ones(outputs) for name, (_, outputs) in shapes.items()}
-    return tg.Calibration(hessians, {**fishers, "start": torch.zeros(CFG.vocab_size)})
+    fishers = {name: torch.eye(outputs) for name, (_, outputs) in shapes.items()}
+    of_embedding = {"embed": torch.ones(CFG.vocab_size), "start": torch.zeros(CFG.vocab_size)}
+    return tg.Calibration(hessians, {**fishers, **of_embedding})
 
 
 def make_artifact(model, coarseness=0.015) -> bytes:
