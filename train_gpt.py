@@ -204,7 +204,7 @@ class Config:
     # quantization
     quant_states: int = knob(64, choices=(1, 4, 8, 16, 32, 64), kind="quantization")  # states of the trellis
     gptq_calibration_batches: int = knob(16, 1, kind="quantization")  # training buffers, over all ranks
-    gptq_reserve_seconds: float = knob(4.0, 0.0)  # end of the clock kept for calibration; set 10 on 1 GPU
+    gptq_reserve_seconds: float = knob(4.0, 0.0)  # end of the clock kept for calibration; set 12 on 1 GPU
     # test-time training
     ttt_enabled: bool = knob(True)  # 0: the plain score of the quantized model is the headline
     ttt_sites: str = knob("qkv,attn,head")  # which of qkv, attn, mlp and head have adapters, in this order
@@ -3708,12 +3708,12 @@ def save_scores(path: Path, nll: Tensor, val: Validation):
 def read_settings(env: Mapping[str, str], ranks: Ranks) -> tuple[Config, Saved | None]:
     """The settings of rank 0, for all ranks, and on rank 0 what EVAL_ONLY_PATH holds.
 
-    On a CPU there is no scoring deadline and one thread, unless the user wants others: more threads wait for
-    each other in models as small as those that a CPU can train.
+    Unless the user wants others, there is one thread: more wait for each other, on a CPU because its models
+    are small, beside a GPU if other runs use the machine, too. And on a CPU there is no scoring deadline.
     """
     saved = None
     cfg = None
-    if not ranks.on_gpu and not env.get("OMP_NUM_THREADS"):
+    if not env.get("OMP_NUM_THREADS"):
         torch.set_num_threads(1)
     if ranks.is_main:
         path = env.get("EVAL_ONLY_PATH")
