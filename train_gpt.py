@@ -2414,18 +2414,18 @@ class RowPart(NamedTuple):
 
 def split_rows(F) -> tuple[list[RowPart], Tensor]:
     """Parts of the rows of n matrices with F (n, out, out), and what an error in each row costs, (n, out)."""
-    out = F.size(1)
+    index = torch.arange(F.size(1), device=F.device)
+    F = F.clone()
     diagonal = F.diagonal(dim1=1, dim2=2)
-    F = F + torch.diag_embed((ROW_DAMPING * diagonal.mean(1, keepdim=True)).expand_as(diagonal))
+    diagonal += (ROW_DAMPING * diagonal.mean(1, keepdim=True)).clamp(min=1e-30)  # more than 0, even if F is 0
     cost = torch.empty_like(diagonal)
-    index = torch.arange(out, device=F.device)
     parts = []
     for part in range(ROW_PARTS):
         rows = slice(part, None, ROW_PARTS)
         later = index[index % ROW_PARTS > part]
         across = F[:, later, rows]
         moves = torch.linalg.solve(F[:, later[:, None], later], across)
-        cost[:, rows] = F.diagonal(dim1=1, dim2=2)[:, rows] - (across * moves).sum(1)
+        cost[:, rows] = diagonal[:, rows] - (across * moves).sum(1)
         parts.append(RowPart(rows, later, moves))
     return parts, cost
 
@@ -2556,8 +2556,7 @@ def matrix_statistics(cfg: Config, model: GPT, sums: Calibration, name: str) -> 
         visits = depth_plan(cfg, cfg.loops_at_end).visits
         fisher = fisher / visits.count(int(layer))
     if kind in ("o", "down"):  # calibration saw them multiplied by their residual scale
-        scale = model.attn_scale if kind == "o" else model.mlp_scale
-        scale = scale[int(layer)]
+        scale = (model.attn_scale if kind == "o" else model.mlp_scale)[int(layer)]
         fisher = fisher * scale * scale[:, None]
     D, KE = cfg.model_dim, cfg.kv_dim
     rows = {"q": slice(0, D), "k": slice(D, D + KE), "v": slice(D + KE, None)}

@@ -233,17 +233,55 @@ def test_errors_that_move_on_to_later_rows_cost_less(seed):
     assert bits_of(ours) <= bits_of(by_diagonal) and loss(ours) < 0.8 * loss(by_diagonal)
 
 
-def test_row_parts_are_all_rows_once():
+@pytest.mark.parametrize("outputs", [3, 19])
+def test_row_parts_are_all_rows_once(outputs):
+    """And an error costs what remains of it once later rows, which are free, have made it good."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 500, 19, generator=generator)
-    parts, cost = tg.split_rows(x.mT @ x)
-    rows = torch.arange(19)
+    x = torch.randn(2, 500, outputs, generator=generator) + 1
+    F = x.mT @ x
+    parts, cost = tg.split_rows(F)
+    rows = torch.arange(outputs)
     assert torch.cat([rows[part.rows] for part in parts]).sort().values.equal(rows)
+    damped = F + tg.ROW_DAMPING * F.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(outputs)
     done = torch.empty(0, dtype=torch.long)
     for part in parts:
         done = torch.cat([done, rows[part.rows]])
         assert torch.cat([done, part.later]).sort().values.equal(rows)
-    assert (cost > 0).all()
+        for row in rows[part.rows]:
+            free = torch.cat([row[None], part.later])
+            remaining = 1 / damped[:, free[:, None], free].double().inverse()[:, 0, 0]
+            torch.testing.assert_close(cost[:, row].double(), remaining, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("outputs", [3, 16])
+def test_rows_without_gradients(outputs):
+    """Where no error costs anything, bins are as wide as they can be."""
+    W, x = draw_problem(outputs=outputs)
+    tensors = make_quantizer(W, x.T @ x, torch.zeros(outputs, outputs)).quantize(0.5, STATES)
+    assert (tensors["w.rows"] == tg.MAX_INT8).all() and decoded(tensors).isfinite().all()
+
+
+def test_statistics_of_a_matrix_are_its_own():
+    """Those of q, k and v are cut from their site; of o and down, calibration saw scaled outputs."""
+    cfg, model = CFG, tiny_model(CFG)
+    generator = torch.Generator().manual_seed(0)
+    sums = even_statistics()
+    for name, fisher in sums.fishers.items():
+        x = torch.randn(fisher.shape, generator=generator)
+        sums.fishers[name] = x.T @ x if x.ndim == 2 else x.square()
+    assert tg.matrix_statistics(cfg, model, sums, "embed")[1].equal(sums.fishers["embed"])
+    visits = tg.depth_plan(cfg, True).visits
+    D, KE = cfg.model_dim, cfg.kv_dim
+    for layer in range(cfg.num_layers):
+        q, k, v = sums.fishers[f"{layer}.qkv"].split([D, KE, KE])
+        up = sums.fishers[f"{layer}.up"]
+        expected = {"q": q[:, :D], "k": k[:, D : D + KE], "v": v[:, D + KE :], "up": up}
+        for kind, scale in (("o", model.attn_scale), ("down", model.mlp_scale)):
+            scale = scale[layer].detach().diag()
+            expected[kind] = scale @ sums.fishers[f"{layer}.{kind}"] @ scale
+        for kind, fisher in expected.items():
+            _, own = tg.matrix_statistics(cfg, model, sums, f"{layer}.{kind}")
+            torch.testing.assert_close(own, fisher / visits.count(layer))
 
 
 # ---- Coder and container -----------------------------------------------------------------------------------
