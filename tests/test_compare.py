@@ -292,8 +292,8 @@ def test_what_differs_is_said(tmp_path, capsys):
 
 def test_runs_in_logs_can_be_compared(tmp_path, capsys):
     logs = ROOT / "logs"
-    lines = lines_of(capsys, logs / "2026-11-26_cpu_smoke-seed7", logs / "2026-11-26_cpu_smoke-seed42",
-                     "--against", logs / "2026-11-26_cpu_smoke-seed1337/log.txt", "-o", tmp_path / "x.png")
+    lines = lines_of(capsys, logs / "2026-11-27_cpu_smoke-seed7", logs / "2026-11-27_cpu_smoke-seed42",
+                     "--against", logs / "2026-11-27_cpu_smoke-seed1337/log.txt", "-o", tmp_path / "x.png")
     assert cells(lines[lines.index("", 2):], "runs")[1] == "none" and lines[0].endswith("nothing")
 
 
@@ -372,7 +372,7 @@ def test_the_folder_of_a_variant_is_none_of_a_run(tmp_path, refused):
 def test_only_a_baseline_needs_scipy(tmp_path):
     """tools/submission.py does without until it is to test something."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['scipy'] = None\n")
-    run = ROOT / "logs/2026-11-26_cpu_smoke-seed7"
+    run = ROOT / "logs/2026-11-27_cpu_smoke-seed7"
     for baseline, status in (([], 0), (["--baseline", "1.1,1.2"], 2)):
         done = subprocess.run([sys.executable, ROOT / "tools/submission.py", "table", run, *baseline],
                               capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
