@@ -900,7 +900,7 @@ class CapturedCall(NamedTuple):
 
     @classmethod
     def of(cls, function: Callable, inputs: Any, pool: tuple) -> "CapturedCall":
-        """Capture function(inputs), without a run of it, once one has been. A pool's graphs share memory."""
+        """Capture function(inputs), which has run before and does not now; graphs of a pool share memory."""
         graph = torch.cuda.CUDAGraph()
         # "thread_local" allows CUDA calls of other threads, such as NCCL's watchdog, while this one captures.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -909,7 +909,7 @@ class CapturedCall(NamedTuple):
 
     def replay(self, inputs: Any) -> Any:
         """The output for other inputs of the same shapes; the next replay overwrites it."""
-        for graph_input, tensor in zip(tensors_in(self.inputs), tensors_in(inputs)):
+        for graph_input, tensor in zip(tensors_in(self.inputs), tensors_in(inputs), strict=True):
             graph_input.copy_(tensor)
         self.graph.replay()
         return self.output
@@ -1473,6 +1473,7 @@ class Backend(NamedTuple):
 
     @property
     def compilable(self) -> bool:
+        """Whether no pass reads a tensor on the host, which neither torch.compile nor a CUDA graph can do."""
         return self.attend is not sdpa_attention
 
     def compiled(self, hooked: bool = False) -> "Backend":
@@ -1628,10 +1629,10 @@ class CalibrationHook(NamedTuple):
     """Sums up, over tokens and over all visits of a layer, what quantization needs to know.
 
     A forward pass without gradients has to come first: hessians[name] += X.T X of the inputs X of a matrix.
-    Then one with gradients: fishers[name] += G.T G of the gradients G of its outputs or, for the head, their
-    squares; and fishers["start"], which the caller provides, += the squares of those of the embedded tokens,
-    by row of the embedding. Names are "3.qkv", "3.o", "3.up", "3.down" and "embed". The backend must have no
-    kernels, so that every site is seen.
+    Then one with gradients: fishers[name] += G.T G of the gradients G of its outputs; of the head, "embed",
+    the diagonal alone. And fishers["start"], which the caller provides, += the squared gradients of the
+    embedded tokens, by row of the embedding. Other names are "3.qkv", "3.o", "3.up" and "3.down". The backend
+    must have no kernels, so that every site is seen.
     """
     hessians: dict[str, Tensor]
     fishers: dict[str, Tensor]
@@ -2060,7 +2061,8 @@ class Trainer:
         self.local_buffers, _ = split_step(self.cfg, self.ranks.world_size)
         self.optimizers = Optimizers(model, self.ranks, self.cfg)
         self.backend = backend.compiled()
-        self.plans = [depth_plan(self.cfg, looped) for looped in sorted({False, self.cfg.loops_at_end})]
+        depths = (False, True) if self.cfg.loops_at_end else (False,)
+        self.plans = [depth_plan(self.cfg, looped) for looped in depths]
         self.graphs: dict[Plan, CapturedCall] = {}  # of `learn`
         self.steps = 0
         self.loss = torch.zeros((), device=self.ranks.device)  # this rank's part of a step's mean loss
@@ -2076,12 +2078,12 @@ class Trainer:
         part.backward()
         self.loss += part.detach()
 
-    def capture(self, like: Batch):
-        """Capture `learn` for each plan, once it has run, for batches of this one's shapes."""
+    def capture(self, batch: Batch):
+        """Capture `learn` for each plan, once it has run; this batch's memory is where graphs read others."""
         torch.cuda.empty_cache()  # graphs have a memory pool of their own
         pool = torch.cuda.graph_pool_handle()
         for plan in self.plans:
-            self.graphs[plan] = CapturedCall.of(functools.partial(self.learn, plan), like, pool)
+            self.graphs[plan] = CapturedCall.of(functools.partial(self.learn, plan), batch, pool)
 
     def step(self, batches: Iterable[Batch], plan: Plan, lr_scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns this rank's part of its mean loss, (), still on the device."""
@@ -2107,7 +2109,7 @@ class Trainer:
             for plan in self.plans:
                 for _ in range(cfg.warmup_steps):
                     self.step([batch] * self.local_buffers, plan, 1.0, cfg.muon_momentum)
-        if self.backend.fused:
+        if self.backend.fused and self.backend.compilable:
             self.capture(batch)
         self.targets.zero_()
 
@@ -2192,21 +2194,23 @@ class Trainer:
 #     bin width = 2^(row_exponent[i] / 8) * 2^(column_exponent[j] / 8)
 #
 # Bin widths. An error e[i, j] in a weight raises the loss, to second order, in proportion to F[i] d[j] e^2.
-# Here F[i] is the sum over calibration tokens of the squared gradient of output i, and d[j] = 1 / U[j, j]^2
-# is what remains of the energy of input j, also a sum over tokens, after GPTQ has moved the error on to later
-# columns (U: see gptq_factors). A bin twice as wide quadruples e^2 and saves one bit. So a bit buys the same
-# loss everywhere if
+# Here F[i] is the sum over calibration tokens of the squared gradient of output i, less what errors of row i
+# lose by moving on to later rows. And d[j] = 1 / U[j, j]^2 is what remains of the energy of input j, also a
+# sum over tokens, after GPTQ has moved the error on to later columns (U: see gptq_factors). A bin twice as
+# wide quadruples e^2 and saves one bit. So a bit buys the same loss everywhere if
 #
 #     bin width[i, j] = coarseness / sqrt(F[i] d[j])
 #
 # with one coarseness for all matrices, which is searched until code and model fill the cap. This is the usual
-# allocation of bits by rate-distortion theory, for the distortion above. Some costs F[i] d are estimated from
-# few tokens, above all those of the embedding's rows. So the cost of a row is at least 1/16 of its matrix's
-# mean, and a row of the embedding then uses the geometric mean of its own cost and that mean.
+# allocation of bits by rate-distortion theory, for the distortion above.
 #
-# But for the embedding, errors of rows move on to later rows as well: F is the sum of g g.T over gradients g
-# of the outputs, and F[i] above is what remains of its diagonal after that. Every ROW_PARTS-th row is a part,
-# and parts are rounded one after the other (https://arxiv.org/abs/2505.22988, in blocks).
+# Rows. Let F be the sum of g g.T over the gradients g of all outputs. Every ROW_PARTS-th row is of one part.
+# Parts are rounded one after the other, and the errors of each move on to the rows of later parts, as those
+# of columns do (https://arxiv.org/abs/2505.22988, in blocks). F[i] above is what remains of F[i, i].
+#
+# F is estimated from few tokens. So ROW_DAMPING of the mean of its diagonal is added to it, and no row costs
+# less than that. In the embedding, where tokens are fewer still, errors of rows stay; the cost of a row is at
+# least 1/16 of the mean, and its bins use the geometric mean of its own cost and that mean.
 #
 # Shifts cost no bytes: the shift of a value follows from the oddness of the `whole`s to its left in the row.
 # This is trellis-coded quantization, https://doi.org/10.1109/26.46532; of language models,
@@ -2214,7 +2218,7 @@ class Trainer:
 # the same size of the artifact, the squared error is a quarter less than that of rounding one by one.
 
 ROW_PARTS = 8
-ROW_DAMPING = 0.2  # what is added to the diagonal of F, in its means: F is estimated from few tokens
+ROW_DAMPING = 0.2
 MAX_INT8 = 127  # no `whole` and no exponent is larger
 # What is stored of a matrix (out, in). The names are those of the artifact's format; here they are called
 #   codes         codes (out, in), int16
@@ -2407,25 +2411,26 @@ def power(exponents, parts: int):
     return (exponents.float() / parts).exp2()
 
 class RowPart(NamedTuple):
-    """Rows that are rounded together, and how their errors move on to those that are rounded later."""
+    """Rows that are rounded together, and where their errors move."""
     rows: slice
-    later: Tensor  # (later,) indices
-    moves: Tensor  # (n, later, rows of the part): by what a later row falls for an error in one of these
+    later: Tensor  # (later,) indices of the rows of later parts
+    moves: Tensor  # (n, later, rows): by how much a later row falls for an error of 1 in one of these
 
 def split_rows(F) -> tuple[list[RowPart], Tensor]:
     """Parts of the rows of n matrices with F (n, out, out), and what an error in each row costs, (n, out)."""
     index = torch.arange(F.size(1), device=F.device)
     F = F.clone()
-    diagonal = F.diagonal(dim1=1, dim2=2)
+    diagonal = F.diagonal(dim1=1, dim2=2)  # a view: F changes, too
     diagonal += (ROW_DAMPING * diagonal.mean(1, keepdim=True)).clamp(min=1e-30)  # more than 0, even if F is 0
     cost = torch.empty_like(diagonal)
     parts = []
     for part in range(ROW_PARTS):
         rows = slice(part, None, ROW_PARTS)
         later = index[index % ROW_PARTS > part]
-        across = F[:, later, rows]
-        moves = torch.linalg.solve(F[:, later[:, None], later], across)
-        cost[:, rows] = diagonal[:, rows] - (across * moves).sum(1)
+        # e.T F e is least if errors in these rows move later ones by -inv(F[later, later]) F[later, rows] e.
+        coupling = F[:, later, rows]
+        moves = torch.linalg.solve(F[:, later[:, None], later], coupling)
+        cost[:, rows] = diagonal[:, rows] - (coupling * moves).sum(1)
         parts.append(RowPart(rows, later, moves))
     return parts, cost
 
@@ -2449,16 +2454,17 @@ class Quantizer:
         # 2) The cost of an error in row i: F[i] times the geometric mean of d. By how much d[j] differs from
         #    this mean, the column exponents tell already.
         mean_d = mean_log_d.exp2()
-        F = torch.stack(fishers)
-        nowhere = RowPart(slice(None), torch.arange(0), F.new_zeros(1, 0, self.W.size(1)))
-        self.parts, remaining = split_rows(F) if token_fisher is None else ([nowhere], F)
-        cost = remaining * mean_d
-        if token_fisher is not None:  # the embedding is read twice: as the head and, by token, at the start
-            cost = cost + token_fisher
-        mean_cost = cost.mean(1, keepdim=True)
-        cost = cost.maximum(mean_cost / 16)
-        self.root_cost = cost.sqrt() if token_fisher is None else (cost * mean_cost) ** 0.25  # (n, out)
-        # 3) No bin is so fine that the largest weight of its row would be out of range.
+        fisher = torch.stack(fishers)
+        if token_fisher is None:
+            self.parts, remaining = split_rows(fisher)
+            self.root_cost = (remaining * mean_d).sqrt()  # (n, out)
+        else:  # the embedding is read twice: as the head and, by token, at the start
+            nowhere = fisher.new_zeros(1, 0, fisher.size(1))
+            self.parts = [RowPart(slice(None), torch.arange(0), nowhere)]
+            cost = fisher * mean_d + token_fisher
+            mean_cost = cost.mean(1, keepdim=True)
+            self.root_cost = (cost.maximum(mean_cost / 16) * mean_cost) ** 0.25
+        # 3) No bin is so fine that the largest weight of its row, before errors move, would be out of range.
         largest = self.W.abs().amax(2) / MAX_INT8
         self.finest = torch.ceil(8 * largest.clamp(min=2.0**-15).log2())
         # 4) Exponents are rounded down. If that happened to all rows at once, the size would jump as the
@@ -2481,9 +2487,10 @@ class Quantizer:
         by_column = power(self.column_exponents, 8)[:, None]
         W = self.W.clone()
         values = torch.empty_like(W)
-        for rows, later, moves in self.parts:
-            values[:, rows] = gptq(W[:, rows] / by_row[:, rows], self.U, states, RATE_WEIGHT)
-            error = values[:, rows] * by_row[:, rows] - W[:, rows]
+        for rows, later, moves in self.parts:  # W is changed by the errors of earlier parts
+            bins = by_row[:, rows]
+            values[:, rows] = gptq(W[:, rows] / bins, self.U, states, RATE_WEIGHT)
+            error = values[:, rows] * bins - W[:, rows]
             W[:, later] -= moves @ error
         # 2) Tell the decoder how widely the weights of each row, and then of each column, are spread.
         restored = values * by_row * by_column
@@ -2547,21 +2554,21 @@ def make_quantizers(run: Run, model: GPT, sums: Calibration) -> Quantizers:
 
 def matrix_statistics(cfg: Config, model: GPT, sums: Calibration, name: str) -> tuple[Tensor, Tensor]:
     """The hessian (in, in) and the fisher of one matrix, "3.q" (out, out) or "embed" (out,)."""
-    layer, _, kind = name.rpartition(".")
+    if name == "embed":
+        return sums.hessians[name], sums.fishers[name]
+    layer, kind = name.split(".")
     site = f"{layer}.qkv" if kind in ("q", "k", "v") else name
-    fisher = sums.fishers[site]
-    if layer:
-        # Hessian and fisher are both sums over the visits of a layer, so their product would grow with the
-        # square of the number of visits, while the cost is a sum over visits.
-        visits = depth_plan(cfg, cfg.loops_at_end).visits
-        fisher = fisher / visits.count(int(layer))
+    # Hessian and fisher are both sums over the visits of a layer, so their product would grow with the square
+    # of the number of visits, while the cost is a sum over visits.
+    visits = depth_plan(cfg, cfg.loops_at_end).visits
+    fisher = sums.fishers[site] / visits.count(int(layer))
     if kind in ("o", "down"):  # calibration saw them multiplied by their residual scale
         scale = (model.attn_scale if kind == "o" else model.mlp_scale)[int(layer)]
         fisher = fisher * scale * scale[:, None]
     D, KE = cfg.model_dim, cfg.kv_dim
     rows = {"q": slice(0, D), "k": slice(D, D + KE), "v": slice(D + KE, None)}
     own = rows.get(kind, slice(None))
-    return sums.hessians[site], fisher[own, own] if layer else fisher
+    return sums.hessians[site], fisher[own, own]
 
 @torch.no_grad()
 def quantize(run: Run, model: GPT, quantizers: Quantizers, coarseness: float) -> dict[str, Tensor]:
@@ -3187,7 +3194,7 @@ def capture_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, 
     tokens = batch.tokens.new_zeros(size)
     spans = batch.spans._replace(positions=tokens.clone())
     batch = batch._replace(tokens=tokens, spans=spans)
-    inputs = like._replace(batch=batch, target_index=None)  # the last tensor: replay() copies those before it
+    inputs = like._replace(batch=batch, target_index=None)
     function = functools.partial(adapt, model, adapters, plan, backend)
     adapters.graphs[size] = CapturedCall.of(function, inputs, adapters.graph_pool)
 
@@ -3197,7 +3204,7 @@ def run_round(model: GPT, adapters: Adapters, plan: Plan, backend: Backend, this
     if captured is None:
         return adapt(model, adapters, plan, backend, this)
     adapters.replayed.synchronize()  # the host is at most one round ahead, so that the deadline holds
-    nll = captured.replay(this)
+    nll = captured.replay(this._replace(target_index=None))
     adapters.replayed.record()
     return nll
 
@@ -3707,8 +3714,8 @@ def save_scores(path: Path, nll: Tensor, val: Validation):
 def read_settings(env: Mapping[str, str], ranks: Ranks) -> tuple[Config, Saved | None]:
     """The settings of rank 0, for all ranks, and on rank 0 what EVAL_ONLY_PATH holds.
 
-    Unless the user wants others, there is one thread: more wait for each other, on a CPU because its models
-    are small, beside a GPU if other runs use the machine, too. And on a CPU there is no scoring deadline.
+    One thread computes, unless OMP_NUM_THREADS says otherwise: more would wait for each other, in the small
+    models of a CPU and in runs side by side. On a CPU there is no scoring deadline, unless the user sets one.
     """
     saved = None
     cfg = None

@@ -21,7 +21,8 @@ MOMENTUM = 0.9
 
 def draw_batch(seed=0, tokens=128):
     stream = np.random.default_rng(seed).integers(2, 1024, tokens + 1)
-    return tg.make_batch(stream[:-1], stream[1:], np.arange(0, tokens + 1, 64), tokens // 64, 64)
+    bounds = np.union1d(np.arange(0, tokens + 1, 64), 64 - seed % 9)  # spans of other lengths by another seed
+    return tg.make_batch(stream[:-1], stream[1:], bounds, tokens // 64 + 1, 64)
 
 
 # ---- Optimizers --------------------------------------------------------------------------------------------
@@ -140,7 +141,33 @@ def test_warm_up_leaves_everything_bitwise_as_it_was():
     assert equal_states(whole_state(trainer), state)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert first_buffers(trainer) == buffers
-    assert not any(p.grad.any() for p in trainer.model.parameters())
+    assert not any(p.grad.any() for p in trainer.model.parameters()) and trainer.targets == 0
+
+
+def test_what_graphs_write_stays_where_it_is():
+    """Losses, counts and gradients are added in place, whatever steps and warm-up do."""
+    trainer = make_trainer()
+
+    def places():
+        return [tensor.data_ptr() for tensor in (trainer.loss, trainer.targets)] + [
+            p.grad.data_ptr() for p in trainer.model.parameters()]
+
+    before = places()
+    trainer.warm_up()
+    losses = [take_step(trainer, seed, looped=seed > 0) for seed in range(3)]
+    assert places() == before and trainer.targets > 0
+    assert len({loss.item() for loss in losses}) == 3, "no later step changes a loss"
+
+
+@pytest.mark.parametrize("attend, captured", [(tg.varlen_attention, 1), (tg.sdpa_attention, 0)])
+def test_warm_up_captures_where_no_pass_waits_for_the_gpu(monkeypatch, attend, captured):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "step", lambda *args: None)
+    monkeypatch.setattr(trainer, "backend", tg.Backend(attend, fused=True))
+    batches = []
+    monkeypatch.setattr(trainer, "capture", batches.append)
+    trainer.warm_up()
+    assert len(batches) == captured
 
 
 def test_training_after_warm_up_is_training_without_it():
@@ -156,12 +183,13 @@ def test_training_after_warm_up_is_training_without_it():
 
 
 def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
-    """Graphs, for which functions stand here: each step learns its own buffers, by the graph of its plan."""
+    """With functions in place of graphs, each step learns its own buffers, by the graph of its plan."""
     def state_after_steps(trainer):
+        losses = []
         for seed in range(4):
             batches = [draw_batch(10 * seed + n) for n in range(BUFFERS)]
-            trainer.step(batches, trainer.plans[seed % 2], 1.0, MOMENTUM)
-        return [trainer.loss.clone(), trainer.targets.clone(), *whole_state(trainer)]
+            losses.append(trainer.step(batches, trainer.plans[seed % 2], 1.0, MOMENTUM))
+        return [*losses, trainer.targets.clone(), *whole_state(trainer)]
 
     plain = state_after_steps(make_trainer())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
@@ -202,7 +230,9 @@ def test_captured_buffers_are_learned_as_others_are(monkeypatch):
 
     def losses_and_gradients(plan):
         trainer.optimizers.zero_grad()
+        trainer.targets.zero_()
         trainer.step(batches, plan, 1.0, MOMENTUM)
+        assert trainer.targets == sum((batch.targets != tg.IGNORE).sum() for batch in batches)
         return trainer.loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
     for plan in trainer.plans:

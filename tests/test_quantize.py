@@ -253,6 +253,36 @@ def test_row_parts_are_all_rows_once(outputs):
             torch.testing.assert_close(cost[:, row].double(), remaining, rtol=1e-4, atol=0)
 
 
+def test_each_part_is_moved_by_all_errors_before_it(monkeypatch):
+    """What is rounded of two matrices is, given the errors so far, where the loss is least."""
+    honest_gptq = tg.gptq
+    rounded = []
+
+    def noting_gptq(W, *args):
+        rounded.append(W)
+        return honest_gptq(W, *args)
+
+    monkeypatch.setattr(tg, "gptq", noting_gptq)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 50, 19, generator=generator) + 1
+    W = torch.randn(2, 19, 12, generator=generator)
+    quantizer = tg.Quantizer(["a", "b"], list(W), [torch.eye(12)] * 2, list(x.mT @ x))
+    tensors = quantizer.quantize(0.5, 8)
+    by_row = torch.stack([tg.power(tensors[f"{name}.rows"], 8) for name in "ab"])[:, :, None]
+    codes = torch.stack([tensors[f"{name}.codes"] for name in "ab"])
+    errors = (codes / 2 * by_row - quantizer.W).double()
+    F = (x.mT @ x).double()
+    F += tg.ROW_DAMPING * F.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(19)
+    free = torch.arange(19)
+    for part, W in zip(quantizer.parts, rounded):
+        done = torch.tensor([row for row in range(19) if row not in free], dtype=torch.long)
+        least = -torch.linalg.solve(F[:, free[:, None], free], F[:, free[:, None], done] @ errors[:, done])
+        own = torch.isin(free, torch.arange(19)[part.rows])
+        moved = (W * by_row[:, part.rows] - quantizer.W[:, part.rows]).double()
+        torch.testing.assert_close(moved, least[:, own], rtol=0, atol=1e-5)
+        free = part.later
+
+
 @pytest.mark.parametrize("outputs", [3, 16])
 def test_rows_without_gradients(outputs):
     """Where no error costs anything, bins are as wide as they can be."""

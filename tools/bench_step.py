@@ -113,8 +113,9 @@ class Candidate:
         return np.array(list(medians(calls, rounds, 2, self.ranks).values())).reshape(2, -1)
 
     def capture(self) -> None:
-        """Make CUDA graphs of what steps do, as a run does, but not of single micro-batches."""
-        if hasattr(self.trainer, "capture") and self.trainer.backend.fused:
+        """Make CUDA graphs of what steps do, as a run does, but not of single micro-batches; 30 GB a file."""
+        backend = self.trainer.backend
+        if hasattr(self.trainer, "capture") and backend.fused and backend.compilable:
             self.trainer.capture(self.batch)
 
     def step(self, looped: bool) -> None:
