@@ -2815,33 +2815,33 @@ def export(run: Run, model: GPT, sums: Calibration, code_bytes: int, path: Path,
     log_spread = sum((q.log_spread() for q in quantizers.local), torch.zeros((), device=ranks.device))
     log_spread = ranks.all_reduce_(log_spread).item() / weights
     bits = min(8 * (CAP_BYTES - code_bytes) / weights, 10.0)
-    coarseness = 2 ** (log_spread + 2.05 - bits)
-    too_fine, fits = 0.0, math.inf  # the bounds known so far
+    octave = log_spread + 2.05 - bits  # log2 of the coarseness
+    octaves = {}  # by the size that each gave
+    target = 0.9998 * CAP_BYTES
     best = b""
     sizes = []
     boost = 1.0
     for _ in range(30):
         # 2) Try a coarseness, and keep the largest artifact that fits.
+        coarseness = 2 ** octave
         tensors = quantize(run, model, quantizers, coarseness)
         blob = pack_artifact(header, tensors) if ranks.is_main else b""
         size = code_bytes + ranks.broadcast_object(len(blob))
         sizes.append(size)
+        octaves[size] = octave
         run.log(f"artifact: coarseness {coarseness:.4g} makes code + model {size} bytes of {CAP_BYTES}")
         if size <= CAP_BYTES:
             best = max(best, blob, key=len)
-            fits = min(fits, coarseness)
-        else:
-            too_fine = max(too_fine, coarseness)
         if 0.9995 * CAP_BYTES <= size <= CAP_BYTES or sizes[-3:] == [size] * 3:
             break  # as full as may be; or every coarseness gives this size
-        # 3) An octave of coarseness is worth about a bit a weight. Where it is worth less, steps fall short;
-        #    so the factor of the step doubles with every try: 1, 2, 4, ... Once there are bounds on both
-        #    sides, a step that would leave them bisects instead.
-        octaves = 8 * (size - 0.9998 * CAP_BYTES) / weights * boost
-        coarseness = coarseness * 2 ** max(-8.0, min(octaves, 8.0))
-        boost = 2 * boost
-        if too_fine and fits < math.inf and not too_fine < coarseness < fits:
-            coarseness = math.sqrt(too_fine * fits)
+        # 3) Between sizes below and above the target, interpolate. Until there are both: an octave is worth
+        #    about a bit a weight. Where it is worth less, steps fall short; so they double with every try.
+        if min(sizes) < target < max(sizes):
+            octave = float(np.interp(target, *zip(*sorted(octaves.items()))))
+        else:
+            step = 8 * (size - target) / weights * boost
+            octave += max(-8.0, min(step, 8.0))
+            boost = 2 * boost
     if not ranks.broadcast_object(len(best)):
         raise UserError(f"the model does not fit into {CAP_BYTES} bytes: lower MODEL_DIM or NUM_LAYERS")
     if ranks.is_main:

@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -597,6 +598,26 @@ def test_few_bits_a_weight_are_met_too(monkeypatch, tmp_path):
 
     blob = tg.export(make_run(log), model, even_statistics(), CODE_BYTES, tmp_path / "x.ptz")
     assert 0.99 * tg.CAP_BYTES <= len(blob) + CODE_BYTES <= tg.CAP_BYTES, lines
+
+
+@pytest.mark.parametrize("worth", [0.3, 0.7, 0.9, 1.0, 1.3])
+@pytest.mark.parametrize("start", [-0.3, -0.02, 0.01, 0.5])
+def test_a_few_tries_meet_the_cap(monkeypatch, tmp_path, worth, start):
+    """Each costs a GPU 7 s or more. An octave is worth so many bits a weight, more the finer bins are."""
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    bits = 3.5
+    monkeypatch.setattr(tg, "CAP_BYTES", int(bits * 1_000_000 / 8))
+    monkeypatch.setattr(tg, "make_quantizers", lambda *_: SimpleNamespace(local=[]))
+    monkeypatch.setattr(tg, "quantize", lambda run, model, quantizers, coarseness: coarseness)
+    lines = []
+
+    def pack(header, coarseness):
+        octaves = np.log2(coarseness) - (2.05 - bits) + start
+        return bytes(int(125_000 * (bits - worth * octaves + 0.05 * octaves**2)))
+
+    monkeypatch.setattr(tg, "pack_artifact", pack)
+    blob = tg.export(make_run(lambda line: lines.append(line)), model, None, 0, tmp_path / "x.ptz")
+    assert 0.9995 * tg.CAP_BYTES <= len(blob) <= tg.CAP_BYTES and len(lines) <= 5, lines
 
 
 def test_what_cannot_fit_is_said(monkeypatch, tmp_path):
