@@ -2137,14 +2137,15 @@ class Trainer:
         with log.phase("train", "training") as phase:
             while True:
                 # 1) How far along is the run? Stop before a step that would not fit any more.
-                if len(in_flight) == 2:
+                due = self.steps <= 3 or self.steps % cfg.train_log_every == 0
+                while len(in_flight) > (0 if due else 1):  # a step that is reported is done
                     in_flight.popleft().synchronize()
                 seconds = ranks.all_reduce_max(phase.elapsed())
                 progress = max(self.steps / cfg.iterations, seconds / budget)
                 to_come = (1 + len(in_flight)) * seconds / max(1, self.steps)  # until one more step is done
                 done = progress >= 1 or seconds + to_come > budget
                 # 2) Report, and validate where it is asked for, with the clock at rest.
-                if rows and (done or self.steps <= 3 or self.steps % cfg.train_log_every == 0):
+                if rows and (done or due):
                     self.report(rows, seconds, progress)
                     rows = []
                 if self.steps and cfg.val_loss_every and (done or self.steps % cfg.val_loss_every == 0):
@@ -2841,7 +2842,7 @@ def export(run: Run, model: GPT, sums: Calibration, code_bytes: int, path: Path,
         else:
             step = 8 * (size - target) / weights * boost
             octave += max(-8.0, min(step, 8.0))
-            boost = 2 * boost
+            boost *= 2
     if not ranks.broadcast_object(len(best)):
         raise UserError(f"the model does not fit into {CAP_BYTES} bytes: lower MODEL_DIM or NUM_LAYERS")
     if ranks.is_main:

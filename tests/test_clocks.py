@@ -6,6 +6,7 @@ is said to take.
 import functools
 import itertools
 import json
+import re
 from time import monotonic, perf_counter, sleep
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -238,6 +239,19 @@ def test_steps_that_a_gpu_has_still_to_compute_fit_as_well(clock, monkeypatch):
     trainer, _ = train(ranks, ranks.step, ITERATIONS=1000)
     assert trainer.log.spent("training") == pytest.approx(trainer.steps * 0.03)
     assert 7 - 2 * 0.03 < trainer.log.spent("training") <= 7
+
+
+def test_what_is_reported_of_a_step_includes_what_the_gpu_had_still_to_compute(clock, monkeypatch):
+    ranks = BusyGPU(clock)
+    lines = []
+    monkeypatch.setattr(tg.RunLog, "__call__", lambda log, message: lines.append(message))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: ranks)
+    trainer, _ = train(ranks, ranks.step, ITERATIONS=200, TRAIN_LOG_EVERY=50)
+    reports = re.findall(r"step:(\d+)/200 .* train_time:(\d+)ms .* tok/s:(\d+) ", "\n".join(lines))
+    assert [int(step) for step, _, _ in reports] == [1, 2, 3, 50, 100, 150, 200]
+    for step, milliseconds, speed in reports:
+        assert int(milliseconds) == 30 * int(step)
+        assert int(speed) == pytest.approx(trainer.cfg.train_batch_tokens / 0.03, rel=1e-3)
 
 
 def test_the_slowest_rank_ends_training(clock):
