@@ -204,7 +204,7 @@ class Config:
     # quantization
     quant_states: int = knob(64, choices=(1, 4, 8, 16, 32, 64), kind="quantization")  # states of the trellis
     gptq_calibration_batches: int = knob(16, 1, kind="quantization")  # training buffers, over all ranks
-    gptq_reserve_seconds: float = knob(4.0, 0.0)  # end of the clock kept for calibration; set 12 on 1 GPU
+    gptq_reserve_seconds: float = knob(4.0, 0.0)  # end of the clock kept for calibration; set 8 on 1 GPU
     # test-time training
     ttt_enabled: bool = knob(True)  # 0: the plain score of the quantized model is the headline
     ttt_sites: str = knob("qkv,attn,head")  # which of qkv, attn, mlp and head have adapters, in this order
