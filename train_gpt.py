@@ -180,7 +180,7 @@ class Config:
     # schedule
     iterations: int = knob(20_000, 1)  # most optimizer steps
     max_wallclock_seconds: float = knob(600.0, 0.0)  # training clock, calibration included; 0: count steps
-    warmup_steps: int = knob(3, 1)  # untimed steps with and without loops before training, then undone
+    warmup_steps: int = knob(3, 1)  # untimed steps of one buffer, with and without loops, then undone
     warmdown_frac: float = knob(0.85, 0.0, 1.0)  # last fraction of training, in which learning rates fall
     min_lr: float = knob(0.1, 0.0, 1.0)  # floor of the learning rates, relative to their peak
     train_log_every: int = knob(500, 1, kind="run")  # steps between log lines
@@ -2065,6 +2065,7 @@ class Trainer:
         self.plans = [depth_plan(self.cfg, looped) for looped in depths]
         self.graphs: dict[Plan, CapturedCall] = {}  # of `learn`
         self.steps = 0
+        self.reported = 0.0  # the training clock's seconds at the last report
         self.loss = torch.zeros((), device=self.ranks.device)  # this rank's part of a step's mean loss
         self.targets = torch.zeros((), dtype=torch.int64, device=self.ranks.device)  # that this rank learned
 
@@ -2108,7 +2109,7 @@ class Trainer:
         with preserved(self.model, self.optimizers):
             for plan in self.plans:
                 for _ in range(cfg.warmup_steps):
-                    self.step([batch] * self.local_buffers, plan, 1.0, cfg.muon_momentum)
+                    self.step([batch], plan, 1.0, cfg.muon_momentum)
         if self.backend.fused and self.backend.compilable:
             self.capture(batch)
         self.targets.zero_()
@@ -2137,16 +2138,15 @@ class Trainer:
         with log.phase("train", "training") as phase:
             while True:
                 # 1) How far along is the run? Stop before a step that would not fit any more.
-                due = self.steps <= 3 or self.steps % cfg.train_log_every == 0
-                while len(in_flight) > (0 if due else 1):  # a step that is reported is done
+                if len(in_flight) == 2:
                     in_flight.popleft().synchronize()
                 seconds = ranks.all_reduce_max(phase.elapsed())
                 progress = max(self.steps / cfg.iterations, seconds / budget)
                 to_come = (1 + len(in_flight)) * seconds / max(1, self.steps)  # until one more step is done
                 done = progress >= 1 or seconds + to_come > budget
                 # 2) Report, and validate where it is asked for, with the clock at rest.
-                if rows and (done or due):
-                    self.report(rows, seconds, progress)
+                if rows and (done or self.steps <= 3 or self.steps % cfg.train_log_every == 0):
+                    self.report(rows, phase, progress)
                     rows = []
                 if self.steps and cfg.val_loss_every and (done or self.steps % cfg.val_loss_every == 0):
                     ranks.synchronize()  # what was sent before belongs to training
@@ -2169,16 +2169,21 @@ class Trainer:
                     in_flight.append(torch.cuda.current_stream().record_event())
             return self.model.with_weights(ema.average)
 
-    def report(self, rows: list[dict], seconds: float, progress: float):
-        """Log the latest step, and to metrics.jsonl all since the last report; losses are over all ranks."""
+    def report(self, rows: list[dict], phase: Phase, progress: float):
+        """Log the latest step, and to metrics.jsonl all since the last report; losses are over all ranks.
+
+        The line's seconds include the latest step; those of a row end before its step is launched.
+        """
         losses = self.ranks.all_reduce_(torch.stack([row["loss"] for row in rows])).tolist()
+        seconds = phase.elapsed()  # now that losses are known, the steps are done
         if not all(map(math.isfinite, losses)):
             raise UserError(f"train_loss is {losses[-1]} at step {self.steps}, training diverged: lower "
                             "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
         for row, loss in zip(rows, losses):
             self.log.metrics("step", **{**row, "loss": loss})
         progress = min(progress, 1.0)
-        speed = len(rows) * self.cfg.train_batch_tokens / max(seconds - rows[0]["seconds"], 1e-9)
+        speed = len(rows) * self.cfg.train_batch_tokens / (seconds - self.reported)
+        self.reported = seconds
         self.log(f"step:{self.steps}/{self.cfg.iterations} train_loss:{losses[-1]:.4f} "
                  f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / self.steps:.2f}ms "
                  f"tok/s:{speed:.0f} done:{progress:.1%} eta:{seconds / progress - seconds:.0f}s")
@@ -2816,33 +2821,33 @@ def export(run: Run, model: GPT, sums: Calibration, code_bytes: int, path: Path,
     log_spread = sum((q.log_spread() for q in quantizers.local), torch.zeros((), device=ranks.device))
     log_spread = ranks.all_reduce_(log_spread).item() / weights
     bits = min(8 * (CAP_BYTES - code_bytes) / weights, 10.0)
-    octave = log_spread + 2.05 - bits  # log2 of the coarseness
-    octaves = {}  # by the size that each gave
+    log2_coarseness = log_spread + 2.05 - bits
     target = 0.9998 * CAP_BYTES
+    latest = {}  # the latest (log2_coarseness, size) below the target and the latest above it
     best = b""
     sizes = []
-    boost = 1.0
+    octaves_a_byte = 8 / weights  # an octave of coarseness is worth about a bit a weight
     for _ in range(30):
         # 2) Try a coarseness, and keep the largest artifact that fits.
-        coarseness = 2 ** octave
+        coarseness = 2**log2_coarseness
         tensors = quantize(run, model, quantizers, coarseness)
         blob = pack_artifact(header, tensors) if ranks.is_main else b""
         size = code_bytes + ranks.broadcast_object(len(blob))
         sizes.append(size)
-        octaves[size] = octave
         run.log(f"artifact: coarseness {coarseness:.4g} makes code + model {size} bytes of {CAP_BYTES}")
         if size <= CAP_BYTES:
             best = max(best, blob, key=len)
         if 0.9995 * CAP_BYTES <= size <= CAP_BYTES or sizes[-3:] == [size] * 3:
-            break  # as full as may be; or every coarseness gives this size
-        # 3) Between sizes below and above the target, interpolate. Until there are both: an octave is worth
-        #    about a bit a weight. Where it is worth less, steps fall short; so they double with every try.
-        if min(sizes) < target < max(sizes):
-            octave = float(np.interp(target, *zip(*sorted(octaves.items()))))
+            break  # full enough; or every coarseness gives this size
+        latest[size < target] = log2_coarseness, size
+        if len(latest) == 2:
+            # 3) Interpolate. The next try replaces one of the two, so that they close in on the target.
+            (start, start_size), (end, end_size) = latest.values()
+            log2_coarseness = start + (end - start) * (target - start_size) / (end_size - start_size)
         else:
-            step = 8 * (size - target) / weights * boost
-            octave += max(-8.0, min(step, 8.0))
-            boost *= 2
+            step = octaves_a_byte * (size - target)
+            log2_coarseness += max(-8.0, min(step, 8.0))
+            octaves_a_byte *= 2  # or worth less, if all sizes lie on one side so far
     if not ranks.broadcast_object(len(best)):
         raise UserError(f"the model does not fit into {CAP_BYTES} bytes: lower MODEL_DIM or NUM_LAYERS")
     if ranks.is_main:

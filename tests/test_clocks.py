@@ -192,7 +192,7 @@ class Buffers:
 
 def train(ranks, step, **settings) -> tuple[tg.Trainer, tg.GPT]:
     """Train by a clock of 10 s less a reserve of 3 with steps that are `step`; also what training returns."""
-    cfg = tiny_config(**SHALLOW, MAX_WALLCLOCK_SECONDS=10, GPTQ_RESERVE_SECONDS=3, **settings)
+    cfg = tiny_config(**{**SHALLOW, "MAX_WALLCLOCK_SECONDS": 10, "GPTQ_RESERVE_SECONDS": 3, **settings})
     trainer = tg.Trainer(make_run(cfg, ranks), tiny_model(cfg), Buffers())
     trainer.step = functools.partial(step, trainer.model)
     return trainer, trainer.train(None)
@@ -217,10 +217,16 @@ class BusyGPU(tg.Ranks):
         self.on_gpu = True
         self.clock = clock
         self.free_at = 0.0
+        self.most_ahead = 0.0  # seconds of work that it has been sent
 
     def step(self, *args):
         self.free_at = max(self.free_at, self.clock.now) + 0.03
+        self.most_ahead = max(self.most_ahead, self.free_at - self.clock.now)
         return torch.zeros(())
+
+    def all_reduce_(self, tensor):
+        self.synchronize()  # as whoever reads the sum does
+        return tensor
 
     def wait_until(self, time):
         self.clock.now = max(self.clock.now, time)
@@ -241,17 +247,29 @@ def test_steps_that_a_gpu_has_still_to_compute_fit_as_well(clock, monkeypatch):
     assert 7 - 2 * 0.03 < trainer.log.spent("training") <= 7
 
 
-def test_what_is_reported_of_a_step_includes_what_the_gpu_had_still_to_compute(clock, monkeypatch):
+@pytest.mark.parametrize("steps, seconds", [(205, 0), (201, 0), (1000, 10)])  # 1000 do not fit into 10 s
+def test_reported_times_include_the_reported_step(clock, monkeypatch, steps, seconds):
     ranks = BusyGPU(clock)
-    lines = []
-    monkeypatch.setattr(tg.RunLog, "__call__", lambda log, message: lines.append(message))
+    lines, rows = [], []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: ranks)
-    trainer, _ = train(ranks, ranks.step, ITERATIONS=200, TRAIN_LOG_EVERY=50)
-    reports = re.findall(r"step:(\d+)/200 .* train_time:(\d+)ms .* tok/s:(\d+) ", "\n".join(lines))
-    assert [int(step) for step, _, _ in reports] == [1, 2, 3, 50, 100, 150, 200]
+    monkeypatch.setattr(tg.RunLog, "__call__", lambda log, message: lines.append(message))
+    monkeypatch.setattr(tg.RunLog, "metrics", lambda log, kind, **row: rows.extend([row] * (kind == "step")))
+    trainer, _ = train(ranks, ranks.step, ITERATIONS=steps, MAX_WALLCLOCK_SECONDS=seconds, TRAIN_LOG_EVERY=50)
+    reports = re.findall(r"step:(\d+)/.* train_time:(\d+)ms .* tok/s:(\d+) ", "\n".join(lines))
+    assert [int(step) for step, _, _ in reports] == [1, 2, 3, 50, 100, 150, 200, trainer.steps]
     for step, milliseconds, speed in reports:
         assert int(milliseconds) == 30 * int(step)
         assert int(speed) == pytest.approx(trainer.cfg.train_batch_tokens / 0.03, rel=1e-3)
+    assert [row["step"] for row in rows] == [*range(1, trainer.steps + 1)]
+    starts = np.diff([row["seconds"] for row in rows])
+    assert starts[2:] == pytest.approx(0.03), "reports leave no mark on when steps are launched"
+
+
+def test_the_host_is_two_steps_ahead_of_a_gpu(clock, monkeypatch):
+    ranks = BusyGPU(clock)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: ranks)
+    trainer, _ = train(ranks, ranks.step, ITERATIONS=1000, TRAIN_LOG_EVERY=50)
+    assert ranks.most_ahead == pytest.approx(2 * 0.03)
 
 
 def test_the_slowest_rank_ends_training(clock):
