@@ -327,7 +327,8 @@ def saved_losses(data: bytes, targets: int) -> np.ndarray:
 
 def seconds_expected(run: FinishedRun, share: float, processes: int) -> float:
     """Of scoring a share of the run's targets, by its phases: those of every start, and those of scoring."""
-    starting = "imports", "join", "setup", "open validation", "open artifact", "prepare adaptation", "report"
+    starting = ("imports", "join", "setup", "warm-up", "open validation", "open artifact",
+                "prepare adaptation", "report")  # what warm-up has compiled a re-score compiles anew
     scoring = "count bytes", "score quantized", "count n-grams", "adapt"
     ranks = int(re.match(r"[0-9]{0,4}", run.result["hardware"])[0] or 1)
     once, shared = (sum(run.phases.get(name, 0) for name in names) for names in (starting, scoring))
