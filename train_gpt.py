@@ -2847,7 +2847,7 @@ def export(run: Run, model: GPT, sums: Calibration, code_bytes: int, path: Path,
         else:
             step = octaves_a_byte * (size - target)
             log2_coarseness += max(-8.0, min(step, 8.0))
-            octaves_a_byte *= 2  # or worth less, if all sizes lie on one side so far
+            octaves_a_byte *= 2  # if this step falls short, too: an octave is worth less
     if not ranks.broadcast_object(len(best)):
         raise UserError(f"the model does not fit into {CAP_BYTES} bytes: lower MODEL_DIM or NUM_LAYERS")
     if ranks.is_main:
