@@ -313,6 +313,9 @@ DROPPED = {  # settings of earlier scripts of this lineage that would change not
     "not part of this system": "ROPE_TRAIN_SEQ_LEN ROPE_YARN PARALLEL_FINAL_LANE MUON_BETA2 TTT_OPTIMIZER "
                                "TTT_BETA1 TTT_GRAD_STEPS COMPRESSOR CONTROL_TENSOR_NAME_PATTERNS",
     "replaced by MODEL_DIM": "EMBEDDING_DIM",
+    "replaced by DATA_DIR": "DATA_PATH TOKENIZER_PATH",
+    "replaced by VAL_BATCH_TOKENS": "VAL_BATCH_SIZE",
+    "replaced by WARMDOWN_FRAC": "WARMDOWN_ITERS",
     "replaced by TIED_EMBED_LR": "EMBED_LR HEAD_LR",
     "replaced by the windows of test-time training (TTT_CHUNK_SIZE)": "SLIDING_WINDOW_ENABLED EVAL_STRIDE",
     "replaced by VAL_DOC_FRACTION": "TTT_EVAL_BATCHES",
@@ -680,8 +683,10 @@ def find_data(cfg: Config, need_train: bool) -> DataFiles:
     name = f"datasets/fineweb10B_sp{cfg.vocab_size}"
     root = next((root for root in roots if (root / name).is_dir()), None)
     if root is None:
-        raise UserError(f"DATA_DIR={cfg.data_dir}: no {name} in any of {[*map(str, roots)]}; fetch it by "
-                        "data/download.py or make it by data/prepare.py")
+        there = [path.name for root in roots for path in root.glob("datasets/*")]
+        raise UserError(f"DATA_DIR={cfg.data_dir}: no {name} in any of {[*map(str, roots)]}, "
+                        f"whose datasets are {there}. For a saved model, name the data of its training; get "
+                        "others from data/download.py or data/prepare.py")
     folder = root / name
     files = DataFiles(
         tokenizer=root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model",

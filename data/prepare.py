@@ -39,6 +39,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -169,6 +170,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, m
         if not taken:
             raise PrepareError("no document is left for training: the input has no more than "
                                "--val-docs") from None
+        bound = re.search(r"required_chars\. \d+ vs (\d+)|to a value <= (\d+)", str(error))
+        if bound:
+            least, most = bound.groups()
+            allowed = f"{least} at least" if least else f"{most} at most"
+            raise PrepareError(f"--vocab-size {vocab_size}: these documents need {allowed}") from error
         raise PrepareError(f"--vocab-size {vocab_size}: SentencePiece cannot train on these documents: "
                            f"{error}") from error
     return model.getvalue()

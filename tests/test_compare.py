@@ -288,6 +288,9 @@ def test_what_differs_is_said(tmp_path, capsys):
     lines = lines_of(capsys, write_run(tmp_path / "b", other), "--against", base, "-o", tmp_path / "x.png")
     assert lines[0] == ("differs, besides seeds: setting min_lr 0.0, not the default; "
                         "val_sha256 dddddddddddd, not cccccccccccc")
+    shorter = write_run(tmp_path / "c", result_of(0, 1.1, documents=other["documents"] - 1))
+    lines = lines_of(capsys, shorter, "--against", base, "-o", tmp_path / "x.png")
+    assert "NOT THE SAME VALIDATION TEXT" in lines[0] and lines[1].startswith("differs, besides seeds")
 
 
 def test_runs_in_logs_can_be_compared(tmp_path, capsys):

@@ -31,6 +31,9 @@ def test_figures_are_those_of_the_file(tmp_path):
     run = plot_run.read_run(write(tmp_path / "a/metrics.jsonl", RUN).parent)
     assert run["name"] == "a" and [row["step"] for row in run["steps"]] == [1, 2, 3, 4]
     assert plot_run.scores_of(run) == {"unquantized": 2.5, "quantized": 2.625, "adapted": 2.375}
+    run["settings"] = {**SETTINGS, "ttt_enabled": False}
+    assert plot_run.scores_of(run) == {"unquantized": 2.5, "quantized": 2.625}, "nothing has adapted"
+    run["settings"] = SETTINGS
     assert plot_run.speeds(run) == ([2, 3, 4], [500.0, 500.0, 500.0])
     assert run["validations"] == [VALIDATION] and run["settings"] == SETTINGS
 

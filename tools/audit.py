@@ -702,6 +702,9 @@ def perform(args: argparse.Namespace) -> Audit:
     given = Path(os.environ.get("DATA_DIR") or RECORD["data_dir"])  # whatever the run says
     data = Data.read(next((root / given for root in (Path.cwd(), ROOT) if (root / given).is_dir()), given),
                      run.settings)
+    tokenizer = sha256(read(data.tokenizer))
+    if run.result.get("tokenizer_sha256", tokenizer) != tokenizer and "all" not in args.skip:
+        say(f"{data.tokenizer} is not the tokenizer that result.json names: is DATA_DIR={given} this run's?")
     count = min(args.documents, len(data.starts))
     if count < 4:
         raise AuditError(f"{count} documents are too few to compare: 4 at least")
@@ -799,8 +802,9 @@ def main(argv: list[str] | None = None) -> int:
         rules = [rule for rule in RULES if by_rule[rule] == word]
         say(f"{word}: {', '.join(rules) or 'none'}")
     words = [verdict.word for verdict in audit.verdicts]
-    say(f"{words.count('pass')} checks passed, {words.count('FAIL')} failed, not made: "
-        f"{words.count('NOT CHECKED')}")
+    unchecked = [*by_rule.values()].count("NOT CHECKED")
+    say(f"{words.count('pass')} checks passed, {words.count('FAIL')} failed; rules not checked: {unchecked}"
+        + (", so this audit is not complete" if unchecked else ""))
     return int("FAIL" in words)
 
 
