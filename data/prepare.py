@@ -173,7 +173,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_bytes: int, m
         bound = re.search(r"required_chars\. \d+ vs (\d+)|to a value <= (\d+)", str(error))
         if bound:
             least, most = bound.groups()
-            allowed = f"{least} at least" if least else f"{most} at most"
+            allowed = f"at least {least}" if least else f"at most {most}"
             raise PrepareError(f"--vocab-size {vocab_size}: these documents need {allowed}") from error
         raise PrepareError(f"--vocab-size {vocab_size}: SentencePiece cannot train on these documents: "
                            f"{error}") from error

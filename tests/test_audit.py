@@ -636,6 +636,8 @@ def test_a_result_that_is_not_true_is_caught(finished, in_process, capsys, tmp_p
     rescores = OPTIONAL - {"all"} if "val_loss" in changes else OPTIONAL
     status, lines = verdicts_of(capsys, run, "--skip", *rescores)
     assert status == (broken != "none") and failed(lines) == broken, "\n".join(lines)
+    warned = any("is not the tokenizer that result.json names" in line for line in lines)
+    assert warned == ("tokenizer_sha256" in changes)
 
 
 def test_a_part_of_the_documents_is_not_all(finished, data, in_process, capsys, tmp_path):

@@ -169,10 +169,10 @@ def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, Difference],
     (their_card, theirs), = by_card(base).items()
     if card != their_card:
         raise Refused(f"no comparison: runs on {card}, and on {their_card}")
-    lines = [f"differs, besides seeds: {what_differs(new[0], base[0])}", ""]
-    counts = [{(run.result["documents"], run.result["bytes"]) for run in side} for side in (new, base)]
-    if counts[0] != counts[1]:
-        lines.insert(0, "NOT THE SAME VALIDATION TEXT: documents or bytes differ, and scores do not compare")
+    lines = []
+    if any(new[0].result[name] != base[0].result[name] for name in ("documents", "bytes")):
+        lines = ["NOT THE SAME VALIDATION TEXT: documents or bytes differ, and scores do not compare"]
+    lines += [f"differs, besides seeds: {what_differs(new[0], base[0])}", ""]
     lines += tables({"base": base, "runs": new})
     # 2) By document.
     files = files_of_scores(args)

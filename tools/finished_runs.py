@@ -538,6 +538,11 @@ def check_belongs_with(first: Run, run: Run) -> None:
             raise Refused(f"{run.log}: {name} is {a}, but {b} in {first.log}")
 
 
+def adapts(r: dict) -> bool:
+    """Whether adapters scored any target; a result that does not count targets is taken for one of such."""
+    return r.get("unadapted_tokens", 0) != r.get("tokens")
+
+
 def shared_facts(r: dict) -> dict[str, Any]:
     """What has to be the same in all runs of a submission."""
     facts = {f"setting {name}": value for name, value in r["settings"].items() if name not in OWN_SETTINGS}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from error_bars import Difference, difference
 
-from finished_runs import Refused, Run, other_kind
+from finished_runs import Refused, Run, adapts, other_kind
 
 BITS_A_PERCENT = 0.0003  # of time, in bits per byte at the record's length: what is slower takes fewer steps
 SIGNIFICANT = 0.05
@@ -31,11 +31,10 @@ def measure(run: Run) -> Measures:
     try:
         last = [row["val_bpb"] for row in run.rows
                 if row.get("kind") == "validation" and row["step"] == r["steps"]]
-        adapts = r["unadapted_tokens"] < r["tokens"]
         measures = {"last weights": last[-1] if last else math.nan,
                     "average": r["val_bpb_unquantized"],
                     "quantized": r["val_bpb_quantized"],
-                    "adapted": r["val_bpb"] if adapts else math.nan,
+                    "adapted": r["val_bpb"] if adapts(r) else math.nan,
                     "gap": r["val_bpb_quantized"] - r["val_bpb_unquantized"],
                     "score": r["val_bpb"],
                     "ms a step": 1000 * r.get("phases", {}).get("train", math.nan) / r["steps"],

@@ -65,7 +65,7 @@ def check_row(row: dict, where: str) -> None:
 def scores_of(run: dict) -> dict[str, float]:
     """The scores that the result of a run has, by what they are of."""
     result = run["result"]
-    adapts = run["settings"].get("ttt_enabled", True)
+    adapts = finished_runs.adapts(result)
     return {label: result[key] for key, label in BPB.items()
             if isinstance(result.get(key), int | float) and (adapts or label != "adapted")}
 
