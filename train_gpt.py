@@ -1349,6 +1349,7 @@ class Layer(NamedTuple):
     lane_keep: Tensor  # (2,) how much each lane keeps of itself
     lane_post: Tensor  # (2, 2) [attention or MLP, lane]: how much of each output a lane receives
     depth_scale: Tensor  # () 1/sqrt(layer + 1): deeper layers read smaller inputs, arxiv.org/abs/2502.05795
+    fp8: tuple[Tensor, ...] = ()  # for FP8: up, its transpose, down, its transpose, all times FP8_WEIGHTS
 
 class Skip(NamedTuple):
     """A U-net connection as a visit of the decoder receives it, or none."""
@@ -1397,7 +1398,8 @@ def mlp_sublayer(x, attn_out, w: Layer, hook: Callable, ctx: Context):
     the fused kernels include them.
     """
     if ctx.backend.fused:
-        out, normed = FusedMLP.apply(x, attn_out, w.up, w.down, w.depth_scale)
+        grad_scale = FP8_GRADS * ctx.cfg.train_batch_tokens
+        out, normed = FusedMLP.apply(x, attn_out, w.up, w.down, w.depth_scale, w.fp8, grad_scale)
     else:
         y = x if attn_out is None else x + attn_out
         normed = (norm(y) * w.depth_scale).to(x.dtype)
@@ -1441,14 +1443,23 @@ def embed_norm(embedded, dtype: torch.dtype):
     """The normed embedding: the x of the first layer, and the x0 of all."""
     return norm(embedded).to(dtype)
 
-def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype):
-    """The banks in compute dtype as the layers use them, [qkv, o, up, down], with the residual scales."""
+def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype, fp8: bool):
+    """The banks in compute dtype as the layers use them, [qkv, o, up, down], with the residual scales.
+
+    Second, with fp8, [up, its transpose, down, its transpose] times FP8_WEIGHTS, in FP8.
+    """
     q, o = qo.chunk(2)
     k, v = kv.chunk(2)
     qkv = torch.cat([p.to(dtype) for p in (q, k, v)], dim=1)
     scaled_o = o * attn_scale[:, :, None]
     scaled_down = down * mlp_scale[:, :, None]
-    return [qkv, scaled_o.to(dtype), up.to(dtype), scaled_down.to(dtype)]
+    stacks = [qkv, scaled_o.to(dtype), up.to(dtype), scaled_down.to(dtype)]
+    stacks8 = []
+    for bank in (up, scaled_down) if fp8 else ():
+        scaled = FP8_WEIGHTS * bank.detach()
+        bank8 = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+        stacks8 += [bank8, bank8.mT.contiguous()]
+    return stacks, stacks8
 
 # Backend
 
@@ -1456,6 +1467,7 @@ class Backend(NamedTuple):
     """The functions that compute the model. The defaults run anywhere."""
     attend: Callable = sdpa_attention
     fused: bool = False  # kernels in place of PyTorch; hooks then do not see inside the MLP
+    fp8: bool = False  # the MLP's products in FP8, for training with these kernels
     cast: Callable = cast_banks
     embed: Callable = embed_norm
     visit: Callable = visit_layer
@@ -1577,11 +1589,14 @@ class GPT(nn.Module):
         banks = self.qo_bank, self.kv_bank, self.up_bank, self.down_bank
         vectors = (self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix, self.lane_keep,
                    self.lane_post)
-        stacks = backend.cast(*banks, self.attn_scale, self.mlp_scale, dtype)
+        stacks, stacks8 = backend.cast(*banks, self.attn_scale, self.mlp_scale, dtype, backend.fp8)
         stacks += [p.to(dtype) for p in vectors]
         stacks.append(self.depth_scale)
-        by_layer = zip(*(stack.unbind(0) for stack in stacks))
-        return [Layer(*views) for views in by_layer]
+        layers = [Layer(*views) for views in zip(*map(torch.unbind, stacks))]
+        if not stacks8:
+            return layers
+        by_layer = zip(*map(torch.unbind, stacks8))
+        return [layer._replace(fp8=views) for layer, views in zip(layers, by_layer)]
 
     def forward(self, batch: Batch, plan: Plan, backend: Backend = Backend(),
                 hooks: Callable | None = None) -> Tensor:
@@ -2065,7 +2080,7 @@ class Trainer:
         self.loader = loader
         self.local_buffers, _ = split_step(self.cfg, self.ranks.world_size)
         self.optimizers = Optimizers(model, self.ranks, self.cfg)
-        self.backend = backend.compiled()
+        self.backend = backend._replace(fp8=backend.fused).compiled()
         depths = (False, True) if self.cfg.loops_at_end else (False,)
         self.plans = [depth_plan(self.cfg, looped) for looped in depths]
         self.graphs: dict[Plan, CapturedCall] = {}  # of `learn`
@@ -3456,7 +3471,7 @@ def open_run(run: Run) -> Result:
     log(f"settings other than the record's: {key_values(changed)}")
     log.metrics("settings", **settings, world_size=ranks.world_size)
     log(f"all settings: {key_values(settings)}", console=False)
-    kernels = "Triton" if backend.fused else "PyTorch"
+    kernels = "Triton mlp_training:FP8" if backend.fused else "PyTorch"
     compiling = "on" if backend.compilable else "off"
     device = ranks.device
     log(f"device:{device_name(device)} world_size:{ranks.world_size} dtype:{compute_dtype(device)} "
@@ -3845,6 +3860,15 @@ def multiprocessors(x) -> int:
 # The slope is 2 sqrt(f(p)) where p > 0 and -sqrt(f(p)) elsewhere. So it is enough to keep act = f(p) and the
 # sign of p, and that is hidden in act's lowest bit: 0 where p > 0, else 1. The price is that act is rounded
 # to every second bf16 number.
+#
+# In training the products take FP8, all but those of dup and ddown. Names of what is in FP8 end in 8. It is
+# e4m3: 3 bits after the leading one, from 2^-9 to 448, and what is larger becomes 448. n and act fit as they
+# are, weights and gradients once they are multiplied by constants.
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+FP8_WEIGHTS = 64.0
+FP8_GRADS = 32.0  # and times the tokens of a step, by which the loss is divided
 
 @functools.cache
 def join_kernel():
@@ -3888,6 +3912,28 @@ def launch_join(x_or_dn, a_or_dy, depth, n, r, y_or_dx, backward: bool):
            WIDTH=power_of_2(D), BACKWARD=backward)
 
 @functools.cache
+def fp8_kernel():
+    """A program takes BLOCK numbers."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def fp8_program(x, y, scale, COUNT, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < COUNT, other=0.0).to(tl.float32) * scale
+        tl.store(y + at, value.to(y.dtype.element_ty), mask=at < COUNT)
+
+    return fp8_program
+
+def to_fp8(x, scale: float = 1.0):
+    """x times scale, in FP8."""
+    y = torch.empty_like(x, dtype=E4M3)
+    block = 8192
+    programs = ceil_div(x.numel(), block)
+    launch = fp8_kernel()[(programs,)]
+    launch(x, y, scale, x.numel(), BLOCK=block, num_warps=8)
+    return y
+
+@functools.cache
 def mlp_kernel():
     """A persistent matrix product, each program of which computes tile after tile.
 
@@ -3896,18 +3942,23 @@ def mlp_kernel():
     triton, tl = import_triton()
 
     @triton.jit
-    def mlp_program(a_desc, b_desc, act_desc, out_desc, M, N, K, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-                    PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr):
-        # Here a and b are the factors of a product, and acc is their product in fp32. Of an fp32 number's
-        # bits, act keeps the upper 16 if it is bf16, or all; UNIT is the lowest that it keeps, 1 << 16 or 1.
-        # Forward: out (M, N) = act = f(a b.T), with a (M, K) and b (N, K); act_desc is not used.
-        # Backward: out (M, N) = (a b) slope, with a (M, K) and b (K, N), and the slope from act (M, N).
+    def mlp_program(a_desc, b_desc, act_desc, out_desc, out8_desc, M, N, K, scale, out_scale,
+                    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                    GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr, EPILOGUE: tl.constexpr,
+                    TWICE: tl.constexpr):
+        # Here a (M, K) and b (N, K) are the factors of a product, acc is a b.T in fp32, and p = acc scale. By
+        # EPILOGUE, out (M, N) becomes
+        #   "act"    f(p)
+        #   "slope"  p slope out_scale, the slope from act (M, N)
+        #   "add"    p + act
+        #   "none"   p
+        # and if TWICE, out8 becomes the same, without out_scale. Of an fp32 number's bits, act keeps the
+        # upper 16 if it is bf16, or all; UNIT is the lowest that it keeps, 1 << 16 or 1.
         tiles_m = tl.cdiv(M, BLOCK_M)
         tiles_n = tl.cdiv(N, BLOCK_N)
+        HALF: tl.constexpr = BLOCK_N // 2
         BITS: tl.constexpr = tl.int32 if UNIT == 1 else tl.int16
-        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=not BACKWARD):
-            # Flattened, the two loops take .36 ms forward instead of .40 (H200), but more backward.
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
             # GROUP_M rows of tiles run together, so that b stays in the L2 cache.
             group = tile // (GROUP_M * tiles_n)
             rows = min(tiles_m - group * GROUP_M, GROUP_M)
@@ -3916,67 +3967,85 @@ def mlp_kernel():
             n = (within // rows) * BLOCK_N
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for k in range(0, K, BLOCK_K):
-                a = a_desc.load([m, k])
-                if BACKWARD:
-                    acc = tl.dot(a, b_desc.load([k, n]), acc)
-                else:
-                    acc = tl.dot(a, b_desc.load([n, k]).T, acc)
-            if BACKWARD:
-                act = act_desc.load([m, n])
-                root = tl.sqrt(act.to(tl.float32))
-                sign = act.to(BITS, bitcast=True) & 1
-                slope = tl.where(sign == 0, 2 * root, -root)
-                out_desc.store([m, n], (acc * slope).to(out_desc.dtype))
-            else:
-                low_bit = tl.where(acc > 0, 0, UNIT)
-                acc = tl.where(acc > 0, acc, 0.5 * acc)
-                # Round to the nearest number with the wanted lowest bit. Those with a 0 are 2 UNIT apart: add
-                # half of that, and cut off. Those with a 1 lie half-way between: cut off, and set the bit.
-                cut = ((acc * acc).to(tl.int32, bitcast=True) + (UNIT - low_bit)) & (-2 * UNIT)
-                act = (cut | low_bit).to(tl.float32, bitcast=True)
-                out_desc.store([m, n], act.to(out_desc.dtype))
+                acc = tl.dot(a_desc.load([m, k]), b_desc.load([n, k]).T, acc)
+            # Half a tile at a time leaves shared memory for one more stage of a and b.
+            halves = tl.permute(tl.reshape(acc * scale, (BLOCK_M, 2, HALF)), (0, 2, 1))
+            left, right = tl.split(halves)
+            for half in tl.static_range(2):
+                value = left if half == 0 else right
+                at = n + half * HALF
+                if EPILOGUE == "act":
+                    low_bit = tl.where(value > 0, 0, UNIT)
+                    value = tl.where(value > 0, value, 0.5 * value)
+                    # Round to the nearest number with the wanted lowest bit. Those with a 0 are 2 UNIT apart:
+                    # add half of that, and cut off. Those with a 1 lie half-way between: cut off, and set
+                    # the bit.
+                    cut = ((value * value).to(tl.int32, bitcast=True) + (UNIT - low_bit)) & (-2 * UNIT)
+                    value = (cut | low_bit).to(tl.float32, bitcast=True)
+                if EPILOGUE == "slope":
+                    act = act_desc.load([m, at])
+                    root = tl.sqrt(act.to(tl.float32))
+                    sign = act.to(BITS, bitcast=True) & 1
+                    value *= tl.where(sign == 0, 2 * root, -root)
+                if EPILOGUE == "add":
+                    value += act_desc.load([m, at]).to(tl.float32)
+                if TWICE:
+                    out8_desc.store([m, at], value.to(out8_desc.dtype))
+                if EPILOGUE == "slope":
+                    value *= out_scale
+                out_desc.store([m, at], value.to(out_desc.dtype))
 
     return mlp_program
 
-def launch_mlp(a, b, act=None):
-    """Run the product, forward if act is None; (M, K) and b -> (M, N)."""
+def launch_mlp(epilogue: str, a, b, out, out8=None, act=None, scale: float = 1.0, out_scale: float = 1.0):
+    """Run the product with an epilogue of the kernel, or "none"; a (M, K) and b (N, K) -> out (M, N)."""
     descriptor = lazy_import("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
-    backward = act is not None
     M, K = a.shape
-    N = b.size(1) if backward else b.size(0)
-    out = a.new_empty(M, N)
-    block_m, block_n, block_k = (128, 256, 64) if a.is_cuda else (32, 32, 32)  # on a CPU: the interpreter
-    b_block = [block_k, block_n] if backward else [block_n, block_k]
-    tile = [block_m, block_n]
+    N = len(b)
+    block_m, block_n, block_k = (128, 256, 128 // a.element_size()) if a.is_cuda else (32, 32, 32)
+    half = [block_m, block_n // 2]
     programs = multiprocessors(a)
-    tiles = ceil_div(M, block_m) * ceil_div(N, block_n)
-    unit = 1 << 16 if a.dtype == torch.bfloat16 else 1
+    rows = ceil_div(M, block_m)
+    tiles = rows * ceil_div(N, block_n)
+    unit = 1 << 16 if out.dtype == torch.bfloat16 else 1
     a_desc = descriptor(a, [block_m, block_k])
-    b_desc = descriptor(b, b_block)
-    act_desc = descriptor(act if backward else out, tile)  # forward, a placeholder
+    b_desc = descriptor(b, [block_n, block_k])
+    act_desc = descriptor(out if act is None else act, half)  # without one, a placeholder
+    out_desc = descriptor(out, half)
+    out8_desc = descriptor(out if out8 is None else out8, half)
     launch = mlp_kernel()[(min(programs, tiles),)]
-    launch(a_desc, b_desc, act_desc, descriptor(out, tile), M, N, K, UNIT=unit, BLOCK_M=block_m,
-           BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, PROGRAMS=programs, BACKWARD=backward, num_stages=3,
-           num_warps=8)
-    return out
+    launch(a_desc, b_desc, act_desc, out_desc, out8_desc, M, N, K, scale, out_scale, UNIT=unit,
+           BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, PROGRAMS=programs, EPILOGUE=epilogue,
+           TWICE=out8 is not None, num_stages=3, num_warps=8)
 
 class FusedMLP(torch.autograd.Function):
     """The MLP of mlp_sublayer by these kernels: (x, a, up, down, depth) -> (out, n), (T, D) both.
 
-    Without a, out is what to add to x. Frozen weights cost no gradient.
+    Without a, out is what to add to x. Frozen weights cost no gradient. With fp8, the weights as Layer has
+    them, products take FP8; dout times grad_scale should fit.
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        x, a, up, down, depth = contiguous(*inputs)
+    def forward(ctx, x, a, up, down, depth, fp8: tuple = (), grad_scale: float = 1.0):
+        x, a, up, down, depth = contiguous(x, a, up, down, depth)
         n = torch.empty_like(x)
         r = x.new_empty(len(x), dtype=torch.float32)  # the norm's factor
         y = n if a is None else torch.empty_like(x)  # without an a, a placeholder
         launch_join(x, a, depth, n, r, y, backward=False)
-        act = launch_mlp(n, up)
-        out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
+        act = x.new_empty(len(x), len(up))
+        if fp8:
+            up8, _, down8, _ = fp8
+            act8 = torch.empty_like(act, dtype=E4M3)
+            out = torch.empty_like(x)
+            launch_mlp("act", to_fp8(n), up8, act, act8, scale=1 / FP8_WEIGHTS)
+            launch_mlp("none" if a is None else "add", act8, down8, out, act=y, scale=1 / FP8_WEIGHTS)
+        else:
+            launch_mlp("act", n, up, act)
+            out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
         ctx.set_materialize_grads(False)
         ctx.adds = a is not None
+        ctx.fp8 = fp8
+        ctx.grad_scale = grad_scale
         ctx.save_for_backward(up, down, depth, n, r, act)
         return out, n
 
@@ -3984,14 +4053,24 @@ class FusedMLP(torch.autograd.Function):
     def backward(ctx, dout, dn):  # dn is None unless a hook has used n; out is always used
         up, down, depth, n, r, act = ctx.saved_tensors
         dout = dout.contiguous()
-        dpre = launch_mlp(dout, down, act)
-        dn = dpre @ up if dn is None else dpre @ up + dn
+        dpre = torch.empty_like(act)
+        if ctx.fp8:
+            _, up8_t, _, down8_t = ctx.fp8
+            dpre8 = torch.empty_like(act, dtype=E4M3)
+            of_product = torch.empty_like(n)
+            launch_mlp("slope", to_fp8(dout, ctx.grad_scale), down8_t, dpre, dpre8, act,
+                       scale=1 / FP8_WEIGHTS, out_scale=1 / ctx.grad_scale)
+            launch_mlp("none", dpre8, up8_t, of_product, scale=1 / (FP8_WEIGHTS * ctx.grad_scale))
+        else:
+            launch_mlp("slope", dout, down.T.contiguous(), dpre, act=act)
+            of_product = dpre @ up
+        dn = of_product if dn is None else of_product + dn
         dx = torch.empty_like(n)
         launch_join(dn, dout if ctx.adds else None, depth, n, r, dx, backward=True)
         da = dx if ctx.adds else None
         dup = dpre.T @ n if ctx.needs_input_grad[2] else None
         ddown = dout.T @ act if ctx.needs_input_grad[3] else None
-        return dx, da, dup, ddown, None
+        return dx, da, dup, ddown, None, None, None
 
 # Heads     split_heads in one pass: split into heads; norm and rotate q and k; multiply q by its gain
 

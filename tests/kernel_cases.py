@@ -11,26 +11,71 @@ import train_gpt as tg
 NO_SKIP = (None, None, None)
 
 
-def mlp_reference(x, a, up, down, depth):
-    """What mlp_sublayer computes without kernels.
+class Product8(torch.autograd.Function):
+    """x w.T of what to8 makes of both; its backward pass takes gradients times 16, and w's is exact."""
+
+    @staticmethod
+    def forward(ctx, x, w, w8, to8):
+        ctx.save_for_backward(x, w, w8)
+        ctx.to8 = to8
+        return F.linear(to8(x.float()), w8).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w, w8 = ctx.saved_tensors
+        return (ctx.to8(16 * grad.float()) @ w8 / 16).to(x.dtype), grad.T @ x, None, None
+
+
+def saturated(x):
+    """x in FP8; what is too large becomes 448."""
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def in_fp8(x):
+    """What FP8 leaves of x, fp32."""
+    return saturated(x).float()
+
+
+def weights8(up, down):
+    """Layer.fp8 of the weights of one layer."""
+    ones = up.new_ones(1, len(down))
+    others = up.new_zeros(2, len(down), len(down)), up.new_zeros(2, 8, len(down))
+    _, stacks8 = tg.cast_banks(*others, up[None], down[None], ones, ones, up.dtype, True)
+    return tuple(stack8[0] for stack8 in stacks8)
+
+
+def mlp_reference(x, a, up, down, depth, to8=None):
+    """What mlp_sublayer computes without kernels, or with their FP8.
 
     (T, D), (T, D) or None, (M, D), (D, M), () -> the sum and the normed input, (T, D) both
     """
     y = x if a is None else x + a
     normed = (tg.norm(y) * depth).to(x.dtype)
-    out = F.linear(tg.leaky_relu_squared(F.linear(normed, up)), down)
+    if to8:
+        up8, _, down8, _ = (w8.float() / 64 for w8 in weights8(up, down))
+        hidden = tg.leaky_relu_squared(Product8.apply(normed, up, up8, to8))
+        out = Product8.apply(hidden, down, down8, to8)
+    else:
+        out = F.linear(tg.leaky_relu_squared(F.linear(normed, up)), down)
     return (out if a is None else y + out), normed
 
 
-def mlp_case(T, D, M, draw, alone=False):
-    """The MLP added to the stream, or `alone`, as a lane has it."""
+def mlp_case(T, D, M, draw, alone=False, to8=None):
+    """The MLP added to the stream, or `alone`, as a lane has it; with to8 in FP8, as training has it."""
     depth = torch.full((), 0.5, device=draw(1).device)
     weights = draw(M, D) / D**0.5, draw(D, M) / M**0.5
+
+    def fused(x, a, up, down):
+        fp8 = (weights8(up, down), 16.0) if to8 else ()
+        return tg.FusedMLP.apply(x, a, up, down, depth, *fp8)
+
+    def reference(x, a, up, down):
+        return mlp_reference(x, a, up, down, depth, to8)
+
     if alone:
-        return (lambda x, up, down: tg.FusedMLP.apply(x, None, up, down, depth),
-                lambda x, up, down: mlp_reference(x, None, up, down, depth), (draw(T, D), *weights))
-    return (lambda *leaves: tg.FusedMLP.apply(*leaves, depth),
-            lambda *leaves: mlp_reference(*leaves, depth), (draw(T, D), draw(T, D), *weights))
+        return (lambda x, *weights: fused(x, None, *weights),
+                lambda x, *weights: reference(x, None, *weights), (draw(T, D), *weights))
+    return fused, reference, (draw(T, D), draw(T, D), *weights)
 
 
 def heads_case(T, H, K, E, R, draw):

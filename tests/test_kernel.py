@@ -9,9 +9,10 @@ import torch
 
 import train_gpt as tg
 from conftest import ROOT
-from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
+from kernel_cases import entry_case, exclude_case, heads_case, in_fp8, loss_case, mlp_case, weights8
 
-KERNELS = ("mlp_kernel", "heads_kernel", "exclude_kernel", "entry_kernel", "join_kernel", "loss_kernel")
+KERNELS = ("mlp_kernel", "fp8_kernel", "heads_kernel", "exclude_kernel", "entry_kernel", "join_kernel",
+           "loss_kernel")
 
 
 def test_kernels_under_the_interpreter():
@@ -34,26 +35,54 @@ LAUNCHES = {
     "join_kernel": (dict(ADD=True, EPS=tg.NORM_EPS, BLOCK=4, WIDTH=512), ""),
     "loss_kernel": (dict(SOFTCAP=30.0, WIDTH=8192), ""),
 }
+MLP_BLOCKS = {"bf16": (128, 256, 64), "fp8e4nv": (128, 256, 128)}
+SHARED_MEMORY = 232_448  # bytes that a block may have on a Hopper GPU
 ARGUMENT_TYPES = {  # of those that are not bf16 tensors
     **dict.fromkeys("THKDV", "i32"), **dict.fromkeys(("positions", "targets"), "*i64"),
     **dict.fromkeys(("cos", "sin", "dgain", "sums", "depth", "r", "nll"), "*fp32")}
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_kernels_compile_for_hopper(name, backward):
-    """The interpreter does not check types; the compiler does, and needs no GPU."""
+def compile_for_hopper(kernel, constants, types, **options):
+    """The compiler checks types, which the interpreter does not, and needs no GPU."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    kernel = getattr(tg, name)()
+    constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
+    signature = {arg: "constexpr" if arg in constants else types.get(arg, "*bf16")
+                 for arg in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 1000 and compiled.metadata.shared <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_kernels_compile_for_hopper(name, backward):
+    pytest.importorskip("triton")
     constants, lacking = LAUNCHES[name]
     constants = {**constants, "BACKWARD": backward, **({} if backward else dict.fromkeys(lacking.split()))}
-    constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
-    signature = {arg: "constexpr" if arg in constants else ARGUMENT_TYPES.get(arg, "*bf16")
-                 for arg in kernel.arg_names}
-    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
-    assert len(compiled.asm["cubin"]) > 1000
+    compile_for_hopper(getattr(tg, name)(), constants, ARGUMENT_TYPES)
+
+
+@pytest.mark.parametrize("factors, epilogue, twice", [
+    ("bf16", "act", False), ("bf16", "slope", False), ("fp8e4nv", "act", True), ("fp8e4nv", "add", False),
+    ("fp8e4nv", "none", False), ("fp8e4nv", "slope", True)])
+def test_products_compile_for_hopper(factors, epilogue, twice):
+    pytest.importorskip("triton")
+    m, n, k = MLP_BLOCKS[factors]
+    constants = dict(UNIT=1 << 16, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, PROGRAMS=132,
+                     EPILOGUE=epilogue, TWICE=twice)
+    tiles = {"a_desc": (factors, m, k), "b_desc": (factors, n, k), "act_desc": ("bf16", m, n // 2),
+             "out_desc": ("bf16", m, n // 2), "out8_desc": (factors if twice else "bf16", m, n // 2)}
+    descriptors = {arg: f"tensordesc<{dtype}[{rows}, {columns}]>"
+                   for arg, (dtype, rows, columns) in tiles.items()}
+    types = {**dict.fromkeys("MNK", "i32"), **dict.fromkeys(("scale", "out_scale"), "fp32"), **descriptors}
+    compile_for_hopper(tg.mlp_kernel(), constants, types, num_stages=3, num_warps=8)
+
+
+def test_numbers_go_to_fp8_on_hopper():
+    types = {"scale": "fp32", "COUNT": "i32", "y": "*fp8e4nv"}
+    compile_for_hopper(tg.fp8_kernel(), dict(BLOCK=8192), types, num_warps=8)
 
 
 def test_packing_leaves_nothing_on_what_syntax_trees_share():
@@ -71,7 +100,7 @@ class Recorder:
 
     def __getitem__(self, grid):
         def launch(*args, **constants):
-            key = self.name, constants.get("BACKWARD")
+            key = self.name, *(value for value in constants.values() if isinstance(value, bool | str))
             self.constants.setdefault(key, set()).add(tuple(sorted(constants.items())))
         return launch
 
@@ -99,19 +128,24 @@ def test_no_length_makes_a_kernel(monkeypatch):
             return torch.empty(shape, requires_grad=True)
 
         x, one, number = draw(T, 8), torch.tensor(1.0), torch.zeros(T, dtype=torch.long)
-        for outputs in (tg.FusedMLP.apply(x, x, draw(32, 8), draw(8, 32), one),
+        up, down = draw(32, 8), draw(8, 32)
+        for outputs in (tg.FusedMLP.apply(x, x, up, down, one),
+                        tg.FusedMLP.apply(x, x, up, down, one, weights8(up, down)),
+                        tg.FusedMLP.apply(x, None, up, down, one, weights8(up, down)),
                         tg.FusedHeads.apply(draw(T, 32), draw(2), *torch.empty(2, 64, 1, 2), number, 1),
                         (tg.FusedExclude.apply(draw(T, 2, 8), draw(T, 1, 8)),),
                         tg.FusedEntry.apply(x, x, draw(2, 8), one, False, None, None, None),
                         (tg.FusedLoss.apply(x, draw(32, 8), number, 30.0),)):
             sum(y.sum() for y in outputs).backward()
-    assert len(constants) == 11 and all(len(variants) == 1 for variants in constants.values()), constants
+    assert len(constants) == 18 and all(len(variants) == 1 for variants in constants.values()), constants
 
 
 # The record's shapes, and those of earlier runs
 GPU_CASES = {
     "mlp": lambda T, draw: mlp_case(T, 512, 2048, draw),
     "mlp of a lane": lambda T, draw: mlp_case(T, 512, 2048, draw, alone=True),
+    "mlp in FP8": lambda T, draw: mlp_case(T, 512, 2048, draw, to8=in_fp8),
+    "mlp of a lane in FP8": lambda T, draw: mlp_case(T, 512, 2048, draw, alone=True, to8=in_fp8),
     "heads": lambda T, draw: heads_case(T, 4, 2, 128, 32, draw),
     "heads of 64": lambda T, draw: heads_case(T, 8, 4, 64, 16, draw),
     "exclusion": lambda T, draw: exclude_case(T, 4, 2, 128, draw),

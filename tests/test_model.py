@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from conftest import peeking_attention, tiny_config, tiny_model
+from conftest import peeking_attention, silent, tiny_config, tiny_model
 
 pytestmark = pytest.mark.check
 
@@ -49,6 +49,23 @@ def test_packing_changes_nothing(looped):
     alone = torch.cat([model(pack([document]), plan) for document in documents])
     torch.testing.assert_close(model(pack(documents), plan), alone, rtol=0, atol=2e-5)
     torch.testing.assert_close(model(pack(documents, max_spans=9), plan), alone, rtol=0, atol=2e-5)
+
+
+def test_layers_have_their_weights_in_fp8_for_training_alone():
+    model = tiny_model(CFG)
+    run = tg.Run(CFG, tg.Ranks(), silent, tg.Backend(fused=True))
+    training = tg.Trainer(run, model, loader=None).backend
+    assert training.fp8 and not run.backend.fp8
+    assert not tg.Trainer(run._replace(backend=tg.Backend()), model, loader=None).backend.fp8
+    with torch.no_grad():
+        model.down_bank[1, 0, 0] = 10.0  # 640 once multiplied by 64, and so more than 448
+    layer = model.layers(torch.float32, training)[1]
+    up, up_t, down, down_t = (w8.float() / 64 for w8 in layer.fp8)
+    assert torch.equal(up_t, up.T) and torch.equal(down_t, down.T)
+    assert down[0, 0] == 7.0
+    for fp8, exact in ((up, layer.up), (down, layer.down.clamp(max=7.0))):
+        torch.testing.assert_close(fp8, exact, rtol=1 / 16, atol=2.0**-10 / 64)
+    assert model.layers(torch.float32, run.backend)[1].fp8 == ()
 
 
 def test_no_prediction_sees_its_target_or_later_tokens():

@@ -312,12 +312,15 @@ def test_docs_end_in_one_line(tmp_path, refused, monkeypatch):
 
 
 def test_products_have_the_operations_of_the_model_s_matrices():
+    """In the MLP a third of them, those of the weights' gradients, are in bf16, and FP8 counts as half."""
     cfg = tg.Config(num_layers=3, model_dim=64, mlp_mult=3, num_loops=0, parallel_start_layer=3,
                     vocab_size=512, rope_dims=4)
-    weights = sum(matrix.numel() for _, matrix in tg.GPT(cfg).named_matrices()) + 512 * 64
+    numbers = {name: matrix.numel() for name, matrix in tg.GPT(cfg).named_matrices()}
+    mlp = sum(count for name, count in numbers.items() if name.endswith(("up", "down")))
+    others = sum(numbers.values()) - mlp + 512 * 64
     lengths = np.array([3, 0, 5])
     work = floors.work_of(cfg, visits=3, skips=1, lanes=0, span_lengths=lengths)
-    assert work["matrix products"].operations == 3 * 2 * 8 * weights
+    assert work["matrix products"].operations == 2 * 8 * (3 * others + (1 + 1 / 2 + 1 / 2) * mlp)
     attended = sum(q + 0.5 for length in lengths for q in range(length))  # half of the diagonal counts
     assert work["attention"].operations == 3 * 3.5 * 4 * 64 * attended
 
@@ -328,7 +331,7 @@ def test_every_kernel_of_the_script_belongs_to_a_part():
 
 
 def test_no_part_was_ever_faster_than_its_floor():
-    """By the logged profile of an H200, whose kernels nearly all belong to a part."""
+    """By the logged profile of an H200 without FP8, whose kernels nearly all belong to a part."""
     log = (ROOT / "logs/profiles/2026-11-24_1xH200_step-another-card.txt").read_text()
     lengths = np.full(114, 98_304 // 114)  # its spans; of unequal ones attention has more work
     for looped, listed in enumerate(log.split("kernels of a micro-batch")[1:]):
@@ -341,7 +344,7 @@ def test_no_part_was_ever_faster_than_its_floor():
         least = {part: of.ms(2 * 98_304 * 512, 4.13e12, 797e12) for part, of in work.items()}
         *parts, everything = floors.table(spent, least)
         assert len(parts) == len(floors.PARTS) and set(least) == {*floors.PARTS} - {"all else"}
-        shares = [int(re.search(r" (\d+)%$", line)[1]) for line in parts[:-1]]
+        shares = [int(re.search(r" (\d+)%$", line)[1]) for line in parts[:-1] if "to FP8" not in line]
         assert all(20 < share <= 105 for share in shares), parts
         assert float(parts[-1].split()[0]) < 0.05 * float(everything.split()[0]), parts
 

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 with command.imports("requirements-gpu.txt"):
     import torch
-    from floors import ENTRY_ROWS, SKIP_ROWS, exclusion_rows, heads_rows
+    from floors import ENTRY_ROWS, FP8_BACKWARD, FP8_FORWARD, SKIP_ROWS, exclusion_rows, heads_rows
 
     import train_gpt as tg
     from bench_step import ceilings, kernel_times
-    from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
+    from kernel_cases import entry_case, exclude_case, heads_case, in_fp8, loss_case, mlp_case
 
 CFG = tg.Config()
 H, K, E, R = CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.rope_dims
@@ -37,19 +37,24 @@ class Case(NamedTuple):
     leaves: tuple
     forward_bytes: float
     backward_bytes: float
-    operations: float  # forward; backward does twice as many
+    forward_operations: float
+    backward_operations: float
 
 
 def make_cases(T: int, draw: Callable) -> dict[str, Case]:
     row = 2 * T * D  # bytes of a bf16 tensor (T, D)
+    mlp, head = 4 * T * D * M, 2 * T * D * V
     return {
-        "heads": Case(*heads_case(T, H, K, E, R, draw), *(n * row for n in heads_rows(CFG)), 0),
-        "exclusion": Case(*exclude_case(T, H, K, E, draw), *(n * row for n in exclusion_rows(CFG)), 0),
-        "entry": Case(*entry_case(T, D, draw), *(n * row for n in ENTRY_ROWS), 0),
+        "heads": Case(*heads_case(T, H, K, E, R, draw), *(n * row for n in heads_rows(CFG)), 0, 0),
+        "exclusion": Case(*exclude_case(T, H, K, E, draw), *(n * row for n in exclusion_rows(CFG)), 0,
+                          0),
+        "entry": Case(*entry_case(T, D, draw), *(n * row for n in ENTRY_ROWS), 0, 0),
         "entry with a skip": Case(*entry_case(T, D, draw, skip=True),
-                                  *((n + more) * row for n, more in zip(ENTRY_ROWS, SKIP_ROWS)), 0),
-        "MLP sublayer": Case(*mlp_case(T, D, M, draw), 14 * row, 28 * row, 4 * T * D * M),
-        "head and loss": Case(*loss_case(T, D, V, draw), 48 * row, 34 * row, 2 * T * D * V),
+                                  *((n + more) * row for n, more in zip(ENTRY_ROWS, SKIP_ROWS)), 0, 0),
+        "MLP sublayer": Case(*mlp_case(T, D, M, draw), 14 * row, 28 * row, mlp, 2 * mlp),
+        "MLP in FP8": Case(*mlp_case(T, D, M, draw, to8=in_fp8), 15 * row, 29 * row, FP8_FORWARD * mlp,
+                           FP8_BACKWARD * mlp),
+        "head and loss": Case(*loss_case(T, D, V, draw), 48 * row, 34 * row, head, 2 * head),
     }
 
 
@@ -97,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, case in make_cases(T, draw).items():
         ours = both_ways(case.fused, case.leaves)
         theirs = both_ways(torch.compile(case.plain, dynamic=False), case.leaves)
-        floors = (max(case.forward_bytes / copy, case.operations / product),
-                  max(case.backward_bytes / copy, 2 * case.operations / product))
+        floors = (max(case.forward_bytes / copy, case.forward_operations / product),
+                  max(case.backward_bytes / copy, case.backward_operations / product))
         for way, our, their, floor in zip(("forward", "backward"), ours, theirs, floors):
             print(f"{name:20}{way:10}{our:9.0f}{their:9.0f}{1e6 * floor:9.0f}{1e6 * floor / our:10.0%}")
     return 0
