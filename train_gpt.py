@@ -1207,7 +1207,7 @@ def load_validation(paths: list[Path], tokenizer: Tokenizer, cfg: Config) -> Val
 # and test-time training use the same forward pass as training.
 #
 # This section is plain PyTorch that runs anywhere. On a Hopper GPU the functions marked (kernel) are replaced
-# by the Triton kernels of the appendix, which compute the same up to rounding.
+# by the Triton kernels of the appendix, which compute the same up to rounding, in training partly to FP8.
 
 class Plan(NamedTuple):
     """Order of visits. As in a U-net, each visit of the encoder pushes its output on a stack of skips, and
@@ -1349,7 +1349,7 @@ class Layer(NamedTuple):
     lane_keep: Tensor  # (2,) how much each lane keeps of itself
     lane_post: Tensor  # (2, 2) [attention or MLP, lane]: how much of each output a lane receives
     depth_scale: Tensor  # () 1/sqrt(layer + 1): deeper layers read smaller inputs, arxiv.org/abs/2502.05795
-    fp8: tuple[Tensor, ...] = ()  # for FP8: up, its transpose, down, its transpose, all times FP8_WEIGHTS
+    fp8: tuple[Tensor, ...] = ()  # in training by kernels up, up.T, down, down.T, times FP8_WEIGHT_SCALE
 
 class Skip(NamedTuple):
     """A U-net connection as a visit of the decoder receives it, or none."""
@@ -1398,7 +1398,7 @@ def mlp_sublayer(x, attn_out, w: Layer, hook: Callable, ctx: Context):
     the fused kernels include them.
     """
     if ctx.backend.fused:
-        grad_scale = FP8_GRADS * ctx.cfg.train_batch_tokens
+        grad_scale = FP8_GRAD_SCALE * ctx.cfg.train_batch_tokens
         out, normed = FusedMLP.apply(x, attn_out, w.up, w.down, w.depth_scale, w.fp8, grad_scale)
     else:
         y = x if attn_out is None else x + attn_out
@@ -1446,7 +1446,8 @@ def embed_norm(embedded, dtype: torch.dtype):
 def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype, fp8: bool):
     """The banks in compute dtype as the layers use them, [qkv, o, up, down], with the residual scales.
 
-    Second, with fp8, [up, its transpose, down, its transpose] times FP8_WEIGHTS, in FP8.
+    Second, with fp8, [up, up.T, down, down.T] times FP8_WEIGHT_SCALE: Hopper's FP8 products read both factors
+    along the dimension that they sum over.
     """
     q, o = qo.chunk(2)
     k, v = kv.chunk(2)
@@ -1456,7 +1457,7 @@ def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype, fp8: bool):
     stacks = [qkv, scaled_o.to(dtype), up.to(dtype), scaled_down.to(dtype)]
     stacks8 = []
     for bank in (up, scaled_down) if fp8 else ():
-        scaled = FP8_WEIGHTS * bank.detach()
+        scaled = FP8_WEIGHT_SCALE * bank.detach()
         bank8 = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
         stacks8 += [bank8, bank8.mT.contiguous()]
     return stacks, stacks8
@@ -1467,7 +1468,7 @@ class Backend(NamedTuple):
     """The functions that compute the model. The defaults run anywhere."""
     attend: Callable = sdpa_attention
     fused: bool = False  # kernels in place of PyTorch; hooks then do not see inside the MLP
-    fp8: bool = False  # the MLP's products in FP8, for training with these kernels
+    fp8: bool = False  # the MLP's products in FP8; needs `fused`, and Trainer alone sets it
     cast: Callable = cast_banks
     embed: Callable = embed_norm
     visit: Callable = visit_layer
@@ -1479,10 +1480,11 @@ class Backend(NamedTuple):
     @classmethod
     def for_machine(cls, cfg: Config, device: torch.device) -> "Backend":
         """The fastest that this machine has, not compiled."""
-        widths = cfg.vocab_size, cfg.model_dim, cfg.kv_dim, cfg.head_dim, cfg.mlp_dim, cfg.ttt_lora_rank
-        if device.type == "cuda" and any(width % 8 for width in widths):
-            raise UserError("VOCAB_SIZE, MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT and TTT_LORA_RANK give "
-                            f"widths {widths}: a GPU needs multiples of 8")
+        eights = cfg.vocab_size, cfg.kv_dim, cfg.head_dim, cfg.ttt_lora_rank
+        sixteens = cfg.model_dim, cfg.mlp_dim  # the rows of FP8 factors
+        if device.type == "cuda" and (any(n % 8 for n in eights) or any(n % 16 for n in sixteens)):
+            raise UserError(f"VOCAB_SIZE, NUM_HEADS, NUM_KV_HEADS and TTT_LORA_RANK give widths {eights}, "
+                            f"MODEL_DIM and MLP_MULT {sixteens}: a GPU needs multiples of 8, and of 16")
         on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
         head_fits = cfg.head_dim & (cfg.head_dim - 1) == 0  # the kernels' heads are powers of 2 wide
         has_triton = importlib.util.find_spec("triton") is not None
@@ -1517,7 +1519,9 @@ def empty_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
 
 class GPT(nn.Module):
-    """The network. Parameters are fp32; a forward pass computes in bf16 on a GPU, in fp32 on a CPU."""
+    """The network. Parameters are fp32; a forward pass computes in fp32 on a CPU, in bf16 on a GPU, but for
+    the FP8 of FusedMLP.
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1592,11 +1596,11 @@ class GPT(nn.Module):
         stacks, stacks8 = backend.cast(*banks, self.attn_scale, self.mlp_scale, dtype, backend.fp8)
         stacks += [p.to(dtype) for p in vectors]
         stacks.append(self.depth_scale)
-        layers = [Layer(*views) for views in zip(*map(torch.unbind, stacks))]
-        if not stacks8:
-            return layers
-        by_layer = zip(*map(torch.unbind, stacks8))
-        return [layer._replace(fp8=views) for layer, views in zip(layers, by_layer)]
+        by_layer = zip(*map(torch.unbind, stacks))
+        layers = [Layer(*views) for views in by_layer]
+        for i, views in enumerate(zip(*map(torch.unbind, stacks8))):
+            layers[i] = layers[i]._replace(fp8=views)
+        return layers
 
     def forward(self, batch: Batch, plan: Plan, backend: Backend = Backend(),
                 hooks: Callable | None = None) -> Tensor:
@@ -3408,6 +3412,7 @@ class Result:
     run_id: str = None
     settings: dict[str, Any] = None
     hardware: str = None
+    kernels: str = None  # Triton: training has FP8 in the MLP; PyTorch: it has not
     versions: dict[str, str] = None
     phases: dict[str, float] = None
     seconds: float = None
@@ -3471,11 +3476,11 @@ def open_run(run: Run) -> Result:
     log(f"settings other than the record's: {key_values(changed)}")
     log.metrics("settings", **settings, world_size=ranks.world_size)
     log(f"all settings: {key_values(settings)}", console=False)
-    kernels = "Triton mlp_training:FP8" if backend.fused else "PyTorch"
+    result.kernels = "Triton" if backend.fused else "PyTorch"
     compiling = "on" if backend.compilable else "off"
     device = ranks.device
     log(f"device:{device_name(device)} world_size:{ranks.world_size} dtype:{compute_dtype(device)} "
-        f"attention:{backend.attend.__name__} kernels:{kernels} compile:{compiling}")
+        f"attention:{backend.attend.__name__} kernels:{result.kernels} compile:{compiling}")
     log("\n".join(("=" * 100, source, "=" * 100)), console=False)
     # 2) What would fail only at the end of the run, were it not tried now.
     for package in ("brotli", "constriction", "sentencepiece"):
@@ -3834,9 +3839,9 @@ def choose_attention(name: str, device: torch.device) -> Callable:
 # What follows are the kernels: the MLP sublayer, the split into heads, the exclusion of a token's own value,
 # the entry of a layer, and the loss. PyTorch alone would carry their tensors through memory too often. Each
 # comes in this order: mathematics; kernels, forward and backward in one; functions that launch them;
-# autograd. Values are bf16 in memory and fp32 in registers. The gradient of x is dx. An argument may be an
-# output forward and an input backward, or hold a value one way and a gradient the other; the first comment in
-# a kernel says what its arguments hold.
+# autograd. Values are fp32 in registers, and in memory bf16 or, where it says so, FP8. The gradient of x is
+# dx. An argument may be an output forward and an input backward, or hold a value one way and a gradient the
+# other; the first comment in a kernel says what its arguments hold.
 
 def contiguous(*tensors):
     """The same tensors, or None, each contiguous, as kernels read them."""
@@ -3861,14 +3866,14 @@ def multiprocessors(x) -> int:
 # sign of p, and that is hidden in act's lowest bit: 0 where p > 0, else 1. The price is that act is rounded
 # to every second bf16 number.
 #
-# In training the products take FP8, all but those of dup and ddown. Names of what is in FP8 end in 8. It is
-# e4m3: 3 bits after the leading one, from 2^-9 to 448, and what is larger becomes 448. n and act fit as they
-# are, weights and gradients once they are multiplied by constants.
+# In training all products but those of dup and ddown take FP8 factors, whose names end in 8. They are e4m3: 3
+# mantissa bits, from 2^-9 to 448, at which conversion saturates. n and act fit as they are, weights and
+# gradients once they are multiplied by constants.
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-FP8_WEIGHTS = 64.0
-FP8_GRADS = 32.0  # and times the tokens of a step, by which the loss is divided
+FP8_WEIGHT_SCALE = 64.0
+FP8_GRAD_SCALE = 32.0  # and times the tokens of a step, by which the loss is divided
 
 @functools.cache
 def join_kernel():
@@ -3937,7 +3942,7 @@ def to_fp8(x, scale: float = 1.0):
 def mlp_kernel():
     """A persistent matrix product, each program of which computes tile after tile.
 
-    M, N and K are those of a product, (M, K) by (K, N), not the letters of the model.
+    M, N and K are those of a product, (M, K) by (N, K) transposed, not the letters of the model.
     """
     triton, tl = import_triton()
 
@@ -3945,15 +3950,15 @@ def mlp_kernel():
     def mlp_program(a_desc, b_desc, act_desc, out_desc, out8_desc, M, N, K, scale, out_scale,
                     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                     GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr, EPILOGUE: tl.constexpr,
-                    TWICE: tl.constexpr):
+                    STORE_FP8: tl.constexpr):
         # Here a (M, K) and b (N, K) are the factors of a product, acc is a b.T in fp32, and p = acc scale. By
         # EPILOGUE, out (M, N) becomes
         #   "act"    f(p)
         #   "slope"  p slope out_scale, the slope from act (M, N)
         #   "add"    p + act
         #   "none"   p
-        # and if TWICE, out8 becomes the same, without out_scale. Of an fp32 number's bits, act keeps the
-        # upper 16 if it is bf16, or all; UNIT is the lowest that it keeps, 1 << 16 or 1.
+        # and with STORE_FP8 out8 the same, without out_scale. Of an fp32 number's bits, act keeps the upper
+        # 16 if it is bf16, or all; UNIT is the lowest that it keeps, 1 << 16 or 1.
         tiles_m = tl.cdiv(M, BLOCK_M)
         tiles_n = tl.cdiv(N, BLOCK_N)
         HALF: tl.constexpr = BLOCK_N // 2
@@ -3989,7 +3994,7 @@ def mlp_kernel():
                     value *= tl.where(sign == 0, 2 * root, -root)
                 if EPILOGUE == "add":
                     value += act_desc.load([m, at]).to(tl.float32)
-                if TWICE:
+                if STORE_FP8:
                     out8_desc.store([m, at], value.to(out8_desc.dtype))
                 if EPILOGUE == "slope":
                     value *= out_scale
@@ -3998,7 +4003,7 @@ def mlp_kernel():
     return mlp_program
 
 def launch_mlp(epilogue: str, a, b, out, out8=None, act=None, scale: float = 1.0, out_scale: float = 1.0):
-    """Run the product with an epilogue of the kernel, or "none"; a (M, K) and b (N, K) -> out (M, N)."""
+    """Run the product with one of the kernel's epilogues; a (M, K) and b (N, K) -> out (M, N)."""
     descriptor = lazy_import("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
     M, K = a.shape
     N = len(b)
@@ -4016,13 +4021,13 @@ def launch_mlp(epilogue: str, a, b, out, out8=None, act=None, scale: float = 1.0
     launch = mlp_kernel()[(min(programs, tiles),)]
     launch(a_desc, b_desc, act_desc, out_desc, out8_desc, M, N, K, scale, out_scale, UNIT=unit,
            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, PROGRAMS=programs, EPILOGUE=epilogue,
-           TWICE=out8 is not None, num_stages=3, num_warps=8)
+           STORE_FP8=out8 is not None, num_stages=3, num_warps=8)
 
 class FusedMLP(torch.autograd.Function):
     """The MLP of mlp_sublayer by these kernels: (x, a, up, down, depth) -> (out, n), (T, D) both.
 
-    Without a, out is what to add to x. Frozen weights cost no gradient. With fp8, the weights as Layer has
-    them, products take FP8; dout times grad_scale should fit.
+    Without a, out is what to add to x. Frozen weights cost no gradient. With fp8, that of Layer, products
+    take FP8; grad_scale brings dout into its range.
     """
 
     @staticmethod
@@ -4037,8 +4042,8 @@ class FusedMLP(torch.autograd.Function):
             up8, _, down8, _ = fp8
             act8 = torch.empty_like(act, dtype=E4M3)
             out = torch.empty_like(x)
-            launch_mlp("act", to_fp8(n), up8, act, act8, scale=1 / FP8_WEIGHTS)
-            launch_mlp("none" if a is None else "add", act8, down8, out, act=y, scale=1 / FP8_WEIGHTS)
+            launch_mlp("act", to_fp8(n), up8, act, act8, scale=1 / FP8_WEIGHT_SCALE)
+            launch_mlp("none" if a is None else "add", act8, down8, out, act=y, scale=1 / FP8_WEIGHT_SCALE)
         else:
             launch_mlp("act", n, up, act)
             out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
@@ -4057,14 +4062,14 @@ class FusedMLP(torch.autograd.Function):
         if ctx.fp8:
             _, up8_t, _, down8_t = ctx.fp8
             dpre8 = torch.empty_like(act, dtype=E4M3)
-            of_product = torch.empty_like(n)
+            dn_product = torch.empty_like(n)
             launch_mlp("slope", to_fp8(dout, ctx.grad_scale), down8_t, dpre, dpre8, act,
-                       scale=1 / FP8_WEIGHTS, out_scale=1 / ctx.grad_scale)
-            launch_mlp("none", dpre8, up8_t, of_product, scale=1 / (FP8_WEIGHTS * ctx.grad_scale))
+                       scale=1 / FP8_WEIGHT_SCALE, out_scale=1 / ctx.grad_scale)
+            launch_mlp("none", dpre8, up8_t, dn_product, scale=1 / (FP8_WEIGHT_SCALE * ctx.grad_scale))
         else:
             launch_mlp("slope", dout, down.T.contiguous(), dpre, act=act)
-            of_product = dpre @ up
-        dn = of_product if dn is None else of_product + dn
+            dn_product = dpre @ up
+        dn = dn_product if dn is None else dn_product + dn
         dx = torch.empty_like(n)
         launch_join(dn, dout if ctx.adds else None, depth, n, r, dx, backward=True)
         da = dx if ctx.adds else None

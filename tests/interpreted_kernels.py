@@ -10,7 +10,7 @@ import torch
 
 import train_gpt as tg
 from conftest import tiny_config, tiny_model
-from kernel_cases import entry_case, exclude_case, heads_case, in_fp8, loss_case, mlp_case, saturated
+from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case, saturated
 
 
 def poison_new_memory():
@@ -64,8 +64,8 @@ def check_mlp():
         assert_same(mlp_case(T, D, M, torch.randn))
         assert_same(mlp_case(T, D, M, torch.randn, alone=True))
         assert_same(mlp_case(T, D, M, torch.randn), fixed=(2, 3))  # frozen weights
-        for alone in (False, True):
-            assert_same(mlp_case(T, D, M, torch.randn, alone, in_fp8), atol=1e-3)  # some round the other way
+        for alone in (False, True):  # in FP8; some sums round the other way
+            assert_same(mlp_case(T, D, M, torch.randn, alone, training=True), atol=1e-3)
         x, up, act = torch.randn(T, D), torch.randn(M, D), torch.empty(T, M)
         pre = x @ up.T
         tg.launch_mlp("act", x, up, act)
@@ -107,7 +107,7 @@ def check_loss():
 def check_model():
     """All kernels in their places: the looped model has the same losses and gradients with them.
 
-    With FP8 they are nearly, but not quite.
+    With FP8 losses differ by less than 1 %, and most gradients by less than 8 %.
     """
     cfg = tiny_config()
     model = tiny_model(cfg)
@@ -125,7 +125,7 @@ def check_model():
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
     errors = [float((ours - theirs).norm() / theirs.norm())
               for ours, theirs in zip(losses_and_gradients(True, fp8=True), plain, strict=True)]
-    assert 1e-5 < errors[0] < 0.01 and max(errors) < 0.4, errors
+    assert 1e-5 < errors[0] < 0.01 and np.median(errors) < 0.08 and max(errors) < 0.4, errors
 
 
 if __name__ == "__main__":

@@ -11,19 +11,21 @@ import train_gpt as tg
 NO_SKIP = (None, None, None)
 
 
-class Product8(torch.autograd.Function):
-    """x w.T of what to8 makes of both; its backward pass takes gradients times 16, and w's is exact."""
+GRAD_SCALE = 16.0
+
+
+class FP8Linear(torch.autograd.Function):
+    """x w.T of both in FP8, and in FP8 the gradient of x, but not that of w."""
 
     @staticmethod
-    def forward(ctx, x, w, w8, to8):
+    def forward(ctx, x, w, w8):
         ctx.save_for_backward(x, w, w8)
-        ctx.to8 = to8
-        return F.linear(to8(x.float()), w8).to(x.dtype)
+        return F.linear(in_fp8(x.float()), w8).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, w, w8 = ctx.saved_tensors
-        return (ctx.to8(16 * grad.float()) @ w8 / 16).to(x.dtype), grad.T @ x, None, None
+        return (in_fp8(GRAD_SCALE * grad.float()) @ w8 / GRAD_SCALE).to(x.dtype), grad.T @ x, None
 
 
 def saturated(x):
@@ -44,33 +46,33 @@ def weights8(up, down):
     return tuple(stack8[0] for stack8 in stacks8)
 
 
-def mlp_reference(x, a, up, down, depth, to8=None):
-    """What mlp_sublayer computes without kernels, or with their FP8.
+def mlp_reference(x, a, up, down, depth, fp8=()):
+    """What mlp_sublayer computes without kernels, or in training with them.
 
     (T, D), (T, D) or None, (M, D), (D, M), () -> the sum and the normed input, (T, D) both
     """
     y = x if a is None else x + a
     normed = (tg.norm(y) * depth).to(x.dtype)
-    if to8:
-        up8, _, down8, _ = (w8.float() / 64 for w8 in weights8(up, down))
-        hidden = tg.leaky_relu_squared(Product8.apply(normed, up, up8, to8))
-        out = Product8.apply(hidden, down, down8, to8)
+    if fp8:
+        up8, _, down8, _ = (w8.float() / 64 for w8 in fp8)
+        hidden = tg.leaky_relu_squared(FP8Linear.apply(normed, up, up8))
+        out = FP8Linear.apply(hidden, down, down8)
     else:
         out = F.linear(tg.leaky_relu_squared(F.linear(normed, up)), down)
     return (out if a is None else y + out), normed
 
 
-def mlp_case(T, D, M, draw, alone=False, to8=None):
-    """The MLP added to the stream, or `alone`, as a lane has it; with to8 in FP8, as training has it."""
+def mlp_case(T, D, M, draw, alone=False, training=False):
+    """The MLP added to the stream, or `alone`, as a lane has it; as training has it, in FP8."""
     depth = torch.full((), 0.5, device=draw(1).device)
     weights = draw(M, D) / D**0.5, draw(D, M) / M**0.5
+    fp8 = weights8(*weights) if training else ()
 
     def fused(x, a, up, down):
-        fp8 = (weights8(up, down), 16.0) if to8 else ()
-        return tg.FusedMLP.apply(x, a, up, down, depth, *fp8)
+        return tg.FusedMLP.apply(x, a, up, down, depth, fp8, GRAD_SCALE)
 
     def reference(x, a, up, down):
-        return mlp_reference(x, a, up, down, depth, to8)
+        return mlp_reference(x, a, up, down, depth, fp8)
 
     if alone:
         return (lambda x, *weights: fused(x, None, *weights),

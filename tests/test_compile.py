@@ -56,6 +56,15 @@ def test_whole_visits_are_compiled_for_two_lengths_at_most(monkeypatch):
     assert graphs[0] < graphs[1] == graphs[2] == graphs[3]
 
 
+def test_weights_are_cast_to_fp8_in_one_graph(monkeypatch):
+    without_gpu(monkeypatch)
+    model = tiny_model(CFG)
+    backend = tg.Backend(attend=attend, fused=True, fp8=True)
+    compiled, plain = (model.layers(torch.bfloat16, b) for b in (backend.compiled(), backend))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert len(ours.fp8) == 4 and all(map(torch.equal, ours.fp8, theirs.fp8))
+
+
 def graphs_of(monkeypatch, fused):
     """(graphs after the warm-up, those that the first round adds that adds any)"""
     torch._dynamo.reset()

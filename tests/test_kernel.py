@@ -3,13 +3,16 @@ import ast
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_gpt as tg
 from conftest import ROOT
-from kernel_cases import entry_case, exclude_case, heads_case, in_fp8, loss_case, mlp_case, weights8
+from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case, weights8
 
 KERNELS = ("mlp_kernel", "fp8_kernel", "heads_kernel", "exclude_kernel", "entry_kernel", "join_kernel",
            "loss_kernel")
@@ -35,7 +38,6 @@ LAUNCHES = {
     "join_kernel": (dict(ADD=True, EPS=tg.NORM_EPS, BLOCK=4, WIDTH=512), ""),
     "loss_kernel": (dict(SOFTCAP=30.0, WIDTH=8192), ""),
 }
-MLP_BLOCKS = {"bf16": (128, 256, 64), "fp8e4nv": (128, 256, 128)}
 SHARED_MEMORY = 232_448  # bytes that a block may have on a Hopper GPU
 ARGUMENT_TYPES = {  # of those that are not bf16 tensors
     **dict.fromkeys("THKDV", "i32"), **dict.fromkeys(("positions", "targets"), "*i64"),
@@ -64,23 +66,53 @@ def test_kernels_compile_for_hopper(name, backward):
     compile_for_hopper(getattr(tg, name)(), constants, ARGUMENT_TYPES)
 
 
-@pytest.mark.parametrize("factors, epilogue, twice", [
-    ("bf16", "act", False), ("bf16", "slope", False), ("fp8e4nv", "act", True), ("fp8e4nv", "add", False),
-    ("fp8e4nv", "none", False), ("fp8e4nv", "slope", True)])
-def test_products_compile_for_hopper(factors, epilogue, twice):
+class RecordedLaunch:
+    """Stands for a kernel, and keeps what it was launched with."""
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **constants):
+        self.args, self.constants = args, constants
+
+
+class RecordedDescriptor(NamedTuple):
+    """Stands for Triton's TensorDescriptor."""
+    dtype: torch.dtype
+    block: list[int]
+
+    @classmethod
+    def from_tensor(cls, x, block):
+        return cls(x.dtype, block)
+
+    @property
+    def type(self) -> str:
+        return f"tensordesc<{'bf16' if self.dtype == torch.bfloat16 else 'fp8e4nv'}{self.block}>"
+
+
+@pytest.mark.parametrize("dtype, epilogue, has_out8", [
+    (torch.bfloat16, "act", False), (torch.bfloat16, "slope", False), (tg.E4M3, "act", True),
+    (tg.E4M3, "add", False), (tg.E4M3, "none", False), (tg.E4M3, "slope", True)])
+def test_products_compile_for_hopper(monkeypatch, dtype, epilogue, has_out8):
+    """As they are launched at the record's shapes: a tile has to fit shared memory."""
     pytest.importorskip("triton")
-    m, n, k = MLP_BLOCKS[factors]
-    constants = dict(UNIT=1 << 16, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, PROGRAMS=132,
-                     EPILOGUE=epilogue, TWICE=twice)
-    tiles = {"a_desc": (factors, m, k), "b_desc": (factors, n, k), "act_desc": ("bf16", m, n // 2),
-             "out_desc": ("bf16", m, n // 2), "out8_desc": (factors if twice else "bf16", m, n // 2)}
-    descriptors = {arg: f"tensordesc<{dtype}[{rows}, {columns}]>"
-                   for arg, (dtype, rows, columns) in tiles.items()}
-    types = {**dict.fromkeys("MNK", "i32"), **dict.fromkeys(("scale", "out_scale"), "fp32"), **descriptors}
-    compile_for_hopper(tg.mlp_kernel(), constants, types, num_stages=3, num_warps=8)
+    kernel, recorded = tg.mlp_kernel(), RecordedLaunch()
+    monkeypatch.setattr(tg, "mlp_kernel", lambda: recorded)
+    monkeypatch.setattr(tg, "multiprocessors", lambda x: 132)
+    monkeypatch.setattr(tg, "lazy_import", lambda name: SimpleNamespace(TensorDescriptor=RecordedDescriptor))
+    with FakeTensorMode():
+        a, b = (torch.empty(n, 512, device="cuda", dtype=dtype) for n in (98_304, 2048))
+        out = torch.empty(98_304, 2048, device="cuda", dtype=torch.bfloat16)
+        tg.launch_mlp(epilogue, a, b, out, out.to(dtype) if has_out8 else None, out)
+    constants = recorded.constants
+    assert constants["UNIT"] == 1 << 16 and constants["EPILOGUE"] == epilogue
+    types = {name: "i32" if isinstance(arg, int) else "fp32" if isinstance(arg, float) else arg.type
+             for name, arg in zip(kernel.arg_names, recorded.args)}
+    options = {name: constants[name] for name in ("num_stages", "num_warps")}
+    compile_for_hopper(kernel, constants, types, **options)
 
 
-def test_numbers_go_to_fp8_on_hopper():
+def test_conversion_to_fp8_compiles_for_hopper():
     types = {"scale": "fp32", "COUNT": "i32", "y": "*fp8e4nv"}
     compile_for_hopper(tg.fp8_kernel(), dict(BLOCK=8192), types, num_warps=8)
 
@@ -144,8 +176,8 @@ def test_no_length_makes_a_kernel(monkeypatch):
 GPU_CASES = {
     "mlp": lambda T, draw: mlp_case(T, 512, 2048, draw),
     "mlp of a lane": lambda T, draw: mlp_case(T, 512, 2048, draw, alone=True),
-    "mlp in FP8": lambda T, draw: mlp_case(T, 512, 2048, draw, to8=in_fp8),
-    "mlp of a lane in FP8": lambda T, draw: mlp_case(T, 512, 2048, draw, alone=True, to8=in_fp8),
+    "mlp in FP8": lambda T, draw: mlp_case(T, 512, 2048, draw, training=True),
+    "mlp of a lane in FP8": lambda T, draw: mlp_case(T, 512, 2048, draw, alone=True, training=True),
     "heads": lambda T, draw: heads_case(T, 4, 2, 128, 32, draw),
     "heads of 64": lambda T, draw: heads_case(T, 8, 4, 64, 16, draw),
     "exclusion": lambda T, draw: exclude_case(T, 4, 2, 128, draw),

@@ -5,6 +5,7 @@ import torch
 
 import train_gpt as tg
 from conftest import peeking_attention, silent, tiny_config, tiny_model
+from kernel_cases import mlp_reference, saturated
 
 pytestmark = pytest.mark.check
 
@@ -58,14 +59,46 @@ def test_layers_have_their_weights_in_fp8_for_training_alone():
     assert training.fp8 and not run.backend.fp8
     assert not tg.Trainer(run._replace(backend=tg.Backend()), model, loader=None).backend.fp8
     with torch.no_grad():
-        model.down_bank[1, 0, 0] = 10.0  # 640 once multiplied by 64, and so more than 448
-    layer = model.layers(torch.float32, training)[1]
-    up, up_t, down, down_t = (w8.float() / 64 for w8 in layer.fp8)
-    assert torch.equal(up_t, up.T) and torch.equal(down_t, down.T)
-    assert down[0, 0] == 7.0
-    for fp8, exact in ((up, layer.up), (down, layer.down.clamp(max=7.0))):
-        torch.testing.assert_close(fp8, exact, rtol=1 / 16, atol=2.0**-10 / 64)
-    assert model.layers(torch.float32, run.backend)[1].fp8 == ()
+        model.down_bank[1, 0, :2] = torch.tensor([10.0, -10.0])  # 640 once multiplied by 64, over 448
+    for i, layer in enumerate(model.layers(torch.bfloat16, training)):
+        up, up_t, down, down_t = layer.fp8
+        assert torch.equal(up, saturated(64 * model.up_bank[i]))
+        assert torch.equal(down, saturated(64 * model.down_bank[i] * model.mlp_scale[i][:, None]))
+        assert torch.equal(up_t, up.T) and torch.equal(down_t, down.T)
+        assert not any(w8.requires_grad for w8 in layer.fp8)
+    assert all(layer.fp8 == () for layer in model.layers(torch.bfloat16, run.backend))
+
+
+class InPyTorch:
+    """Stands for kernels: `apply` is what they replace."""
+
+    def __init__(self, apply):
+        self.apply = apply
+
+
+def test_training_alone_computes_in_fp8(monkeypatch):
+    """The plain score, calibration and adaptation do not, though they use the kernels of the MLP."""
+    in_fp8 = []
+
+    def mlp(x, a, up, down, depth, fp8, grad_scale):
+        in_fp8.append(bool(fp8))
+        return mlp_reference(x, a, up, down, depth)
+
+    for name, apply in (("FusedMLP", mlp), ("FusedHeads", tg.split_heads), ("FusedExclude", tg.exclude_self),
+                        ("FusedEntry", tg.mix_and_norm),
+                        ("FusedLoss", lambda x, w, *rest: tg.softcapped_nll(x @ w.T, *rest))):
+        monkeypatch.setattr(tg, name, InPyTorch(apply))
+    run = tg.Run(CFG, tg.Ranks(), silent, tg.Backend(fused=True))
+    model = tiny_model(CFG)
+    tokens = np.concatenate(draw_documents(40, 30))
+    val = tg.Validation(tokens, np.ones(69), np.array([0, 40]), np.array([40, 29]), 0)
+    tg.Trainer(run, model, loader=None).learn(PLAN, pack(draw_documents(40, 30)))
+    assert in_fp8 and all(in_fp8)
+    in_fp8.clear()
+    tg.evaluate(run, model, val, PLAN)
+    adapters = tg.Adapters(CFG, len(PLAN.visits), CPU)
+    tg.score_documents(run, model.requires_grad_(False), val, adapters, run.backend, float("inf"))
+    assert len(in_fp8) > 2 * len(PLAN.visits) and not any(in_fp8)
 
 
 def test_no_prediction_sees_its_target_or_later_tokens():

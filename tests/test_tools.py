@@ -312,15 +312,16 @@ def test_docs_end_in_one_line(tmp_path, refused, monkeypatch):
 
 
 def test_products_have_the_operations_of_the_model_s_matrices():
-    """In the MLP a third of them, those of the weights' gradients, are in bf16, and FP8 counts as half."""
+    """With FP8, a third of the MLP's are in bf16 all the same, those of the weights' gradients."""
     cfg = tg.Config(num_layers=3, model_dim=64, mlp_mult=3, num_loops=0, parallel_start_layer=3,
                     vocab_size=512, rope_dims=4)
     numbers = {name: matrix.numel() for name, matrix in tg.GPT(cfg).named_matrices()}
     mlp = sum(count for name, count in numbers.items() if name.endswith(("up", "down")))
     others = sum(numbers.values()) - mlp + 512 * 64
     lengths = np.array([3, 0, 5])
-    work = floors.work_of(cfg, visits=3, skips=1, lanes=0, span_lengths=lengths)
-    assert work["matrix products"].operations == 2 * 8 * (3 * others + (1 + 1 / 2 + 1 / 2) * mlp)
+    for fp8, mlp_passes in ((False, 3), (True, 1 + 1 / 2 + 1 / 2)):
+        work = floors.work_of(cfg, visits=3, skips=1, lanes=0, span_lengths=lengths, fp8=fp8)
+        assert work["matrix products"].operations == 2 * 8 * (3 * others + mlp_passes * mlp)
     attended = sum(q + 0.5 for length in lengths for q in range(length))  # half of the diagonal counts
     assert work["attention"].operations == 3 * 3.5 * 4 * 64 * attended
 
@@ -340,7 +341,7 @@ def test_no_part_was_ever_faster_than_its_floor():
         for ms, kernel in found:
             spent[kernel] += float(ms)
         plan = tg.depth_plan(tg.Config(), looped=bool(looped))
-        work = floors.work_of(tg.Config(), len(plan.visits), len(plan.encoder), 3, lengths)
+        work = floors.work_of(tg.Config(), len(plan.visits), len(plan.encoder), 3, lengths, fp8=False)
         least = {part: of.ms(2 * 98_304 * 512, 4.13e12, 797e12) for part, of in work.items()}
         *parts, everything = floors.table(spent, least)
         assert len(parts) == len(floors.PARTS) and set(least) == {*floors.PARTS} - {"all else"}

@@ -23,7 +23,7 @@ with command.imports("requirements-gpu.txt"):
 
     import train_gpt as tg
     from bench_step import ceilings, kernel_times
-    from kernel_cases import entry_case, exclude_case, heads_case, in_fp8, loss_case, mlp_case
+    from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
 
 CFG = tg.Config()
 H, K, E, R = CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.rope_dims
@@ -52,7 +52,7 @@ def make_cases(T: int, draw: Callable) -> dict[str, Case]:
         "entry with a skip": Case(*entry_case(T, D, draw, skip=True),
                                   *((n + more) * row for n, more in zip(ENTRY_ROWS, SKIP_ROWS)), 0, 0),
         "MLP sublayer": Case(*mlp_case(T, D, M, draw), 14 * row, 28 * row, mlp, 2 * mlp),
-        "MLP in FP8": Case(*mlp_case(T, D, M, draw, to8=in_fp8), 15 * row, 29 * row, FP8_FORWARD * mlp,
+        "MLP in FP8": Case(*mlp_case(T, D, M, draw, training=True), 15 * row, 29 * row, FP8_FORWARD * mlp,
                            FP8_BACKWARD * mlp),
         "head and loss": Case(*loss_case(T, D, V, draw), 48 * row, 34 * row, head, 2 * head),
     }

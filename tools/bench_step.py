@@ -211,7 +211,8 @@ def part_lines(candidate: Candidate, looped: bool, spent, operations: float, cop
     cfg, plan = candidate.cfg, candidate.plan(looped)
     lengths = candidate.batch.spans.cu_seqlens.diff().cpu().numpy()
     lanes = sum(layer >= cfg.parallel_start_layer for layer in plan.decoder)
-    work = floors.work_of(cfg, len(plan.visits), len(plan.encoder), lanes, lengths)
+    fp8 = getattr(candidate.trainer.backend, "fp8", False)  # scripts of before had none
+    work = floors.work_of(cfg, len(plan.visits), len(plan.encoder), lanes, lengths, fp8)
     row_bytes = 2 * len(candidate.batch.tokens) * cfg.model_dim
     return floors.table(spent, {part: of.ms(row_bytes, copied, operations) for part, of in work.items()})
 

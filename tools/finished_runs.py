@@ -547,7 +547,8 @@ def shared_facts(r: dict) -> dict[str, Any]:
     """What has to be the same in all runs of a submission."""
     facts = {f"setting {name}": value for name, value in r["settings"].items() if name not in OWN_SETTINGS}
     facts |= {name: r[name] for name in SHARED}
-    sometimes = "train_sha256", "bytes_at_cut", "case_ops"  # older runs lack them, and plain text the last
+    # Older runs lack some of these, and plain text the last.
+    sometimes = "train_sha256", "bytes_at_cut", "kernels", "case_ops"
     facts |= {name: r.get(name) for name in sometimes}
     return facts
 
