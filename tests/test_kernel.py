@@ -1,5 +1,6 @@
 """Every kernel against the PyTorch that it replaces: interpreted, compiled for Hopper, on a GPU."""
 import ast
+import collections
 import os
 import subprocess
 import sys
@@ -66,14 +67,14 @@ def test_kernels_compile_for_hopper(name, backward):
     compile_for_hopper(getattr(tg, name)(), constants, ARGUMENT_TYPES)
 
 
-class RecordedLaunch:
-    """Stands for a kernel, and keeps what it was launched with."""
+class Recorder:
+    """Stands for a kernel, and keeps (arguments, constants) of each launch."""
+
+    def __init__(self):
+        self.launches = []
 
     def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, **constants):
-        self.args, self.constants = args, constants
+        return lambda *args, **constants: self.launches.append((args, constants))
 
 
 class RecordedDescriptor(NamedTuple):
@@ -90,24 +91,32 @@ class RecordedDescriptor(NamedTuple):
         return f"tensordesc<{'bf16' if self.dtype == torch.bfloat16 else 'fp8e4nv'}{self.block}>"
 
 
+def record_kernels(monkeypatch) -> dict[str, Recorder]:
+    """Recorders in the place of all kernels, by name."""
+    recorders = {name: Recorder() for name in KERNELS}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(tg, name, lambda recorder=recorder: recorder)
+    monkeypatch.setattr(tg, "multiprocessors", lambda x: 132)
+    monkeypatch.setattr(tg, "lazy_import", lambda name: SimpleNamespace(TensorDescriptor=RecordedDescriptor))
+    return recorders
+
+
 @pytest.mark.parametrize("dtype, epilogue, has_out8", [
     (torch.bfloat16, "act", False), (torch.bfloat16, "slope", False), (tg.E4M3, "act", True),
     (tg.E4M3, "add", False), (tg.E4M3, "none", False), (tg.E4M3, "slope", True)])
 def test_products_compile_for_hopper(monkeypatch, dtype, epilogue, has_out8):
     """As they are launched at the record's shapes: a tile has to fit shared memory."""
     pytest.importorskip("triton")
-    kernel, recorded = tg.mlp_kernel(), RecordedLaunch()
-    monkeypatch.setattr(tg, "mlp_kernel", lambda: recorded)
-    monkeypatch.setattr(tg, "multiprocessors", lambda x: 132)
-    monkeypatch.setattr(tg, "lazy_import", lambda name: SimpleNamespace(TensorDescriptor=RecordedDescriptor))
+    kernel = tg.mlp_kernel()
+    recorders = record_kernels(monkeypatch)
     with FakeTensorMode():
         a, b = (torch.empty(n, 512, device="cuda", dtype=dtype) for n in (98_304, 2048))
         out = torch.empty(98_304, 2048, device="cuda", dtype=torch.bfloat16)
         tg.launch_mlp(epilogue, a, b, out, out.to(dtype) if has_out8 else None, out)
-    constants = recorded.constants
+    (args, constants), = recorders["mlp_kernel"].launches
     assert constants["UNIT"] == 1 << 16 and constants["EPILOGUE"] == epilogue
     types = {name: "i32" if isinstance(arg, int) else "fp32" if isinstance(arg, float) else arg.type
-             for name, arg in zip(kernel.arg_names, recorded.args)}
+             for name, arg in zip(kernel.arg_names, args)}
     options = {name: constants[name] for name in ("num_stages", "num_warps")}
     compile_for_hopper(kernel, constants, types, **options)
 
@@ -124,37 +133,9 @@ def test_packing_leaves_nothing_on_what_syntax_trees_share():
     assert len(shared) > 4 and not any(map(vars, shared))
 
 
-class Recorder:
-    """Stands for a kernel, and notes what would be compiled into it."""
-
-    def __init__(self, name: str, constants: dict):
-        self.name, self.constants = name, constants
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            key = self.name, *(value for value in constants.values() if isinstance(value, bool | str))
-            self.constants.setdefault(key, set()).add(tuple(sorted(constants.items())))
-        return launch
-
-
-class NoDescriptor:
-    """Stands for Triton's TensorDescriptor, and its module."""
-
-    @staticmethod
-    def from_tensor(*args):
-        return None
-
-
-NoDescriptor.TensorDescriptor = NoDescriptor
-
-
 def test_no_length_makes_a_kernel(monkeypatch):
     """What is compiled into a kernel does not follow from the number of tokens, which every round changes."""
-    constants = {}
-    for name in KERNELS:
-        monkeypatch.setattr(tg, name, lambda name=name: Recorder(name, constants))
-    monkeypatch.setattr(tg, "multiprocessors", lambda x: 132)
-    monkeypatch.setattr(tg, "lazy_import", lambda name: NoDescriptor)
+    recorders = record_kernels(monkeypatch)
     for T in (128, 1280, 6400, 129_024):
         def draw(*shape):
             return torch.empty(shape, requires_grad=True)
@@ -169,6 +150,11 @@ def test_no_length_makes_a_kernel(monkeypatch):
                         tg.FusedEntry.apply(x, x, draw(2, 8), one, False, None, None, None),
                         (tg.FusedLoss.apply(x, draw(32, 8), number, 30.0),)):
             sum(y.sum() for y in outputs).backward()
+    constants = collections.defaultdict(set)  # by kernel and what it is asked to do
+    for name, recorder in recorders.items():
+        for _, launch in recorder.launches:
+            key = name, *(value for value in launch.values() if isinstance(value, bool | str))
+            constants[key].add(tuple(sorted(launch.items())))
     assert len(constants) == 18 and all(len(variants) == 1 for variants in constants.values()), constants
 
 

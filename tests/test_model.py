@@ -1,4 +1,6 @@
 """One forward: order of layers, packing, causality, hooks, normalised predictions."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -69,15 +71,8 @@ def test_layers_have_their_weights_in_fp8_for_training_alone():
     assert all(layer.fp8 == () for layer in model.layers(torch.bfloat16, run.backend))
 
 
-class InPyTorch:
-    """Stands for kernels: `apply` is what they replace."""
-
-    def __init__(self, apply):
-        self.apply = apply
-
-
 def test_training_alone_computes_in_fp8(monkeypatch):
-    """The plain score, calibration and adaptation do not, though they use the kernels of the MLP."""
+    """The plain score and adaptation do not, though they use the MLP's kernels; PyTorch stands for all."""
     in_fp8 = []
 
     def mlp(x, a, up, down, depth, fp8, grad_scale):
@@ -87,7 +82,7 @@ def test_training_alone_computes_in_fp8(monkeypatch):
     for name, apply in (("FusedMLP", mlp), ("FusedHeads", tg.split_heads), ("FusedExclude", tg.exclude_self),
                         ("FusedEntry", tg.mix_and_norm),
                         ("FusedLoss", lambda x, w, *rest: tg.softcapped_nll(x @ w.T, *rest))):
-        monkeypatch.setattr(tg, name, InPyTorch(apply))
+        monkeypatch.setattr(tg, name, SimpleNamespace(apply=apply))
     run = tg.Run(CFG, tg.Ranks(), silent, tg.Backend(fused=True))
     model = tiny_model(CFG)
     tokens = np.concatenate(draw_documents(40, 30))
@@ -99,6 +94,14 @@ def test_training_alone_computes_in_fp8(monkeypatch):
     adapters = tg.Adapters(CFG, len(PLAN.visits), CPU)
     tg.score_documents(run, model.requires_grad_(False), val, adapters, run.backend, float("inf"))
     assert len(in_fp8) > 2 * len(PLAN.visits) and not any(in_fp8)
+
+
+@pytest.mark.parametrize("widths", [dict(mlp_mult=3.015625), dict(model_dim=520, num_heads=5, num_kv_heads=5),
+                                    dict(ttt_lora_rank=12)])
+def test_widths_that_a_gpu_cannot_read_are_refused(widths):
+    """FP8 needs multiples of 16 of what its factors' rows are: 1544 and 520 are of 8."""
+    with pytest.raises(tg.UserError, match="a GPU needs multiples of 8, and of 16"):
+        tg.Backend.for_machine(tg.Config(**widths), torch.device("cuda"))
 
 
 def test_no_prediction_sees_its_target_or_later_tokens():

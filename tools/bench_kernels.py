@@ -37,20 +37,19 @@ class Case(NamedTuple):
     leaves: tuple
     forward_bytes: float
     backward_bytes: float
-    forward_operations: float
-    backward_operations: float
+    forward_operations: float = 0.0
+    backward_operations: float = 0.0
 
 
 def make_cases(T: int, draw: Callable) -> dict[str, Case]:
     row = 2 * T * D  # bytes of a bf16 tensor (T, D)
     mlp, head = 4 * T * D * M, 2 * T * D * V
     return {
-        "heads": Case(*heads_case(T, H, K, E, R, draw), *(n * row for n in heads_rows(CFG)), 0, 0),
-        "exclusion": Case(*exclude_case(T, H, K, E, draw), *(n * row for n in exclusion_rows(CFG)), 0,
-                          0),
-        "entry": Case(*entry_case(T, D, draw), *(n * row for n in ENTRY_ROWS), 0, 0),
+        "heads": Case(*heads_case(T, H, K, E, R, draw), *(n * row for n in heads_rows(CFG))),
+        "exclusion": Case(*exclude_case(T, H, K, E, draw), *(n * row for n in exclusion_rows(CFG))),
+        "entry": Case(*entry_case(T, D, draw), *(n * row for n in ENTRY_ROWS)),
         "entry with a skip": Case(*entry_case(T, D, draw, skip=True),
-                                  *((n + more) * row for n, more in zip(ENTRY_ROWS, SKIP_ROWS)), 0, 0),
+                                  *((n + more) * row for n, more in zip(ENTRY_ROWS, SKIP_ROWS))),
         "MLP sublayer": Case(*mlp_case(T, D, M, draw), 14 * row, 28 * row, mlp, 2 * mlp),
         "MLP in FP8": Case(*mlp_case(T, D, M, draw, training=True), 15 * row, 29 * row, FP8_FORWARD * mlp,
                            FP8_BACKWARD * mlp),
