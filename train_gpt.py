@@ -157,7 +157,7 @@ class Config:
     vocab_size: int = knob(8192, 1, 65536, kind="model")  # pieces of the tokenizer; part of data file names
     train_batch_tokens: int = knob(786_432, 8, kind="quantization")  # tokens of an optimizer step, all ranks
     train_buffers: int = knob(8, 1, kind="quantization")  # micro-batches that these fill, or more: split_step
-    train_seq_len: int = knob(2048, 1, 2**24, kind="quantization")  # longest span seen as one context
+    train_seq_len: int = knob(3072, 3, 2**24, kind="quantization")  # longest span in the end; first a third
     val_batch_tokens: int = knob(524_288, 1)  # plain evaluation: a forward takes this / max(8, ranks)
     eval_seq_len: int = knob(2048, 1, 2**24)  # longest span of a document in plain evaluation
     val_doc_fraction: float = knob(1.0, 1e-9, 1.0, kind="run")  # score this first part of the documents only
@@ -977,6 +977,11 @@ class PackedStep(NamedTuple):
         """Boundaries of all spans, clipped to a buffer of `size` tokens at packed position `start`."""
         return np.clip(self.bounds - start, 0, size)
 
+def longest_span(progress: float, cfg: Config) -> int:
+    """A third of train_seq_len in the first tenth of training, two thirds until .7, and then all (#2014)."""
+    thirds = 1 + (progress >= 0.1) + (progress >= 0.7)
+    return cfg.train_seq_len * thirds // 3
+
 class PackedLoader:
     """Training batches: the documents of a step, cut into spans and packed into buffers of equal work.
 
@@ -985,9 +990,9 @@ class PackedLoader:
     tokens), and the other seven GPUs would wait. So the spans of a step are balanced over its buffers, which
     all have the same shape. Attention never crosses a document (#1530).
 
-    Buffer n follows from the shards, the settings, the size of a buffer and n alone. So there is no cursor to
-    save and restore, any rank can make any buffer, and a step sees the same tokens whatever the number of
-    ranks. Shards come in another order in every epoch.
+    Which tokens a step sees follows from the shards, the settings and its index alone: there is no cursor to
+    save and restore, and any rank can make any buffer, whatever the number of ranks. How long the spans are
+    into which it is cut is up to lengthen(). Shards come in another order in every epoch.
     """
 
     def __init__(self, paths: list[Path], bos: int, cfg: Config, buffer_tokens: int,
@@ -999,22 +1004,30 @@ class PackedLoader:
         self.buffers_per_step = cfg.train_batch_tokens // buffer_tokens
         self.shards = [open_shard(path) for path in paths]
         self.epoch_tokens = sum(map(len, self.shards))
-        self.latest: tuple[int, PackedStep] | None = None
+        self.max_lens = [(0, longest_span(0.0, cfg))]  # (first step, longest span from then on), growing
+        self.latest: tuple[int, int, PackedStep] | None = None
         self.shards_read: set[int] = set()
         # Every buffer is filled up with empty spans to max_spans, and each of these costs 13 us of attention,
-        # forward and backward, on an H200. So max_spans is only 4 above the most that was sampled; a buffer
-        # with more spans loses the targets of the last ones.
-        self.max_spans = self.sample_spans() + 4
+        # forward and backward, on an H200. So max_spans is only 4 above the most that was sampled, with
+        # spans as short as at first; a buffer with more loses the targets of the last ones.
+        self.max_spans = self.sample_spans(self.max_len_at(0)) + 4
         self.shards_read.clear()
         self.hasher = ThreadPoolExecutor(1) if hash_shards else None
         self.hashes: dict[int, Any] = {}  # of the shards that steps are read from: futures, by index
 
-    def sample_spans(self) -> int:
+    def max_len_at(self, step_index: int) -> int:
+        return max(max_len for first, max_len in self.max_lens if first <= step_index)
+
+    def lengthen(self, first_step: int, max_len: int):
+        """From this step on spans may be so long, or as they may be already."""
+        self.max_lens.append((first_step, max_len))
+
+    def sample_spans(self, max_len: int) -> int:
         """The number of spans in the fullest buffer of some 16 steps."""
         steps = max(1, self.epoch_tokens // self.cfg.train_batch_tokens)
-        most = ceil_div(self.buffer_tokens, self.cfg.train_seq_len)
+        most = ceil_div(self.buffer_tokens, max_len)
         for step_index in range(0, steps, ceil_div(steps, 16)):
-            step = self.pack_step(step_index)
+            step = self.pack_step(step_index, max_len)
             for start in range(0, self.cfg.train_batch_tokens, self.buffer_tokens):
                 bounds = np.unique(step.bounds_in(start, self.buffer_tokens))
                 most = max(most, len(bounds) - 1)
@@ -1058,8 +1071,8 @@ class PackedLoader:
                 skip = max(0, skip - len(self.shards[index]))
         return np.concatenate(pieces), shard_starts
 
-    def pack_step(self, step_index: int) -> PackedStep:
-        """Cut the documents of a step into spans and balance these over its buffers."""
+    def pack_step(self, step_index: int, max_len: int) -> PackedStep:
+        """Cut the documents of a step into spans of at most max_len, and balance these over its buffers."""
         # 1) Read the step's part of the stream. The first token of a shard follows from nothing before it,
         #    unless it is a BOS, which ends the document before.
         total = self.cfg.train_batch_tokens
@@ -1071,7 +1084,7 @@ class PackedLoader:
                 targets[start - 1] = IGNORE
         # 2) Cut it into spans, none of which crosses a document or a shard.
         starts = np.union1d(np.flatnonzero(tokens == self.bos), np.array(shard_starts, dtype=np.int64))
-        bounds = span_bounds(starts[starts < total], total, self.cfg.train_seq_len)
+        bounds = span_bounds(starts[starts < total], total, max_len)
         lengths = np.diff(bounds)
         # 3) Assign spans to buffers, longest first. Sums of lengths become equal but for some tokens, and
         #    sums of squares nearly so.
@@ -1091,12 +1104,13 @@ class PackedLoader:
         A thread begins to hash the shards that it is the first to use; nothing here waits for that.
         """
         latest = self.latest
-        if latest is None or latest[0] != step_index:
-            latest = self.latest = step_index, self.pack_step(step_index)
+        max_len = self.max_len_at(step_index)
+        if latest is None or latest[:2] != (step_index, max_len):
+            latest = self.latest = step_index, max_len, self.pack_step(step_index, max_len)
             if self.hasher:
                 for index in self.shards_read - self.hashes.keys():
                     self.hashes[index] = self.hasher.submit(sha256_of_file, self.paths[index])
-        return latest[1]
+        return latest[2]
 
     def buffer(self, buffer_index: int) -> Batch:
         """Buffer `buffer_index`, counted from the first step on."""
@@ -2131,6 +2145,10 @@ class Trainer:
         batch = make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len)
         batch = to_device(batch, self.ranks.device)
         with preserved(self.model, self.optimizers):
+            # The last plan launches all kernels that there are. What it computes now is undefined.
+            call = functools.partial(self.learn, self.plans[-1], batch)
+            compile_kernels(self.backend, self.ranks, call)
+            self.optimizers.zero_grad()
             for plan in self.plans:
                 for _ in range(cfg.warmup_steps):
                     self.step([batch], plan, 1.0, cfg.muon_momentum)
@@ -2148,7 +2166,7 @@ class Trainer:
         Returns a model with the average of the weights. validate(model, plan) gives a plain score. All ranks
         go by the largest of their clocks, so that learning rates agree and all of them stop together. The
         host is at most two steps ahead of the GPU. The next step is expected to take the mean time of all so
-        far. Near the end, a looped step takes up to 1.2 times this mean, which the reserve covers.
+        far. Near the end, a looped step takes some 1.2 times this mean, which the reserve covers.
         """
         cfg = self.cfg
         ranks = self.ranks
@@ -2182,6 +2200,11 @@ class Trainer:
                 if not looped and cfg.num_loops and progress >= cfg.enable_looping_at:
                     looped = True
                     log(f"layer_loop:enabled step:{self.steps} frac:{progress:.3f}")
+                longest = longest_span(progress, cfg)
+                first_step = self.steps + 2  # this one and the next may be packed already
+                if longest > self.loader.max_len_at(first_step):
+                    self.loader.lengthen(first_step, longest)
+                    log(f"spans:{longest} step:{first_step} frac:{progress:.3f}")
                 lr_scale = learning_rate_scale(progress, cfg)
                 momentum = muon_momentum(self.steps, progress, cfg)
                 of_step = itertools.islice(batches, self.local_buffers)
@@ -2289,6 +2312,8 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
     torch.set_float32_matmul_precision("high")  # TF32 holds bf16 inputs exactly and sums in fp32
     model.requires_grad_(False)
     model.embed.requires_grad_()  # so that gradients go all the way back
+    loader.lengthen(0, cfg.train_seq_len)  # as in the end of training, even if this run has not come so far
+    # 1) Run the buffers.
     indices = list(range(first + ranks.rank, first + cfg.gptq_calibration_batches, ranks.world_size))
     # A rank without a buffer of its own runs one all the same, to have tensors of the right shapes, and then
     # adds zeros.
@@ -2300,6 +2325,7 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
             torch.autograd.grad(nll.sum(), model.embed)
     model.embed.requires_grad_(False)
     torch.set_float32_matmul_precision(precision)
+    # 2) Add up over ranks.
     for statistics in sums:
         for name, value in statistics.items():
             statistics[name] = ranks.all_reduce_(value if indices else value.zero_())
@@ -3308,6 +3334,9 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
     for chunk in (0, last // 2, last):
         turns = [Turn(slot, slot, chunk) for slot in range(min(slots, have_room[chunk]))]
         this = to_device(make_round(val, turns, ends, cfg), run.ranks.device)
+        if chunk == 0:  # then adapters hold undefined numbers, until reset_slots
+            call = functools.partial(adapt, model, adapters, plan, backend, this)
+            compile_kernels(backend, run.ranks, call)
         adapt(model, adapters, plan, backend, this)
     if run.ranks.on_gpu:
         torch.cuda.empty_cache()  # graphs have a memory pool of their own
@@ -3851,6 +3880,42 @@ def import_triton() -> tuple[Any, Any]:
     """Triton and its language, at their first use."""
     return lazy_import("triton"), lazy_import("triton.language")
 
+class KernelCompiler:
+    """In its block a launched kernel is not run, but compiled by a thread, each form of it once.
+
+    What the kernels should have written is undefined. The block ends when all are compiled.
+    """
+    active: "KernelCompiler | None" = None  # of all threads, as autograd launches kernels in its own
+
+    def __init__(self, device: torch.device):
+        self.pool = ThreadPoolExecutor(8, initializer=torch.cuda.set_device, initargs=(device,))
+        self.forms: dict[tuple, Any] = {}  # futures
+
+    def __enter__(self):
+        KernelCompiler.active = self
+
+    def __exit__(self, error, *rest):
+        KernelCompiler.active = None
+        self.pool.shutdown(cancel_futures=error is not None)
+        for future in () if error else self.forms.values():
+            future.result()  # raises what compilation has raised
+
+    def submit(self, kernel, grid: tuple[int, ...], *args, **constants):
+        form = (id(kernel), *(x is None for x in args), *constants.values())
+        if form not in self.forms:
+            self.forms[form] = self.pool.submit(kernel.warmup, *args, grid=grid, **constants)
+
+def compile_kernels(backend: Backend, ranks: Ranks, call: Callable):
+    """If there are kernels, make a call in which these are compiled in threads and compute nothing."""
+    if backend.fused and ranks.on_gpu:
+        with KernelCompiler(ranks.device):
+            call()
+
+def launcher(kernel, *grid: int) -> Callable:
+    """What launches a kernel on a grid or, in the block of a KernelCompiler, has it compiled."""
+    compiler = KernelCompiler.active
+    return functools.partial(compiler.submit, kernel, grid) if compiler else kernel[grid]
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
@@ -3912,7 +3977,7 @@ def launch_join(x_or_dn, a_or_dy, depth, n, r, y_or_dx, backward: bool):
     T, D = n.shape
     block = 4
     programs = ceil_div(T, block)
-    launch = join_kernel()[(programs,)]
+    launch = launcher(join_kernel(), programs)
     launch(x_or_dn, a_or_dy, depth, n, r, y_or_dx, T, D, EPS=NORM_EPS, ADD=a_or_dy is not None, BLOCK=block,
            WIDTH=power_of_2(D), BACKWARD=backward)
 
@@ -3934,7 +3999,7 @@ def to_fp8(x, scale: float = 1.0):
     y = torch.empty_like(x, dtype=E4M3)
     block = 8192
     programs = ceil_div(x.numel(), block)
-    launch = fp8_kernel()[(programs,)]
+    launch = launcher(fp8_kernel(), programs)
     launch(x, y, scale, x.numel(), BLOCK=block, num_warps=8)
     return y
 
@@ -4018,7 +4083,7 @@ def launch_mlp(epilogue: str, a, b, out, out8=None, act=None, scale: float = 1.0
     act_desc = descriptor(out if act is None else act, half)  # without one, a placeholder
     out_desc = descriptor(out, half)
     out8_desc = descriptor(out if out8 is None else out8, half)
-    launch = mlp_kernel()[(min(programs, tiles),)]
+    launch = launcher(mlp_kernel(), min(programs, tiles))
     launch(a_desc, b_desc, act_desc, out_desc, out8_desc, M, N, K, scale, out_scale, UNIT=unit,
            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, PROGRAMS=programs, EPILOGUE=epilogue,
            STORE_FP8=out8 is not None, num_stages=3, num_warps=8)
@@ -4156,7 +4221,7 @@ def launch_heads(heads: Sequence, inputs: tuple, *grads):
     R = 2 * inputs[2].size(-1)
     backward = bool(grads)
     grads = grads or (None, None)
-    launch = heads_kernel()[H + 2 * K, ceil_div(T, HEADS_BLOCK)]
+    launch = launcher(heads_kernel(), H + 2 * K, ceil_div(T, HEADS_BLOCK))
     launch(*inputs, *heads, *grads, T, K, G=H // K, E=E, R=R, EPS=NORM_EPS, BLOCK=HEADS_BLOCK,
            BACKWARD=backward, num_warps=2)
 
@@ -4230,7 +4295,7 @@ def launch_exclude(y, v, out, *grads):
     block = 16
     backward = bool(grads)
     grads = grads or (None, None)
-    launch = exclude_kernel()[K, ceil_div(T, block)]
+    launch = launcher(exclude_kernel(), K, ceil_div(T, block))
     launch(y, v, out, *grads, T, K, G=H // K, E=E, BLOCK=block, BACKWARD=backward)
 
 class FusedExclude(torch.autograd.Function):
@@ -4335,7 +4400,7 @@ def launch_entry(inputs: Sequence, lanes: bool, out, normed, programs: int, *gra
     grads = grads or [None] * 5
     block = 1 if backward else ENTRY_BLOCK
     warps = 1 if backward else 4
-    launch = entry_kernel()[(programs,)]
+    launch = launcher(entry_kernel(), programs)
     launch(*inputs, out, normed, *grads, T, D, EPS=NORM_EPS, LANES=lanes, BLOCK=block, WIDTH=power_of_2(D),
            BACKWARD=backward, num_warps=warps)
 
@@ -4412,7 +4477,7 @@ class FusedLoss(torch.autograd.Function):
         logits = F.linear(x, embed)
         nll = x.new_empty(len(x), dtype=torch.float32)
         V = len(embed)
-        launch = loss_kernel()[(len(x),)]
+        launch = launcher(loss_kernel(), len(x))
         launch(logits, targets.contiguous(), nll, V, SOFTCAP=softcap, WIDTH=power_of_2(V), num_warps=8)
         ctx.save_for_backward(x, embed, logits)  # the kernel has written their gradient there
         return nll

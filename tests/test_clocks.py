@@ -6,6 +6,7 @@ is said to take.
 import functools
 import itertools
 import json
+import math
 import re
 from time import monotonic, perf_counter, sleep
 from types import SimpleNamespace
@@ -186,6 +187,12 @@ class Buffers:
     """As much of a loader as a training loop asks for."""
     buffer_tokens = 128
 
+    def __init__(self):
+        self.max_lens = [(0, 21)]
+
+    max_len_at = tg.PackedLoader.max_len_at
+    lengthen = tg.PackedLoader.lengthen
+
     def buffers(self, indices, device):
         return itertools.repeat(None)
 
@@ -207,6 +214,22 @@ def test_training_takes_the_steps_that_fit_and_no_more(clock, seconds):
     trainer, _ = train(tg.Ranks(), clock.timed(seconds, no_step), ITERATIONS=1000)
     assert trainer.log.spent("training") == pytest.approx(trainer.steps * seconds)
     assert 7 - seconds < trainer.log.spent("training") <= 7
+
+
+class SlowerRank(tg.Ranks):
+    """A rank beside one by whose clock everything takes twice as long."""
+
+    def all_reduce_max(self, value):
+        return 2 * value
+
+
+@pytest.mark.parametrize("ranks, seconds", [(tg.Ranks(), 1 / 16), (SlowerRank(), 1 / 32)])
+def test_spans_grow_with_the_clock_of_the_slowest_rank(clock, ranks, seconds):
+    """At .1 and .7 of its 112 steps, and two steps on, as a thread packs that many ahead."""
+    trainer, _ = train(ranks, clock.timed(seconds, no_step), ITERATIONS=1000)
+    assert trainer.steps == 112
+    assert trainer.loader.max_lens == [
+        (0, 21), (math.ceil(0.1 * 112) + 2, 42), (math.ceil(0.7 * 112) + 2, 64)]
 
 
 class BusyGPU(tg.Ranks):
@@ -273,12 +296,8 @@ def test_the_host_is_two_steps_ahead_of_a_gpu(clock, monkeypatch):
 
 
 def test_the_slowest_rank_ends_training(clock):
-    """By the clock of another rank a step takes twice as long: it is that one's seconds that have to fit."""
-    class WithSlowerRank(tg.Ranks):
-        def all_reduce_max(self, value):
-            return 2 * value
-
-    trainer, _ = train(WithSlowerRank(), clock.timed(0.1, no_step), ITERATIONS=1000)
+    """It is that one's seconds that have to fit."""
+    trainer, _ = train(SlowerRank(), clock.timed(0.1, no_step), ITERATIONS=1000)
     assert 7 - 0.2 < trainer.log.spent("training") <= 7
     assert trainer.log.spent("training") == pytest.approx(2 * 0.1 * trainer.steps)
 

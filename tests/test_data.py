@@ -1,5 +1,6 @@
 """Shards, packing and byte counts, against naive loops and the text itself."""
 import collections
+import itertools
 import json
 
 import numpy as np
@@ -159,6 +160,7 @@ def test_buffers_of_a_step_are_equal_work(tmp_path):
     tokens[starts] = BOS
     size = 8192
     loader = make_loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), tiny_config(**WIDE_STEP), size)
+    loader.lengthen(0, 256)
     for step in range(3):
         balanced = [bounds_of(loader.buffer(8 * step + place)) for place in range(8)]
         for bounds in balanced:
@@ -170,6 +172,41 @@ def test_buffers_of_a_step_are_equal_work(tmp_path):
             as_they_come.append(tg.span_bounds(inside, size, 256))
         assert excess(as_they_come) > 0.02
         assert max(map(len, balanced)) < max(map(len, as_they_come)), "and fewer spans to make room for"
+
+
+def test_spans_lengthen_from_a_step_on(tmp_path):
+    """A third of train_seq_len at first; always a step's buffers have all of its tokens once."""
+    tokens = np.random.default_rng(0).integers(4, 1024, 8 * 65_536)
+    tokens[::5000] = BOS
+    loader = make_loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), tiny_config(**WIDE_STEP), 8192)
+    loader.lengthen(2, 170)
+    loader.lengthen(3, 170)
+    loader.lengthen(5, 256)
+    loader.lengthen(6, 170)
+    for step, longest in enumerate((85, 85, 170, 170, 170, 256, 256)):
+        batches = [loader.buffer(8 * step + place) for place in range(8)]
+        assert max(np.diff(bounds_of(batch)).max() for batch in batches) == longest
+        read = np.concatenate([batch.tokens for batch in batches])
+        assert np.array_equal(np.sort(read), np.sort(tokens[65_536 * step : 65_536 * (step + 1)]))
+        assert len({batch.spans.cu_seqlens.shape for batch in batches}) == 1
+        assert {batch.spans.max_seqlen for batch in batches} == {256}, "what CUDA graphs were captured with"
+
+
+def test_a_step_that_is_packed_already_is_packed_again_for_longer_spans(tmp_path):
+    """As calibration needs it after a training that ended early, even if a thread has packed it shorter."""
+    tokens = np.random.default_rng(0).integers(4, 1024, 65_536)
+    loader = make_loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), tiny_config(**WIDE_STEP), 8192)
+    assert np.diff(bounds_of(loader.buffer(0))).max() == 85
+    loader.lengthen(5, 256)
+    assert np.diff(bounds_of(loader.buffer(0))).max() == 85
+    loader.lengthen(0, 256)
+    assert np.diff(bounds_of(loader.buffer(0))).max() == 256
+
+
+def test_spans_grow_by_thirds():
+    cfg = tg.Config()
+    assert [tg.longest_span(progress, cfg) for progress in (0.0, 0.09, 0.1, 0.69, 0.7, 1.0)] == [
+        1024, 1024, 2048, 2048, 3072, 3072]
 
 
 def test_spans_of_a_buffer_stay_in_order(tmp_path):
@@ -260,6 +297,18 @@ def test_ranks_share_a_step_and_cover_it(tiny_data):
             assert together == list(range(step * 8, step * 8 + 8))
 
 
+def test_no_more_than_two_buffers_are_packed_ahead(tiny_data, monkeypatch):
+    """So many that spans which lengthen from the step after the next on are in none of them."""
+    loader = make_loader(tiny_data)
+    asked_for = []
+    monkeypatch.setattr(loader, "buffer", lambda index: asked_for.append(index) or loader_buffer(index))
+    loader_buffer = type(loader).buffer.__get__(loader)
+    for index, _ in enumerate(loader.buffers(itertools.count(), torch.device("cpu"))):
+        assert max(asked_for) <= index + 2
+        if index == 5:
+            break
+
+
 def test_prefetching_changes_nothing(tiny_data):
     loader = make_loader(tiny_data)
     prefetched = list(loader.buffers(iter(range(5)), torch.device("cpu")))
@@ -289,7 +338,7 @@ def test_crowded_buffers_lose_targets_not_the_run(tmp_path):
     batches = [loader.buffer(index) for index in range(loader.epoch_tokens // 128)]
     assert len({batch.spans.cu_seqlens.shape for batch in batches}) == 1
     ignored = [int((batch.targets == tg.IGNORE).sum()) for batch in batches]
-    assert max(ignored) > 0 and np.count_nonzero(ignored) <= 3
+    assert max(ignored) > 0 and np.count_nonzero(ignored) <= 4
 
 
 # ---- Bytes -------------------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 import ast
 import collections
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -124,6 +128,90 @@ def test_products_compile_for_hopper(monkeypatch, dtype, epilogue, has_out8):
 def test_conversion_to_fp8_compiles_for_hopper():
     types = {"scale": "fp32", "COUNT": "i32", "y": "*fp8e4nv"}
     compile_for_hopper(tg.fp8_kernel(), dict(BLOCK=8192), types, num_warps=8)
+
+
+class CountedKernel:
+    """Stands for a kernel; counts what is compiled, by which thread, and what runs."""
+
+    def __init__(self):
+        self.compiled, self.threads, self.ran = [], set(), 0
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.ran += 1
+        return launch
+
+    def warmup(self, *args, grid, **constants):
+        time.sleep(0.05)
+        self.threads.add(threading.current_thread().name)
+        self.compiled.append((grid, *(x is None for x in args), *constants.values()))
+
+
+def test_kernels_are_compiled_ahead_in_threads(monkeypatch):
+    """Each form once, and at the end of the block they are; before and after it they run."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    kernels = CountedKernel(), CountedKernel()
+
+    def launch_all():
+        for kernel in kernels:
+            for args, backward in (((1, 2), False), ((1, None), False), ((1, 2), True), ((3, 4), True)):
+                tg.launcher(kernel, 5, 6)(*args, BACKWARD=backward)
+
+    launch_all()
+    before = threading.active_count()
+    with tg.KernelCompiler(torch.device("cpu")):
+        launch_all()
+    assert threading.active_count() == before
+    for kernel in kernels:
+        assert kernel.ran == 4 and len(kernel.compiled) == len(set(kernel.compiled)) == 3
+        assert len(kernel.threads) > 1
+    launch_all()
+    assert all(kernel.ran == 8 for kernel in kernels)
+
+
+def test_a_kernel_that_does_not_compile_ends_the_block(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    kernel = CountedKernel()
+    kernel.warmup = lambda *args, **options: 1 / 0
+    with pytest.raises(ZeroDivisionError), tg.KernelCompiler(torch.device("cpu")):
+        tg.launcher(kernel, 1)()
+    assert tg.KernelCompiler.active is None
+
+
+def test_an_error_in_the_block_is_the_one_that_is_raised(monkeypatch):
+    """Not that of a kernel beside it; and no more kernels are begun."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    kernel = CountedKernel()
+    compile_one = kernel.warmup
+    kernel.warmup = lambda *args, **options: (compile_one(*args, **options), 1 / 0)
+    with pytest.raises(MemoryError), tg.KernelCompiler(torch.device("cpu")):
+        for n in range(100):
+            tg.launcher(kernel, 1)(N=n)
+        raise MemoryError
+    assert len(kernel.compiled) < 50 and tg.KernelCompiler.active is None
+
+
+def test_kernels_are_compiled_ahead_where_there_are_any(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    active = []
+
+    def call():
+        active.append(tg.KernelCompiler.active is not None)
+
+    gpu = SimpleNamespace(on_gpu=True, device=torch.device("cpu"))
+    tg.compile_kernels(tg.Backend(fused=True), gpu, call)
+    assert active == [True]
+    tg.compile_kernels(tg.Backend(fused=False), gpu, call)
+    tg.compile_kernels(tg.Backend(fused=True), tg.Ranks(), call)
+    assert active == [True]
+
+
+def test_every_kernel_is_launched_by_the_launcher():
+    """One that is not would run on what the others have not written."""
+    source = Path(tg.__file__).read_text(encoding="utf-8")
+    launched = {match[1] for match in re.finditer(r"launcher\((\w+_kernel)\(\),", source)}
+    defined = set(re.findall(r"^def (\w+_kernel)\(", source, flags=re.M))
+    assert launched == defined and not re.search(r"_kernel\(\)\s*\[", source)
 
 
 def test_packing_leaves_nothing_on_what_syntax_trees_share():

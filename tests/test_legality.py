@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -824,7 +825,9 @@ def test_a_late_slot_corrects_its_bias_by_its_own_count():
 
 @pytest.mark.parametrize("chunk,rows_per_slot", [(16, 64), (20, 64), (48, 64), (48, 20)])
 def test_warm_up_of_adaptation_learns_nothing_and_knows_no_validation(monkeypatch, chunk, rows_per_slot):
-    """Also where a window holds two chunks, or one, and where not all slots have room for theirs."""
+    """Also where a window holds two chunks, or one, where not all slots have room for theirs, and whatever
+    calls in which kernels do not run leave in the adapters.
+    """
     cfg = tiny_config(ttt_chunk_size=chunk)
     monkeypatch.setattr(tg, "ROWS_PER_SLOT", rows_per_slot)
     honest_adapt = tg.adapt
@@ -840,8 +843,18 @@ def test_warm_up_of_adaptation_learns_nothing_and_knows_no_validation(monkeypatc
     state = [*adapters.tensors, *adapters.copies, *adapters.second_moments, adapters.update_count,
              *model.parameters()]
     before = [tensor.detach().clone() for tensor in state]
+    calls = []
+
+    @torch.no_grad()
+    def compile_kernels(backend, ranks, call):
+        calls.append(call)
+        for tensor in [*adapters.tensors, *adapters.copies, *adapters.second_moments, adapters.update_count]:
+            tensor.fill_(math.nan)
+
+    monkeypatch.setattr(tg, "compile_kernels", compile_kernels)
     run = make_run(cfg)
     tg.warm_up_adaptation(run, model, adapters, run.backend)
+    assert calls and len(sizes) == 3, "each round is run, too"
     assert all(torch.equal(tensor, old) for tensor, old in zip(state, before))
     window = min(cfg.ttt_eval_seq_len, -(-cfg.ttt_eval_seq_len // chunk) * chunk)
     has_room = min(cfg.ttt_batch_size, tg.round_rows(cfg) // chunk)

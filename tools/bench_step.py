@@ -85,16 +85,23 @@ class Candidate:
         self.trainer = tg.Trainer(run, self.model, None)
 
     def make_batches(self, shards: list[Path], buffer_tokens: int) -> list:
-        """Those of two steps of real documents or, without shards, one of random tokens."""
+        """Those of two steps of real documents or, without shards, one of random tokens.
+
+        Spans are as long as in the middle of a run.
+        """
         tg, cfg = self.tg, self.cfg
+        grows = hasattr(tg, "longest_span")  # in scripts of before, spans were of one length throughout
+        max_len = tg.longest_span(0.5, cfg) if grows else cfg.train_seq_len
         if shards:
             bos = int(tg.open_shard(shards[0])[0])
             loader = tg.PackedLoader(shards, bos, cfg, buffer_tokens)
+            if grows:
+                loader.lengthen(0, max_len)
             return [loader.buffer(n) for n in range(2 * cfg.train_batch_tokens // buffer_tokens)]
         rng = np.random.default_rng(0)
         lengths = np.maximum(20, rng.lognormal(6.2, 0.95, 40_000)).astype(int)
         starts = np.cumsum(np.append(0, lengths))
-        bounds = tg.span_bounds(starts[starts < buffer_tokens], buffer_tokens, cfg.train_seq_len)
+        bounds = tg.span_bounds(starts[starts < buffer_tokens], buffer_tokens, max_len)
         tokens = rng.integers(0, cfg.vocab_size, buffer_tokens + 1)
         return [tg.make_batch(tokens[:-1], tokens[1:], bounds, len(bounds) + 3, cfg.train_seq_len)]
 
