@@ -159,7 +159,7 @@ class Config:
     train_buffers: int = knob(8, 1, kind="quantization")  # micro-batches that these fill, or more: split_step
     train_seq_len: int = knob(3072, 3, 2**24, kind="quantization")  # longest span in the end; first a third
     val_batch_tokens: int = knob(524_288, 1)  # plain evaluation: a forward takes this / max(8, ranks)
-    eval_seq_len: int = knob(2048, 1, 2**24)  # longest span of a document in plain evaluation
+    eval_seq_len: int = knob(3072, 1, 2**24)  # longest context in plain evaluation
     val_doc_fraction: float = knob(1.0, 1e-9, 1.0, kind="run")  # score this first part of the documents only
     # model
     num_layers: int = knob(11, 1, 1000, kind="model")  # layers with weights of their own
@@ -3085,27 +3085,38 @@ class Tally:
 
 @torch.no_grad()
 def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
-    """Plain loss of every target, (targets,): documents cut at eval_seq_len, nothing learned."""
+    """Plain loss of every target, (targets,); nothing learns.
+
+    A document is read in windows of eval_seq_len targets that move on by a third of that. Of each the targets
+    that no earlier window has are scored.
+    """
     cfg = run.cfg
     ranks = run.ranks
     tally = Tally(len(val.token_bytes), ranks)
+    # 1) The windows of this rank's documents, and the first target that is scored in each.
     local = np.flatnonzero(assign_balanced(val.lengths, ranks.world_size) == ranks.rank)
-    spans = deque()
+    ends = np.arange(cfg.eval_seq_len, val.lengths.max() + cfg.eval_seq_len, ceil_div(cfg.eval_seq_len, 3))
+    windows = deque()
     for start, length in zip(val.starts[local].tolist(), val.lengths[local].tolist()):
-        end = start + length
-        spans.extend((lo, min(lo + cfg.eval_seq_len, end)) for lo in range(start, end, cfg.eval_seq_len))
+        for chunk in range(np.searchsorted(np.append(0, ends), length)):
+            window = chunk_window(chunk, length, ends, cfg.eval_seq_len)
+            windows.append([start + target for target in window])
+    # 2) Score them, as many at a time as there is room for.
     batch_tokens = cfg.val_batch_tokens // max(ranks.world_size, 8)  # of one size for up to 8 ranks
-    while spans:
-        packed = []
+    while windows:
+        spans = []
+        is_new = []
         room = max(cfg.eval_seq_len, batch_tokens)
-        while spans and spans[0][1] - spans[0][0] <= room:
-            lo, hi = spans.popleft()
-            packed.append((lo, hi))
-            room -= hi - lo
-        batch, target_index = pack_spans(val, packed, cfg.eval_seq_len, len(packed))
-        scored = to_device(torch.from_numpy(target_index[target_index >= 0]), ranks.device)
+        while windows and windows[0][1] - windows[0][0] <= room:
+            first, last, first_scored = windows.popleft()
+            spans.append((first, last))
+            is_new.append(np.arange(first, last) >= first_scored)
+            room -= last - first
+        batch, target_index = pack_spans(val, spans, cfg.eval_seq_len, len(spans))
+        rows = torch.from_numpy(np.flatnonzero(np.concatenate(is_new)))
+        scored = torch.from_numpy(target_index)[rows]
         nll = model(to_device(batch, ranks.device), plan, run.backend)
-        tally.add(scored, nll[: len(scored)])
+        tally.add(to_device(scored, ranks.device), nll[to_device(rows, ranks.device)])
     return tally.gather("plain evaluation")
 
 # ---- 11 Score-first adaptation -----------------------------------------------------------------------------
@@ -3357,7 +3368,7 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
 # to 1 as well. Only tokens that stand before the target are counted, and documents share nothing. The three
 # are computed one after the other, for speed; computed together, token by token, they would be the same.
 
-PLAIN_SHARE = 0.2
+PLAIN_SHARE = 0.3
 # By k: w and c. The w are three quarters of what fits half of the proxy's validation documents best after a
 # short training, as models that have trained for longer copy better by themselves.
 CACHE = {0: (0.001, 30.0), 1: (0.015, 22.0), 2: (0.02, 2.0), 4: (0.027, 0), 8: (0.1, 0), 16: (1.5, 0)}

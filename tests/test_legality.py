@@ -956,21 +956,35 @@ def evaluate_in_ranks(lengths=LENGTHS):
     return tg.evaluate(run, tiny_model(CFG), validation_of(draw_documents(lengths)), PLAN)
 
 
-def test_plain_evaluation_cuts_as_training_does_and_drops_nothing(tmp_path):
-    nll = evaluate_in_ranks()
+def test_plain_evaluation_moves_windows_on_by_a_third_and_drops_nothing(tmp_path):
+    """Each target, alone, with 43 to 64 tokens of context, itself included, or all that its document has."""
+    lengths = (*LENGTHS, 200, 64, 65)
+    nll = evaluate_in_ranks(lengths)
     model = tiny_model(CFG)
-    stream = np.append(np.concatenate(draw_documents()), 1)
+    stream = np.append(np.concatenate(draw_documents(lengths)), 1)
+    third = -(-CFG.eval_seq_len // 3)
     expected = []
     start = 0
-    for length in LENGTHS:
-        for lo in range(start, start + length, CFG.eval_seq_len):
-            hi = min(lo + CFG.eval_seq_len, start + length)
+    for length in lengths:
+        for place in range(length):
+            steps = max(0, -(-(place + 1 - CFG.eval_seq_len) // third))  # by so many windows have moved on
+            lo, hi = start + steps * third, start + place + 1
             span = tg.make_batch(stream[lo:hi], stream[lo + 1 : hi + 1], np.array([0, hi - lo]), 1, 64)
-            expected.append(model(span, PLAN).detach())
+            expected.append(model(span, PLAN).detach()[-1:])
         start += length
     torch.testing.assert_close(nll, torch.cat(expected)[:-1], rtol=0, atol=2e-5)
-    for of_rank in launch(2, evaluate_in_ranks, folder=tmp_path):
+    for of_rank in launch(2, functools.partial(evaluate_in_ranks, lengths), folder=tmp_path):
         torch.testing.assert_close(of_rank, nll, rtol=0, atol=2e-5)
+
+
+def test_plain_evaluation_does_not_see_where_a_document_ends():
+    """The same tokens before two ends have the same losses, whatever windows there are in between."""
+    stream = draw_documents((300,))[0]
+    run, model = make_run(), tiny_model(CFG)
+    whole = tg.evaluate(run, model, validation_of([stream]), PLAN)
+    for length in (1, 63, 64, 65, 86, 87, 130, 299):
+        cut = tg.evaluate(run, model, validation_of([stream[: length + 1]]), PLAN)
+        torch.testing.assert_close(cut, whole[:length], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("lengths", [(1, 2), (1, 1, 1, 3), (2,), (500,), (64, 64, 65)])

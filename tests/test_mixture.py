@@ -40,7 +40,7 @@ def check_mixture(documents):
         followed = document + [BOS] if number < len(documents) - 1 else document
         for target, votes in zip(followed[1:], votes_of(followed)):
             adapted, plain = models[len(targets)]
-            pieces = (0.8 * adapted + 0.2 * plain + votes) / (1 + votes.sum())
+            pieces = (0.7 * adapted + 0.3 * plain + votes) / (1 + votes.sum())
             assert pieces.sum() == pytest.approx(1)
             targets.append(target)
             expected.append(-math.log(pieces[target]))
