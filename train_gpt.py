@@ -3368,7 +3368,7 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
 # to 1 as well. Only tokens that stand before the target are counted, and documents share nothing. The three
 # are computed one after the other, for speed; computed together, token by token, they would be the same.
 
-PLAIN_SHARE = 0.3
+PLAIN_SHARE = 0.3  # by 300 validation documents of the proxy corpus, after a run of full length
 # By k: w and c. The w are three quarters of what fits half of the proxy's validation documents best after a
 # short training, as models that have trained for longer copy better by themselves.
 CACHE = {0: (0.001, 30.0), 1: (0.015, 22.0), 2: (0.02, 2.0), 4: (0.027, 0), 8: (0.1, 0), 16: (1.5, 0)}

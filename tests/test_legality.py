@@ -977,14 +977,48 @@ def test_plain_evaluation_moves_windows_on_by_a_third_and_drops_nothing(tmp_path
         torch.testing.assert_close(of_rank, nll, rtol=0, atol=2e-5)
 
 
-def test_plain_evaluation_does_not_see_where_a_document_ends():
-    """The same tokens before two ends have the same losses, whatever windows there are in between."""
-    stream = draw_documents((300,))[0]
-    run, model = make_run(), tiny_model(CFG)
-    whole = tg.evaluate(run, model, validation_of([stream]), PLAN)
-    for length in (1, 63, 64, 65, 86, 87, 130, 299):
-        cut = tg.evaluate(run, model, validation_of([stream[: length + 1]]), PLAN)
-        torch.testing.assert_close(cut, whole[:length], rtol=0, atol=2e-5)
+def plain_losses(*documents):
+    """Of the first document's targets in plain evaluation, but for the last one."""
+    losses = tg.evaluate(make_run(), tiny_model(CFG), validation_of(documents), PLAN)
+    return losses[: len(documents[0]) - 1]
+
+
+def plain_evaluation_is_blind():
+    """To where a document ends, and to long and many others after it."""
+    (document,) = draw_documents((300,))
+    alone = plain_losses(document)
+    beside = [plain_losses(document, *draw_documents(lengths, seed=1)) for lengths in ((5000,), (9,) * 400)]
+    cut = [plain_losses(document[: length + 1]) for length in (1, 63, 64, 65, 86, 87, 130, 299)]
+    return all(torch.allclose(losses, alone[: len(losses)], rtol=0, atol=2e-5) for losses in (*beside, *cut))
+
+
+def test_plain_evaluation_sees_neither_ends_nor_other_documents():
+    assert plain_evaluation_is_blind()
+
+
+HONEST_EVALUATE, HONEST_WINDOW = tg.evaluate, tg.chunk_window
+
+
+def evaluate_by(shorter):
+    """Plain evaluation with windows half as long where the set is such."""
+    def evaluate(run, model, val, plan):
+        window = CFG.eval_seq_len // 2 if shorter(val) else CFG.eval_seq_len
+        cfg = tg.dataclasses.replace(run.cfg, eval_seq_len=window)
+        return HONEST_EVALUATE(run._replace(cfg=cfg), model, val, plan)
+    return evaluate
+
+
+def window_from_the_end(chunk, length, ends, context):
+    first, last, chunk_start = HONEST_WINDOW(chunk, length, ends, context)
+    return max(0, last - context), last, chunk_start
+
+
+@pytest.mark.parametrize("cheat", [
+    dict(chunk_window=window_from_the_end), dict(evaluate=evaluate_by(lambda val: val.lengths.max() > 1000)),
+    dict(evaluate=evaluate_by(lambda val: len(val.lengths) > 300))])
+def test_plain_evaluation_that_sees_them_is_caught(cheat):
+    with mock.patch.multiple(tg, **cheat):
+        assert not plain_evaluation_is_blind()
 
 
 @pytest.mark.parametrize("lengths", [(1, 2), (1, 1, 1, 3), (2,), (500,), (64, 64, 65)])
