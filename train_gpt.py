@@ -3095,24 +3095,26 @@ def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
     tally = Tally(len(val.token_bytes), ranks)
     # 1) The windows of this rank's documents, and the first target that is scored in each.
     local = np.flatnonzero(assign_balanced(val.lengths, ranks.world_size) == ranks.rank)
-    ends = np.arange(cfg.eval_seq_len, val.lengths.max() + cfg.eval_seq_len, ceil_div(cfg.eval_seq_len, 3))
+    context = cfg.eval_seq_len
+    ends = np.arange(context, val.lengths.max() + context, ceil_div(context, 3))
+    begins = np.append(0, ends)  # of what each window adds to the one before
     windows = deque()
     for start, length in zip(val.starts[local].tolist(), val.lengths[local].tolist()):
-        for chunk in range(np.searchsorted(np.append(0, ends), length)):
-            window = chunk_window(chunk, length, ends, cfg.eval_seq_len)
+        for chunk in range(np.searchsorted(begins, length)):
+            window = chunk_window(chunk, length, ends, context)
             windows.append([start + target for target in window])
     # 2) Score them, as many at a time as there is room for.
     batch_tokens = cfg.val_batch_tokens // max(ranks.world_size, 8)  # of one size for up to 8 ranks
     while windows:
         spans = []
         is_new = []
-        room = max(cfg.eval_seq_len, batch_tokens)
+        room = max(context, batch_tokens)
         while windows and windows[0][1] - windows[0][0] <= room:
             first, last, first_scored = windows.popleft()
             spans.append((first, last))
             is_new.append(np.arange(first, last) >= first_scored)
             room -= last - first
-        batch, target_index = pack_spans(val, spans, cfg.eval_seq_len, len(spans))
+        batch, target_index = pack_spans(val, spans, context, len(spans))
         rows = torch.from_numpy(np.flatnonzero(np.concatenate(is_new)))
         scored = torch.from_numpy(target_index)[rows]
         nll = model(to_device(batch, ranks.device), plan, run.backend)

@@ -300,9 +300,14 @@ def test_ranks_share_a_step_and_cover_it(tiny_data):
 def test_no_more_than_two_buffers_are_packed_ahead(tiny_data, monkeypatch):
     """So many that spans which lengthen from the step after the next on are in none of them."""
     loader = make_loader(tiny_data)
+    honest_buffer = loader.buffer
     asked_for = []
-    monkeypatch.setattr(loader, "buffer", lambda index: asked_for.append(index) or loader_buffer(index))
-    loader_buffer = type(loader).buffer.__get__(loader)
+
+    def noting_buffer(index):
+        asked_for.append(index)
+        return honest_buffer(index)
+
+    monkeypatch.setattr(loader, "buffer", noting_buffer)
     for index, _ in enumerate(loader.buffers(itertools.count(), torch.device("cpu"))):
         assert max(asked_for) <= index + 2
         if index == 5:
@@ -335,10 +340,11 @@ def test_crowded_buffers_lose_targets_not_the_run(tmp_path):
     usual[::40] = BOS
     crowded = np.full(200, BOS)
     loader = make_loader(make_data(tmp_path / "d", [np.concatenate([usual, crowded, usual])], [usual]))
+    loader.lengthen(0, 64)
     batches = [loader.buffer(index) for index in range(loader.epoch_tokens // 128)]
     assert len({batch.spans.cu_seqlens.shape for batch in batches}) == 1
     ignored = [int((batch.targets == tg.IGNORE).sum()) for batch in batches]
-    assert max(ignored) > 0 and np.count_nonzero(ignored) <= 4
+    assert max(ignored) > 0 and np.count_nonzero(ignored) <= 3
 
 
 # ---- Bytes -------------------------------------------------------------------------------------------------
