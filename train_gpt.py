@@ -180,7 +180,7 @@ class Config:
     # schedule
     iterations: int = knob(20_000, 1)  # most optimizer steps
     max_wallclock_seconds: float = knob(600.0, 0.0)  # training clock, calibration included; 0: count steps
-    warmup_steps: int = knob(3, 1)  # untimed steps of one buffer, with and without loops, then undone
+    warmup_steps: int = knob(1, 1)  # untimed steps with and without loops, a buffer a length, then undone
     warmdown_frac: float = knob(0.85, 0.0, 1.0)  # last fraction of training, in which learning rates fall
     min_lr: float = knob(0.1, 0.0, 1.0)  # floor of the learning rates, relative to their peak
     train_log_every: int = knob(500, 1, kind="run")  # steps between log lines
@@ -977,9 +977,11 @@ class PackedStep(NamedTuple):
         """Boundaries of all spans, clipped to a buffer of `size` tokens at packed position `start`."""
         return np.clip(self.bounds - start, 0, size)
 
+LENGTHEN_AT = (0.0, 0.1, 0.7)  # from these parts of training on, spans have a third more (#2014)
+
 def longest_span(progress: float, cfg: Config) -> int:
-    """A third of train_seq_len in the first tenth of training, two thirds until .7, and then all (#2014)."""
-    thirds = 1 + (progress >= 0.1) + (progress >= 0.7)
+    """One, two or three thirds of train_seq_len."""
+    thirds = sum(progress >= begin for begin in LENGTHEN_AT)
     return cfg.train_seq_len * thirds // 3
 
 class PackedLoader:
@@ -1008,9 +1010,10 @@ class PackedLoader:
         self.latest: tuple[int, int, PackedStep] | None = None
         self.shards_read: set[int] = set()
         # Every buffer is filled up with empty spans to max_spans, and each of these costs 13 us of attention,
-        # forward and backward, on an H200. So max_spans is only 4 above the most that was sampled, with
-        # spans as short as at first; a buffer with more loses the targets of the last ones.
-        self.max_spans = self.sample_spans(self.max_len_at(0)) + 4
+        # forward and backward, on an H200. So max_spans is only 4 above the most that was sampled; a buffer
+        # with more spans loses the targets of the last ones. By the longest span of a step:
+        max_lens = [longest_span(progress, cfg) for progress in LENGTHEN_AT]
+        self.max_spans = {max_len: self.sample_spans(max_len) + 4 for max_len in max_lens}
         self.shards_read.clear()
         self.hasher = ThreadPoolExecutor(1) if hash_shards else None
         self.hashes: dict[int, Any] = {}  # of the shards that steps are read from: futures, by index
@@ -1098,13 +1101,12 @@ class PackedLoader:
         packed_starts = ends - lengths[order]
         return PackedStep(tokens, targets, np.append(0, ends), bounds[order] - packed_starts)
 
-    def step(self, step_index: int) -> PackedStep:
+    def step(self, step_index: int, max_len: int) -> PackedStep:
         """A packed step; the latest is kept, as all of its buffers are cut from it.
 
         A thread begins to hash the shards that it is the first to use; nothing here waits for that.
         """
         latest = self.latest
-        max_len = self.max_len_at(step_index)
         if latest is None or latest[:2] != (step_index, max_len):
             latest = self.latest = step_index, max_len, self.pack_step(step_index, max_len)
             if self.hasher:
@@ -1115,13 +1117,14 @@ class PackedLoader:
     def buffer(self, buffer_index: int) -> Batch:
         """Buffer `buffer_index`, counted from the first step on."""
         step_index, place = divmod(buffer_index, self.buffers_per_step)
-        step = self.step(step_index)
+        max_len = self.max_len_at(step_index)
+        step = self.step(step_index, max_len)
         start = place * self.buffer_tokens
         bounds = step.bounds_in(start, self.buffer_tokens)
         packed = np.arange(start, start + self.buffer_tokens)
         in_stream = packed + np.repeat(step.offsets, np.diff(bounds))  # spans elsewhere now have length 0
-        return make_batch(step.tokens[in_stream], step.targets[in_stream], np.unique(bounds), self.max_spans,
-                          self.cfg.train_seq_len)
+        return make_batch(step.tokens[in_stream], step.targets[in_stream], np.unique(bounds),
+                          self.max_spans[max_len], max_len)
 
     def buffers(self, indices: Iterator[int], device: torch.device) -> Iterator[Batch]:
         """Buffers on the device; a thread reads and packs two of them ahead while the device computes."""
@@ -2101,7 +2104,7 @@ class Trainer:
         self.backend = backend._replace(fp8=backend.fused).compiled()
         depths = (False, True) if self.cfg.loops_at_end else (False,)
         self.plans = [depth_plan(self.cfg, looped) for looped in depths]
-        self.graphs: dict[Plan, CapturedCall] = {}  # of `learn`
+        self.graphs: dict[tuple[Plan, int], CapturedCall] = {}  # of `learn`, by plan and longest span
         self.steps = 0
         self.reported = 0.0  # the training clock's seconds at the last report
         self.loss = torch.zeros((), device=self.ranks.device)  # this rank's part of a step's mean loss
@@ -2117,43 +2120,47 @@ class Trainer:
         part.backward()
         self.loss += part.detach()
 
-    def capture(self, batch: Batch):
-        """Capture `learn` for each plan, once it has run; this batch's memory is where graphs read others."""
+    def capture(self, batches: list[Batch]):
+        """Capture `learn` for each plan and batch, once it has run; graphs read others where these lie."""
         torch.cuda.empty_cache()  # graphs have a memory pool of their own
         pool = torch.cuda.graph_pool_handle()
-        for plan in self.plans:
-            self.graphs[plan] = CapturedCall.of(functools.partial(self.learn, plan), batch, pool)
+        for plan, batch in itertools.product(self.plans, batches):
+            learn = functools.partial(self.learn, plan)
+            self.graphs[plan, batch.spans.max_seqlen] = CapturedCall.of(learn, batch, pool)
 
     def step(self, batches: Iterable[Batch], plan: Plan, lr_scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns this rank's part of its mean loss, (), still on the device."""
         self.loss.zero_()
         for batch in batches:
-            if plan in self.graphs:
-                self.graphs[plan].replay(batch)
+            key = plan, batch.spans.max_seqlen
+            if key in self.graphs:
+                self.graphs[key].replay(batch)
             else:
                 self.learn(plan, batch)
         self.optimizers.step(lr_scale, momentum)
         return self.loss.clone()
 
     def warm_up(self):
-        """Compile and run the plans with and without loops on random tokens, and leave no trace of it."""
+        """Compile and run all plans and lengths of spans on random tokens, and leave no trace of it."""
         cfg = self.cfg
         loader = self.loader
         tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, loader.buffer_tokens + 1)
         starts = np.arange(0, loader.buffer_tokens, 600)  # documents of about the usual length
-        bounds = span_bounds(starts, loader.buffer_tokens, cfg.train_seq_len)
-        batch = make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len)
-        batch = to_device(batch, self.ranks.device)
+        batches = []
+        for max_len, max_spans in loader.max_spans.items():
+            bounds = span_bounds(starts, loader.buffer_tokens, max_len)
+            batch = make_batch(tokens[:-1], tokens[1:], bounds, max_spans, max_len)
+            batches.append(to_device(batch, self.ranks.device))
         with preserved(self.model, self.optimizers):
             # The last plan launches all kernels that there are. What it computes now is undefined.
-            call = functools.partial(self.learn, self.plans[-1], batch)
+            call = functools.partial(self.learn, self.plans[-1], batches[0])
             compile_kernels(self.backend, self.ranks, call)
             self.optimizers.zero_grad()
             for plan in self.plans:
                 for _ in range(cfg.warmup_steps):
-                    self.step([batch], plan, 1.0, cfg.muon_momentum)
+                    self.step(batches, plan, 1.0, cfg.muon_momentum)
         if self.backend.fused and self.backend.compilable:
-            self.capture(batch)
+            self.capture(batches)
         self.targets.zero_()
 
     def own_buffers(self) -> Iterator[int]:
@@ -3619,8 +3626,9 @@ def warm_up_and_train(run: Run, model: GPT, loader: PackedLoader, result: Result
     with run.log.phase("warm-up"):
         trainer = Trainer(run, model, loader)
         trainer.warm_up()
+    most = " or ".join(f"{spans} spans of {max_len}" for max_len, spans in loader.max_spans.items())
     run.log(f"buffers: {trainer.local_buffers} a step on a rank, {loader.buffer_tokens} tokens and at most "
-            f"{loader.max_spans} spans each; first step after {time.perf_counter() - PROCESS_START:.1f} s")
+            f"{most} each; first step after {time.perf_counter() - PROCESS_START:.1f} s")
     averaged = trainer.train(validate)
     tokens = trainer.steps * run.cfg.train_batch_tokens
     result.targets_left_out = tokens - run.ranks.all_reduce_(trainer.targets).item()

@@ -188,8 +188,10 @@ def test_spans_lengthen_from_a_step_on(tmp_path):
         assert max(np.diff(bounds_of(batch)).max() for batch in batches) == longest
         read = np.concatenate([batch.tokens for batch in batches])
         assert np.array_equal(np.sort(read), np.sort(tokens[65_536 * step : 65_536 * (step + 1)]))
-        assert len({batch.spans.cu_seqlens.shape for batch in batches}) == 1
-        assert {batch.spans.max_seqlen for batch in batches} == {256}, "what CUDA graphs were captured with"
+        rooms = {(len(batch.spans.cu_seqlens) - 1, batch.spans.max_seqlen) for batch in batches}
+        assert rooms == {(loader.max_spans[longest], longest)}, "what CUDA graphs were captured with"
+    rooms = [*loader.max_spans.values()]
+    assert sorted(set(rooms), reverse=True) == rooms, "longer spans are fewer"
 
 
 def test_a_step_that_is_packed_already_is_packed_again_for_longer_spans(tmp_path):

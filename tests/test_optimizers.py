@@ -3,6 +3,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import math
 import weakref
 from types import SimpleNamespace
@@ -19,10 +20,11 @@ BUFFERS = 8  # of a step
 MOMENTUM = 0.9
 
 
-def draw_batch(seed=0, tokens=128):
+def draw_batch(seed=0, tokens=128, longest=64):
     stream = np.random.default_rng(seed).integers(2, 1024, tokens + 1)
-    bounds = np.union1d(np.arange(0, tokens + 1, 64), 64 - seed % 9)  # spans of other lengths by another seed
-    return tg.make_batch(stream[:-1], stream[1:], bounds, tokens // 64 + 1, 64)
+    cut = longest - seed % 9  # spans of other lengths by another seed
+    bounds = np.union1d(np.arange(0, tokens + 1, longest), cut)
+    return tg.make_batch(stream[:-1], stream[1:], bounds, tokens // longest + 1, longest)
 
 
 # ---- Optimizers --------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def test_parameters_that_a_depth_does_not_use(loops):
 class LoaderShape:
     """As much of a loader as a trainer asks for before it trains."""
     buffer_tokens = 128
-    max_spans = 4
+    max_spans = {32: 4, 64: 3}  # by the longest span
 
 
 def make_trainer(ranks=None) -> tg.Trainer:
@@ -193,11 +195,11 @@ def test_training_after_warm_up_is_training_without_it():
 
 
 def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
-    """With functions in place of graphs, each step learns its own buffers, by the graph of its plan."""
+    """With functions in place of graphs, each step learns its own buffers, by graphs of plan and length."""
     def state_after_steps(trainer):
         losses = []
         for seed in range(4):
-            batches = [draw_batch(10 * seed + n) for n in range(BUFFERS)]
+            batches = [draw_batch(10 * seed + n, longest=64 if seed < 2 else 32) for n in range(BUFFERS)]
             losses.append(trainer.step(batches, trainer.plans[seed % 2], 1.0, MOMENTUM))
         return [*losses, trainer.targets.clone(), *whole_state(trainer)]
 
@@ -207,8 +209,9 @@ def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     trainer = make_trainer()
     honest_learn, trainer.learn = trainer.learn, lambda plan, batch: None  # while it is captured
-    trainer.capture(draw_batch(99))
-    for plan, captured in trainer.graphs.items():
+    trainer.capture([draw_batch(99, longest=longest) for longest in (32, 64)])
+    assert len(trainer.graphs) == 4
+    for (plan, _), captured in trainer.graphs.items():
         captured.graph.replay = functools.partial(honest_learn, plan, captured.inputs)
     trainer.learn = None  # a buffer that is learned without a replay would call it
     assert equal_states(state_after_steps(trainer), plain)
@@ -225,17 +228,18 @@ def test_captured_buffers_are_learned_as_others_are(monkeypatch):
     run = tg.Run(cfg, tg.Ranks(device="cuda:0"), silent, backend)
     loader = LoaderShape()
     loader.buffer_tokens = 2048
+    loader.max_spans = {512: 6, 1024: 4}
     trainer = tg.Trainer(run, tiny_model(cfg, noise=0.02).to(device), loader)
     trainer.warm_up()
     graphs, trainer.graphs = trainer.graphs, {}
-    assert sorted(graphs) == sorted(trainer.plans)
+    assert sorted(graphs) == sorted(itertools.product(trainer.plans, loader.max_spans))
     monkeypatch.setattr(trainer.optimizers, "step", lambda *args: None)
     rng = np.random.default_rng(1)
     batches = []
-    for starts in ((0, 700), (0, 30, 1900), (0,), (0, 1000, 1010)):
+    for starts, longest in (((0, 700), 512), ((0, 30, 1900), 1024), ((0,), 512), ((0, 1000, 1010), 1024)):
         tokens = rng.integers(0, cfg.vocab_size, 2049)
-        bounds = tg.span_bounds(np.array(starts), 2048, cfg.train_seq_len)
-        batch = tg.make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans, cfg.train_seq_len)
+        bounds = tg.span_bounds(np.array(starts), 2048, longest)
+        batch = tg.make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans[longest], longest)
         batches.append(tg.to_device(batch, device))
 
     def losses_and_gradients(plan):

@@ -16,6 +16,7 @@ import atexit
 import collections
 import functools
 import importlib.util
+import inspect
 import os
 import re
 import statistics
@@ -109,9 +110,15 @@ class Candidate:
         return self.tg.depth_plan(self.cfg, looped)
 
     def micro_batch(self, looped: bool, batch=None) -> None:
-        """Forward and backward pass of one buffer."""
-        self.trainer.optimizers.zero_grad()
-        self.model(batch or self.batch, self.plan(looped), self.trainer.backend).mean().backward()
+        """Forward and backward pass of one buffer as in a step: a CUDA graph, once it is captured."""
+        batch, plan, trainer = batch or self.batch, self.plan(looped), self.trainer
+        trainer.optimizers.zero_grad()
+        graphs = getattr(trainer, "graphs", {})
+        graph = graphs.get((plan, batch.spans.max_seqlen), graphs.get(plan))  # in scripts of before, by plan
+        if graph:
+            graph.replay(batch)
+        else:
+            self.model(batch, plan, trainer.backend).mean().backward()
 
     def every_micro_batch(self, looped: bool, rounds: int) -> np.ndarray:
         """Milliseconds of all micro-batches, (steps, buffers): GPUs wait for the slowest of a step."""
@@ -120,10 +127,11 @@ class Candidate:
         return np.array(list(medians(calls, rounds, 2, self.ranks).values())).reshape(2, -1)
 
     def capture(self) -> None:
-        """Make CUDA graphs of what steps do, as a run does, but not of single micro-batches; 30 GB a file."""
+        """Make CUDA graphs of micro-batches, as a run does; 30 GB a file."""
         backend = self.trainer.backend
         if hasattr(self.trainer, "capture") and backend.fused and backend.compilable:
-            self.trainer.capture(self.batch)
+            many = "batches" in inspect.signature(self.trainer.capture).parameters  # before: one
+            self.trainer.capture([self.batch] if many else self.batch)
 
     def step(self, looped: bool) -> None:
         self.trainer.step([self.batch] * self.local_buffers, self.plan(looped), 0.01, 0.95)
@@ -271,8 +279,6 @@ def measure(files: list[Candidate], args, ranks, product) -> list[tuple[str, dic
         rows.append(("collectives of the banks alone, ms", medians(calls, args.rounds, args.repeat, ranks)))
     calls = {file.name: file.optimizer_step for file in files}
     rows.append(("optimizer step, ms", medians(calls, args.rounds, args.repeat, ranks)))
-    rows.append(("activations of a looped micro-batch, GB",
-                 {file.name: activation_memory(file) for file in files}))
     return rows
 
 
@@ -308,10 +314,12 @@ def worker(args, tg) -> None:
             file.step(looped)
             torch.cuda.synchronize()
             say(f"first step{', looped' * looped}: {time.perf_counter() - began:.1f} s  {file.name}")
+    activations = {file.name: activation_memory(file) for file in files}  # of a graph nobody sees them
     for file in files:
         file.capture()
     # 3) The table, with every other file's ratio to this one.
     rows = measure(files, args, ranks, product)
+    rows.append(("activations of a looped micro-batch, GB", activations))
     first = files[0]
     say(f"{len(first.batch.tokens)} tokens and {first.spans} spans a buffer, {first.local_buffers} buffers a "
         "rank and step")
