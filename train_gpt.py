@@ -2075,9 +2075,10 @@ def split_step(cfg: Config, world_size: int) -> tuple[int, int]:
     fewest = ceil_div(cfg.train_buffers, world_size)
     buffers = next(n for n in range(fewest, rank_tokens + 1) if rank_tokens % n == 0)
     buffer_tokens = rank_tokens // buffers
-    if buffer_tokens < cfg.train_seq_len:
+    if buffer_tokens < cfg.train_seq_len or buffer_tokens % 16:  # FP8 products sum over a multiple of 16
         raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} gives {world_size} ranks buffers of "
-                        f"{buffer_tokens} tokens, less than TRAIN_SEQ_LEN={cfg.train_seq_len}")
+                        f"{buffer_tokens} tokens: they need a multiple of 16, and at least "
+                        f"TRAIN_SEQ_LEN={cfg.train_seq_len}")
     return buffers, buffer_tokens
 
 @contextlib.contextmanager
@@ -3952,9 +3953,11 @@ def multiprocessors(x) -> int:
 # sign of p, and that is hidden in act's lowest bit: 0 where p > 0, else 1. The price is that act is rounded
 # to every second bf16 number.
 #
-# In training all products but those of dup and ddown take FP8 factors, whose names end in 8. They are e4m3: 3
-# mantissa bits, from 2^-9 to 448, at which conversion saturates. n and act fit as they are, weights and
-# gradients once they are multiplied by constants.
+# In training all products take FP8 factors, whose names have an 8. They are e4m3: 3 mantissa bits, from 2^-9
+# to 448, at which conversion saturates. n and act fit as they are, weights and gradients once they are
+# multiplied by constants. Hopper reads the factors of an FP8 product along the dimension that is summed over.
+# For dup and ddown that is the tokens, so what these are computed from is also written transposed, (features,
+# tokens): n8_t, act8_t, dout8_t, dpre8_t. Of the two act8, act8_t is kept, and has the sign of p.
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -4004,25 +4007,39 @@ def launch_join(x_or_dn, a_or_dy, depth, n, r, y_or_dx, backward: bool):
 
 @functools.cache
 def fp8_kernel():
-    """A program takes BLOCK numbers."""
+    """A program takes BLOCK tokens and BLOCK of their D numbers."""
     triton, tl = import_triton()
 
     @triton.jit
-    def fp8_program(x, y, scale, COUNT, BLOCK: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + at, mask=at < COUNT, other=0.0).to(tl.float32) * scale
-        tl.store(y + at, value.to(y.dtype.element_ty), mask=at < COUNT)
+    def fp8_program(x, y, y_t, scale, T, D, BLOCK: tl.constexpr):
+        # y becomes x scale, and y_t, transposed, the same.
+        numbers = tl.arange(0, BLOCK)
+        t = tl.program_id(0) * BLOCK + numbers[:, None]
+        d = tl.program_id(1) * BLOCK + numbers[None, :]
+        inside = (t < T) & (d < D)
+        at = t * D + d
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
+        value8 = value.to(y.dtype.element_ty)
+        tl.store(y + at, value8, mask=inside)
+        at_t = d * T + t
+        tl.store(y_t + at_t, value8, mask=inside)
 
     return fp8_program
 
 def to_fp8(x, scale: float = 1.0):
-    """x times scale, in FP8."""
+    """x (T, D) times scale in FP8, and the same transposed."""
+    T, D = x.shape
     y = torch.empty_like(x, dtype=E4M3)
-    block = 8192
-    programs = ceil_div(x.numel(), block)
-    launch = launcher(fp8_kernel(), programs)
-    launch(x, y, scale, x.numel(), BLOCK=block, num_warps=8)
-    return y
+    y_t = y.new_empty(D, T)
+    block = 128
+    launch = launcher(fp8_kernel(), ceil_div(T, block), ceil_div(D, block))
+    launch(x, y, y_t, scale, T, D, BLOCK=block, num_warps=4)
+    return y, y_t
+
+def fp8_product(a, b, scale: float, dtype: torch.dtype):
+    """a b.T times scale, (M, N), of a (M, K) and b (N, K) in FP8."""
+    root = torch.full((), scale**0.5, device=a.device)  # each factor's part of the scale
+    return torch._scaled_mm(a, b.T, root, root, out_dtype=dtype)
 
 @functools.cache
 def mlp_kernel():
@@ -4033,22 +4050,23 @@ def mlp_kernel():
     triton, tl = import_triton()
 
     @triton.jit
-    def mlp_program(a_desc, b_desc, act_desc, out_desc, out8_desc, M, N, K, scale, out_scale,
-                    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                    GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr, EPILOGUE: tl.constexpr,
-                    STORE_FP8: tl.constexpr):
+    def mlp_program(a_desc, b_desc, act_desc, out_desc, turned_desc, M, N, K, scale, UNIT: tl.constexpr,
+                    SMALLEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
+                    EPILOGUE: tl.constexpr, TURN: tl.constexpr):
         # Here a (M, K) and b (N, K) are the factors of a product, acc is a b.T in fp32, and p = acc scale. By
         # EPILOGUE, out (M, N) becomes
-        #   "act"    f(p)
-        #   "slope"  p slope out_scale, the slope from act (M, N)
+        #   "act"    f(p), and its lowest bit the sign of p
+        #   "slope"  p slope, the slope from act (M, N)
         #   "add"    p + act
         #   "none"   p
-        # and with STORE_FP8 out8 the same, without out_scale. Of an fp32 number's bits, act keeps the upper
-        # 16 if it is bf16, or all; UNIT is the lowest that it keeps, 1 << 16 or 1.
+        # and with TURN turned (N, M) the same, transposed and without the sign. UNIT is the worth of act's
+        # lowest bit among the bits of an fp32 number: 1 << 16 in bf16, 1 << 20 in FP8, 1 in fp32. Below
+        # SMALLEST, its smallest normal number, act has a fixed step, that of the numbers right above.
         tiles_m = tl.cdiv(M, BLOCK_M)
         tiles_n = tl.cdiv(N, BLOCK_N)
         HALF: tl.constexpr = BLOCK_N // 2
-        BITS: tl.constexpr = tl.int32 if UNIT == 1 else tl.int16
+        BITS: tl.constexpr = tl.int32 if UNIT == 1 else tl.int16 if UNIT == 1 << 16 else tl.int8
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
             # GROUP_M rows of tiles run together, so that b stays in the L2 cache.
             group = tile // (GROUP_M * tiles_n)
@@ -4065,14 +4083,6 @@ def mlp_kernel():
             for half in tl.static_range(2):
                 value = left if half == 0 else right
                 at = n + half * HALF
-                if EPILOGUE == "act":
-                    low_bit = tl.where(value > 0, 0, UNIT)
-                    value = tl.where(value > 0, value, 0.5 * value)
-                    # Round to the nearest number with the wanted lowest bit. Those with a 0 are 2 UNIT apart:
-                    # add half of that, and cut off. Those with a 1 lie half-way between: cut off, and set
-                    # the bit.
-                    cut = ((value * value).to(tl.int32, bitcast=True) + (UNIT - low_bit)) & (-2 * UNIT)
-                    value = (cut | low_bit).to(tl.float32, bitcast=True)
                 if EPILOGUE == "slope":
                     act = act_desc.load([m, at])
                     root = tl.sqrt(act.to(tl.float32))
@@ -4080,34 +4090,44 @@ def mlp_kernel():
                     value *= tl.where(sign == 0, 2 * root, -root)
                 if EPILOGUE == "add":
                     value += act_desc.load([m, at]).to(tl.float32)
-                if STORE_FP8:
-                    out8_desc.store([m, at], value.to(out8_desc.dtype))
-                if EPILOGUE == "slope":
-                    value *= out_scale
-                out_desc.store([m, at], value.to(out_desc.dtype))
+                signed = value
+                if EPILOGUE == "act":
+                    low_bit = tl.where(value > 0, 0, UNIT)
+                    leaky = tl.maximum(value, -0.5 * value)  # its magnitude
+                    value = leaky * leaky
+                    # Round to the nearest number with the wanted lowest bit. Those with a 0 are 2 UNIT apart:
+                    # add half of that, and cut off. Those with a 1 lie half-way between: cut off, and set
+                    # the bit. Small numbers are moved to where steps are as long.
+                    shift = tl.where(value < SMALLEST, SMALLEST, 0.0)
+                    cut = ((value + shift).to(tl.int32, bitcast=True) + (UNIT - low_bit)) & (-2 * UNIT)
+                    signed = (cut | low_bit).to(tl.float32, bitcast=True) - shift
+                out_desc.store([m, at], signed.to(out_desc.dtype))
+                if TURN:
+                    turned_desc.store([at, m], value.to(turned_desc.dtype).T)
 
     return mlp_program
 
-def launch_mlp(epilogue: str, a, b, out, out8=None, act=None, scale: float = 1.0, out_scale: float = 1.0):
-    """Run the product with one of the kernel's epilogues; a (M, K) and b (N, K) -> out (M, N)."""
+def launch_mlp(epilogue: str, a, b, out, turned=None, act=None, scale: float = 1.0):
+    """Run the product with one of the kernel's epilogues; a (M, K), b (N, K) -> out (M, N), turned (N, M)."""
     descriptor = lazy_import("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
     M, K = a.shape
     N = len(b)
     block_m, block_n, block_k = (128, 256, 128 // a.element_size()) if a.is_cuda else (32, 32, 32)
-    half = [block_m, block_n // 2]
+    half = block_n // 2
     programs = multiprocessors(a)
     rows = ceil_div(M, block_m)
     tiles = rows * ceil_div(N, block_n)
-    unit = 1 << 16 if out.dtype == torch.bfloat16 else 1
+    numbers = torch.finfo(out.dtype)
+    unit = round(numbers.eps * 2**23)
     a_desc = descriptor(a, [block_m, block_k])
     b_desc = descriptor(b, [block_n, block_k])
-    act_desc = descriptor(out if act is None else act, half)  # without one, a placeholder
-    out_desc = descriptor(out, half)
-    out8_desc = descriptor(out if out8 is None else out8, half)
+    out_desc = descriptor(out, [block_m, half])
+    act_desc = out_desc if act is None else descriptor(act, [block_m, half])  # without one, a placeholder
+    turned_desc = out_desc if turned is None else descriptor(turned, [half, block_m])
     launch = launcher(mlp_kernel(), min(programs, tiles))
-    launch(a_desc, b_desc, act_desc, out_desc, out8_desc, M, N, K, scale, out_scale, UNIT=unit,
-           BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, PROGRAMS=programs, EPILOGUE=epilogue,
-           STORE_FP8=out8 is not None, num_stages=3, num_warps=8)
+    launch(a_desc, b_desc, act_desc, out_desc, turned_desc, M, N, K, scale, UNIT=unit,
+           SMALLEST=numbers.tiny, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=16,
+           PROGRAMS=programs, EPILOGUE=epilogue, TURN=turned is not None, num_stages=3, num_warps=8)
 
 class FusedMLP(torch.autograd.Function):
     """The MLP of mlp_sublayer by these kernels: (x, a, up, down, depth) -> (out, n), (T, D) both.
@@ -4123,44 +4143,53 @@ class FusedMLP(torch.autograd.Function):
         r = x.new_empty(len(x), dtype=torch.float32)  # the norm's factor
         y = n if a is None else torch.empty_like(x)  # without an a, a placeholder
         launch_join(x, a, depth, n, r, y, backward=False)
-        act = x.new_empty(len(x), len(up))
         if fp8:
             up8, _, down8, _ = fp8
-            act8 = torch.empty_like(act, dtype=E4M3)
+            n8, n8_t = to_fp8(n)
+            act8 = x.new_empty(len(x), len(up), dtype=E4M3)
+            act8_t = act8.new_empty(len(up), len(x))
             out = torch.empty_like(x)
-            launch_mlp("act", to_fp8(n), up8, act, act8, scale=1 / FP8_WEIGHT_SCALE)
+            launch_mlp("act", up8, n8, act8_t, act8, scale=1 / FP8_WEIGHT_SCALE)
             launch_mlp("none" if a is None else "add", act8, down8, out, act=y, scale=1 / FP8_WEIGHT_SCALE)
+            kept = act8_t, n8_t
         else:
+            act = x.new_empty(len(x), len(up))
             launch_mlp("act", n, up, act)
             out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
+            kept = act,
         ctx.set_materialize_grads(False)
         ctx.adds = a is not None
         ctx.fp8 = fp8
         ctx.grad_scale = grad_scale
-        ctx.save_for_backward(up, down, depth, n, r, act)
+        ctx.save_for_backward(up, down, depth, n, r, *kept)
         return out, n
 
     @staticmethod
     def backward(ctx, dout, dn):  # dn is None unless a hook has used n; out is always used
-        up, down, depth, n, r, act = ctx.saved_tensors
+        up, down, depth, n, r, *kept = ctx.saved_tensors
         dout = dout.contiguous()
-        dpre = torch.empty_like(act)
         if ctx.fp8:
+            act8_t, n8_t = kept
             _, up8_t, _, down8_t = ctx.fp8
-            dpre8 = torch.empty_like(act, dtype=E4M3)
+            dout8, dout8_t = to_fp8(dout, ctx.grad_scale)
+            dpre8_t = torch.empty_like(act8_t)
+            dpre8 = dpre8_t.new_empty(len(n), len(up))
             dn_product = torch.empty_like(n)
-            launch_mlp("slope", to_fp8(dout, ctx.grad_scale), down8_t, dpre, dpre8, act,
-                       scale=1 / FP8_WEIGHT_SCALE, out_scale=1 / ctx.grad_scale)
+            launch_mlp("slope", down8_t, dout8, dpre8_t, dpre8, act8_t, scale=1 / FP8_WEIGHT_SCALE)
             launch_mlp("none", dpre8, up8_t, dn_product, scale=1 / (FP8_WEIGHT_SCALE * ctx.grad_scale))
+            dup = fp8_product(dpre8_t, n8_t, 1 / ctx.grad_scale, n.dtype)
+            ddown = fp8_product(dout8_t, act8_t, 1 / ctx.grad_scale, n.dtype)
         else:
+            act, = kept
+            dpre = torch.empty_like(act)
             launch_mlp("slope", dout, down.T.contiguous(), dpre, act=act)
             dn_product = dpre @ up
+            dup = dpre.T @ n if ctx.needs_input_grad[2] else None
+            ddown = dout.T @ act if ctx.needs_input_grad[3] else None
         dn = dn_product if dn is None else dn_product + dn
         dx = torch.empty_like(n)
         launch_join(dn, dout if ctx.adds else None, depth, n, r, dx, backward=True)
         da = dx if ctx.adds else None
-        dup = dpre.T @ n if ctx.needs_input_grad[2] else None
-        ddown = dout.T @ act if ctx.needs_input_grad[3] else None
         return dx, da, dup, ddown, None, None, None
 
 # Heads     split_heads in one pass: split into heads; norm and rotate q and k; multiply q by its gain
@@ -4507,9 +4536,9 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx, dnll):
         x, embed, dlogits = ctx.saved_tensors
         factor = dnll[:, None]
-        dx = ((dlogits @ embed) * factor).to(x.dtype)
-        dembed = dlogits.T @ (x * factor).to(x.dtype)
-        return dx, dembed, None, None
+        dx = (dlogits @ embed).mul_(factor)  # in fp32, rounded once
+        scaled = torch.mul(x, factor, out=torch.empty_like(x))
+        return dx, dlogits.T @ scaled, None, None
 
 if __name__ == "__main__":
     try:

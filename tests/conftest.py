@@ -34,6 +34,9 @@ FILES = {"log.txt", "metrics.jsonl", "result.json", CHECKPOINT, ARTIFACT, "train
 # Settings on top of TINY, where the size of the model does not matter: three visits of two layers.
 QUICK = dict(NUM_LAYERS=2, PARALLEL_START_LAYER=1, NUM_LOOPS=1, LOOP_START=0, LOOP_END=0, QUANT_STATES=1)
 SHALLOW = dict(NUM_LAYERS=2, PARALLEL_START_LAYER=1, NUM_LOOPS=0)  # on top of TINY, where few visits will do
+# For a GPU: the record's widths in few layers. Made where machines without one see whether it is valid.
+SMALL_CFG = tg.Config(num_layers=5, loop_start=1, loop_end=2, parallel_start_layer=3,
+                      train_batch_tokens=16_384, train_seq_len=2048)
 
 
 def pytest_collection_modifyitems(items):

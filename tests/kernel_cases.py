@@ -12,20 +12,6 @@ NO_SKIP = (None, None, None)
 GRAD_SCALE = 16.0  # of gradients on their way to FP8
 
 
-class FP8Linear(torch.autograd.Function):
-    """x w.T of both in FP8, and in FP8 the gradient of x, but not that of w."""
-
-    @staticmethod
-    def forward(ctx, x, w, w8):
-        ctx.save_for_backward(x, w, w8)
-        return F.linear(in_fp8(x.float()), w8).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w, w8 = ctx.saved_tensors
-        return (in_fp8(GRAD_SCALE * grad.float()) @ w8 / GRAD_SCALE).to(x.dtype), grad.T @ x, None
-
-
 def saturated(x):
     """x in FP8; what is too large becomes 448."""
     return x.clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -34,6 +20,39 @@ def saturated(x):
 def in_fp8(x):
     """What FP8 leaves of x, fp32."""
     return saturated(x).float()
+
+
+def kept_in_fp8(act, pre):
+    """act as the backward pass keeps it, in FP8 numbers whose lowest bit knows the sign of pre.
+
+    Where pre > 0 it is 0, and act the nearest such number. Elsewhere it is 1, and act the one number between
+    the two that have a 0.
+    """
+    codes = torch.arange(127, dtype=torch.uint8, device=act.device).view(torch.float8_e4m3fn).float()
+    zeros, ones = codes[::2].contiguous(), codes[1::2]
+    below = torch.searchsorted(zeros, act, right=True) - 1
+    nearest = torch.searchsorted((zeros[1:] + zeros[:-1]) / 2, act, right=True)
+    return torch.where(pre > 0, zeros[nearest], ones[below])
+
+
+class FP8MLP(torch.autograd.Function):
+    """f(n up.T) down.T with every factor of every product in FP8, and the gradients of n, up and down."""
+
+    @staticmethod
+    def forward(ctx, n, up, down, up8, down8):
+        n8 = in_fp8(n.float())
+        pre = n8 @ up8.T
+        act = tg.leaky_relu_squared(pre)
+        ctx.save_for_backward(n8, pre, kept_in_fp8(act, pre), up8, down8)
+        return (in_fp8(act) @ down8.T).to(n.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        n8, pre, act, up8, down8 = ctx.saved_tensors
+        grad8 = in_fp8(GRAD_SCALE * grad.float())
+        dpre8 = in_fp8(grad8 @ down8 * act.sqrt() * torch.where(pre > 0, 2, -1))
+        grads = dpre8 @ up8, dpre8.T @ n8, grad8.T @ act
+        return *((g / GRAD_SCALE).to(grad.dtype) for g in grads), None, None
 
 
 def weights8(up, down):
@@ -53,8 +72,7 @@ def mlp_reference(x, a, up, down, depth, fp8=()):
     normed = (tg.norm(y) * depth).to(x.dtype)
     if fp8:
         up8, _, down8, _ = (w8.float() / 64 for w8 in fp8)
-        hidden = tg.leaky_relu_squared(FP8Linear.apply(normed, up, up8))
-        out = FP8Linear.apply(hidden, down, down8)
+        out = FP8MLP.apply(normed, up, down, up8, down8)
     else:
         out = F.linear(tg.leaky_relu_squared(F.linear(normed, up)), down)
     return (out if a is None else y + out), normed

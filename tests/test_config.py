@@ -134,9 +134,10 @@ def test_other_worlds_are_refused_with_the_sizes_that_fit(world_size):
         tg.split_step(tg.Config(), world_size)
 
 
-def test_too_many_ranks_for_the_span_length():
+@pytest.mark.parametrize("batch_tokens, world_size", [(24_576, 64), (24_640, 1)])
+def test_buffers_hold_a_span_and_a_multiple_of_16_tokens(batch_tokens, world_size):
     with pytest.raises(tg.UserError, match="TRAIN_BATCH_TOKENS.*TRAIN_SEQ_LEN"):
-        tg.split_step(tg.Config(train_batch_tokens=16_384), 64)
+        tg.split_step(tg.Config(train_batch_tokens=batch_tokens), world_size)
 
 
 def test_assignment_to_ranks_is_balanced_and_repeatable():

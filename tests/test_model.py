@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from conftest import peeking_attention, silent, tiny_config, tiny_model
+from conftest import SMALL_CFG, peeking_attention, silent, tiny_config, tiny_model
 from kernel_cases import mlp_reference, saturated
 
 pytestmark = pytest.mark.check
@@ -282,7 +282,7 @@ def test_statistics_are_those_of_inputs_and_gradients():
 @pytest.mark.gpu
 def test_compiled_forward_is_as_exact_as_bf16_allows():
     """Losses on the GPU err by at most twice what plain bf16 does, and no graph is compiled again."""
-    cfg = tg.Config(num_layers=5, loop_start=1, loop_end=2, parallel_start_layer=3, train_batch_tokens=16_384)
+    cfg = SMALL_CFG
     looped, unlooped = tg.depth_plan(cfg, True), tg.depth_plan(cfg, False)
     gpu = torch.device("cuda")
     model = tiny_model(cfg, noise=0.02)

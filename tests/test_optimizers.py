@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from conftest import launch, silent, tiny_config, tiny_model
+from conftest import SMALL_CFG, launch, silent, tiny_config, tiny_model
 
 CFG = tiny_config()
 BUFFERS = 8  # of a step
@@ -220,7 +220,7 @@ def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
 @pytest.mark.gpu
 def test_captured_buffers_are_learned_as_others_are(monkeypatch):
     """Replays of CUDA graphs give the losses and gradients of the same buffers without graphs."""
-    cfg = tg.Config(num_layers=5, loop_start=1, loop_end=2, parallel_start_layer=3, train_batch_tokens=16_384)
+    cfg = SMALL_CFG
     device = torch.device("cuda")
     backend = tg.Backend.for_machine(cfg, device)
     if not backend.fused:

@@ -18,7 +18,6 @@ PARTS = {  # of a micro-batch, by what the names of their kernels contain; the f
     "matrix products": r"mlp_program|nvjet|splitKreduce|gemm|cutlass",
     "all else": r"",
 }
-FP8_FORWARD, FP8_BACKWARD = 0.5, 1.5  # the MLP's products, for 1 and 2 in bf16: dup and ddown are still bf16
 ENTRY_ROWS, SKIP_ROWS = (4, 7), (1, 2)  # of the entry kernel forward and backward; more of them with a skip
 
 
@@ -64,11 +63,12 @@ def work_of(cfg: Any, visits: int, skips: int, lanes: int, span_lengths: Any, fp
 
     Of its visits `skips` merge a skip and `lanes` have two lanes; span_lengths (spans,) are in tokens. A
     backward pass has twice the products of the forward one, that of attention 2.5 times. Of a causal square
-    half is needed. A product in FP8, as the MLP's may be, counts as half.
+    half is needed. With fp8 the MLP's products count as half, and its input and the gradient of its output
+    are written in FP8, twice.
     """
     tokens, D, V = int(span_lengths.sum()), cfg.model_dim, cfg.vocab_size
     attention = D * (2 * D + 2 * cfg.kv_dim)
-    mlp = 2 * D * cfg.mlp_dim * (FP8_FORWARD + FP8_BACKWARD if fp8 else 3)
+    mlp = 2 * D * cfg.mlp_dim
     squares = float((span_lengths.astype(float) ** 2).sum())
     return {
         "attention": Work(operations=3.5 * visits * 4 * D * squares / 2),
@@ -77,6 +77,6 @@ def work_of(cfg: Any, visits: int, skips: int, lanes: int, span_lengths: Any, fp
         "join": Work(rows=8 * visits - 3 * lanes),
         "exclusion": Work(rows=visits * sum(exclusion_rows(cfg))),
         "loss": Work(rows=2 * V / D),  # logits are read, their gradient is written
-        "to FP8": Work(rows=visits * 2 * 1.5 * fp8),
-        "matrix products": Work(operations=2 * tokens * (visits * (3 * attention + mlp) + 3 * D * V)),
+        "to FP8": Work(rows=visits * 2 * 2 * fp8),
+        "matrix products": Work(operations=3 * 2 * tokens * (visits * (attention + mlp / (1 + fp8)) + D * V)),
     }
