@@ -180,7 +180,7 @@ class Config:
     # schedule
     iterations: int = knob(20_000, 1)  # most optimizer steps
     max_wallclock_seconds: float = knob(600.0, 0.0)  # training clock, calibration included; 0: count steps
-    warmup_steps: int = knob(1, 1)  # untimed steps with and without loops, a buffer a length, then undone
+    warmup_steps: int = knob(1, 1)  # untimed steps, each with and without loops, by spans of each length
     warmdown_frac: float = knob(0.85, 0.0, 1.0)  # last fraction of training, in which learning rates fall
     min_lr: float = knob(0.1, 0.0, 1.0)  # floor of the learning rates, relative to their peak
     train_log_every: int = knob(500, 1, kind="run")  # steps between log lines
@@ -977,10 +977,10 @@ class PackedStep(NamedTuple):
         """Boundaries of all spans, clipped to a buffer of `size` tokens at packed position `start`."""
         return np.clip(self.bounds - start, 0, size)
 
-LENGTHEN_AT = (0.0, 0.1, 0.7)  # from these parts of training on, spans have a third more (#2014)
+LENGTHEN_AT = (0.0, 0.1, 0.7)  # from here on in training, longest_span is one, two and three thirds of all
 
 def longest_span(progress: float, cfg: Config) -> int:
-    """One, two or three thirds of train_seq_len."""
+    """In tokens: one, two or three thirds of train_seq_len (#2014)."""
     thirds = sum(progress >= begin for begin in LENGTHEN_AT)
     return cfg.train_seq_len * thirds // 3
 
@@ -1010,8 +1010,8 @@ class PackedLoader:
         self.latest: tuple[int, int, PackedStep] | None = None
         self.shards_read: set[int] = set()
         # Every buffer is filled up with empty spans to max_spans, and each of these costs 13 us of attention,
-        # forward and backward, on an H200. So max_spans is only 4 above the most that was sampled; a buffer
-        # with more spans loses the targets of the last ones. By the longest span of a step:
+        # forward and backward, on an H200. So max_spans, by longest span, is only 4 above the most that was
+        # sampled; a buffer with more spans loses the targets of the last ones.
         max_lens = [longest_span(progress, cfg) for progress in LENGTHEN_AT]
         self.max_spans = {max_len: self.sample_spans(max_len) + 4 for max_len in max_lens}
         self.shards_read.clear()
@@ -2061,7 +2061,7 @@ def muon_momentum(step: int, progress: float, cfg: Config) -> float:
     return start + (cfg.muon_momentum - start) * ramp
 
 def split_step(cfg: Config, world_size: int) -> tuple[int, int]:
-    """(buffers that a rank computes in a step, tokens of a buffer). UserError if ranks cannot share a step.
+    """(buffers that a rank computes in a step, tokens of a buffer). UserError if ranks cannot share it.
 
     With 8 train_buffers, a buffer is an eighth of a step where the number of ranks divides 8, so that 1, 2, 4
     and 8 ranks see the same data. Else it is the largest part, no more than an eighth, that gives every rank
@@ -2075,9 +2075,9 @@ def split_step(cfg: Config, world_size: int) -> tuple[int, int]:
     fewest = ceil_div(cfg.train_buffers, world_size)
     buffers = next(n for n in range(fewest, rank_tokens + 1) if rank_tokens % n == 0)
     buffer_tokens = rank_tokens // buffers
-    if buffer_tokens < cfg.train_seq_len or buffer_tokens % 16:  # FP8 products sum over a multiple of 16
+    if buffer_tokens < cfg.train_seq_len or buffer_tokens % 16:  # which dup and ddown sum over in FP8
         raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} gives {world_size} ranks buffers of "
-                        f"{buffer_tokens} tokens: they need a multiple of 16, and at least "
+                        f"{buffer_tokens} tokens: a buffer needs a multiple of 16, and at least "
                         f"TRAIN_SEQ_LEN={cfg.train_seq_len}")
     return buffers, buffer_tokens
 
@@ -2122,7 +2122,7 @@ class Trainer:
         self.loss += part.detach()
 
     def capture(self, batches: list[Batch]):
-        """Capture `learn` for each plan and batch, once it has run; graphs read others where these lie."""
+        """Capture `learn`, once it has run, for each plan and batch; a replay copies its own batch there."""
         torch.cuda.empty_cache()  # graphs have a memory pool of their own
         pool = torch.cuda.graph_pool_handle()
         for plan, batch in itertools.product(self.plans, batches):
@@ -2133,9 +2133,9 @@ class Trainer:
         """One optimizer step; returns this rank's part of its mean loss, (), still on the device."""
         self.loss.zero_()
         for batch in batches:
-            key = plan, batch.spans.max_seqlen
-            if key in self.graphs:
-                self.graphs[key].replay(batch)
+            graph = self.graphs.get((plan, batch.spans.max_seqlen))
+            if graph:
+                graph.replay(batch)
             else:
                 self.learn(plan, batch)
         self.optimizers.step(lr_scale, momentum)
@@ -3627,7 +3627,7 @@ def warm_up_and_train(run: Run, model: GPT, loader: PackedLoader, result: Result
     with run.log.phase("warm-up"):
         trainer = Trainer(run, model, loader)
         trainer.warm_up()
-    most = " or ".join(f"{spans} spans of {max_len}" for max_len, spans in loader.max_spans.items())
+    most = " or ".join(f"{spans} spans of up to {max_len}" for max_len, spans in loader.max_spans.items())
     run.log(f"buffers: {trainer.local_buffers} a step on a rank, {loader.buffer_tokens} tokens and at most "
             f"{most} each; first step after {time.perf_counter() - PROCESS_START:.1f} s")
     averaged = trainer.train(validate)
@@ -3951,13 +3951,14 @@ def multiprocessors(x) -> int:
 #
 # The slope is 2 sqrt(f(p)) where p > 0 and -sqrt(f(p)) elsewhere. So it is enough to keep act = f(p) and the
 # sign of p, and that is hidden in act's lowest bit: 0 where p > 0, else 1. The price is that act is rounded
-# to every second bf16 number.
+# to every second number of its dtype.
 #
-# In training all products take FP8 factors, whose names have an 8. They are e4m3: 3 mantissa bits, from 2^-9
-# to 448, at which conversion saturates. n and act fit as they are, weights and gradients once they are
-# multiplied by constants. Hopper reads the factors of an FP8 product along the dimension that is summed over.
-# For dup and ddown that is the tokens, so what these are computed from is also written transposed, (features,
-# tokens): n8_t, act8_t, dout8_t, dpre8_t. Of the two act8, act8_t is kept, and has the sign of p.
+# In training all products of the MLP take FP8 factors, whose names contain an 8. They are e4m3: 3 mantissa
+# bits, from 2^-9 to 448, at which conversion saturates. n and act fit as they are, weights and gradients once
+# they are multiplied by constants. Hopper needs both factors of an FP8 product contiguous along the dimension
+# that is summed over. For dup and ddown that is the tokens, so what these are computed from is also written
+# transposed, (features, tokens): n8_t, act8_t, dout8_t, dpre8_t. Of the two copies of act, the backward pass
+# keeps act8_t, and only that hides the sign of p.
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -4007,22 +4008,21 @@ def launch_join(x_or_dn, a_or_dy, depth, n, r, y_or_dx, backward: bool):
 
 @functools.cache
 def fp8_kernel():
-    """A program takes BLOCK tokens and BLOCK of their D numbers."""
+    """A program takes a tile of BLOCK tokens by BLOCK features."""
     triton, tl = import_triton()
 
     @triton.jit
     def fp8_program(x, y, y_t, scale, T, D, BLOCK: tl.constexpr):
-        # y becomes x scale, and y_t, transposed, the same.
-        numbers = tl.arange(0, BLOCK)
-        t = tl.program_id(0) * BLOCK + numbers[:, None]
-        d = tl.program_id(1) * BLOCK + numbers[None, :]
+        # y (T, D) becomes x scale, and y_t (D, T) its transpose.
+        index = tl.arange(0, BLOCK)
+        t = tl.program_id(0) * BLOCK + index[:, None]
+        d = tl.program_id(1) * BLOCK + index[None, :]
         inside = (t < T) & (d < D)
         at = t * D + d
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
         value8 = value.to(y.dtype.element_ty)
         tl.store(y + at, value8, mask=inside)
-        at_t = d * T + t
-        tl.store(y_t + at_t, value8, mask=inside)
+        tl.store(y_t + d * T + t, value8, mask=inside)
 
     return fp8_program
 
@@ -4038,7 +4038,7 @@ def to_fp8(x, scale: float = 1.0):
 
 def fp8_product(a, b, scale: float, dtype: torch.dtype):
     """a b.T times scale, (M, N), of a (M, K) and b (N, K) in FP8."""
-    root = torch.full((), scale**0.5, device=a.device)  # each factor's part of the scale
+    root = torch.full((), scale**0.5, device=a.device)  # a scale for each factor is what there is
     return torch._scaled_mm(a, b.T, root, root, out_dtype=dtype)
 
 @functools.cache
@@ -4050,19 +4050,19 @@ def mlp_kernel():
     triton, tl = import_triton()
 
     @triton.jit
-    def mlp_program(a_desc, b_desc, act_desc, out_desc, turned_desc, M, N, K, scale, UNIT: tl.constexpr,
-                    SMALLEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    def mlp_program(a_desc, b_desc, act_desc, out_desc, out_t_desc, M, N, K, scale, UNIT: tl.constexpr,
+                    NORMAL: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
-                    EPILOGUE: tl.constexpr, TURN: tl.constexpr):
+                    EPILOGUE: tl.constexpr, STORE_T: tl.constexpr):
         # Here a (M, K) and b (N, K) are the factors of a product, acc is a b.T in fp32, and p = acc scale. By
         # EPILOGUE, out (M, N) becomes
-        #   "act"    f(p), and its lowest bit the sign of p
+        #   "act"    f(p), its lowest bit replaced by the sign of p
         #   "slope"  p slope, the slope from act (M, N)
         #   "add"    p + act
         #   "none"   p
-        # and with TURN turned (N, M) the same, transposed and without the sign. UNIT is the worth of act's
-        # lowest bit among the bits of an fp32 number: 1 << 16 in bf16, 1 << 20 in FP8, 1 in fp32. Below
-        # SMALLEST, its smallest normal number, act has a fixed step, that of the numbers right above.
+        # With STORE_T, out_t (N, M) becomes the same, transposed and without the sign. UNIT is act's lowest
+        # bit as a bit of an fp32 number: 1 << 16 in bf16, 1 << 20 in FP8, 1 in fp32. From NORMAL on its
+        # numbers are normal, and up to LARGEST both lowest bits are left to choose from.
         tiles_m = tl.cdiv(M, BLOCK_M)
         tiles_n = tl.cdiv(N, BLOCK_N)
         HALF: tl.constexpr = BLOCK_N // 2
@@ -4090,25 +4090,27 @@ def mlp_kernel():
                     value *= tl.where(sign == 0, 2 * root, -root)
                 if EPILOGUE == "add":
                     value += act_desc.load([m, at]).to(tl.float32)
-                signed = value
+                kept = value
                 if EPILOGUE == "act":
                     low_bit = tl.where(value > 0, 0, UNIT)
-                    leaky = tl.maximum(value, -0.5 * value)  # its magnitude
+                    leaky = tl.maximum(value, -0.5 * value)  # |leaky_relu(p, .5)|
                     value = leaky * leaky
                     # Round to the nearest number with the wanted lowest bit. Those with a 0 are 2 UNIT apart:
                     # add half of that, and cut off. Those with a 1 lie half-way between: cut off, and set
-                    # the bit. Small numbers are moved to where steps are as long.
-                    shift = tl.where(value < SMALLEST, SMALLEST, 0.0)
-                    cut = ((value + shift).to(tl.int32, bitcast=True) + (UNIT - low_bit)) & (-2 * UNIT)
-                    signed = (cut | low_bit).to(tl.float32, bitcast=True) - shift
-                out_desc.store([m, at], signed.to(out_desc.dtype))
-                if TURN:
-                    turned_desc.store([at, m], value.to(turned_desc.dtype).T)
+                    # the bit. Numbers that are not normal are as far apart as those right above NORMAL, and
+                    # so are rounded there.
+                    shift = tl.where(value < NORMAL, NORMAL, 0.0)
+                    near = (tl.minimum(value, LARGEST) + shift).to(tl.int32, bitcast=True)
+                    cut = (near + (UNIT - low_bit)) & (-2 * UNIT)
+                    kept = (cut | low_bit).to(tl.float32, bitcast=True) - shift
+                out_desc.store([m, at], kept.to(out_desc.dtype))
+                if STORE_T:
+                    out_t_desc.store([at, m], value.to(out_t_desc.dtype).T)
 
     return mlp_program
 
-def launch_mlp(epilogue: str, a, b, out, turned=None, act=None, scale: float = 1.0):
-    """Run the product with one of the kernel's epilogues; a (M, K), b (N, K) -> out (M, N), turned (N, M)."""
+def launch_mlp(epilogue: str, a, b, out, out_t=None, act=None, scale: float = 1.0):
+    """Run the product with one of the kernel's epilogues; a (M, K), b (N, K) -> out (M, N), out_t (N, M)."""
     descriptor = lazy_import("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
     M, K = a.shape
     N = len(b)
@@ -4117,23 +4119,24 @@ def launch_mlp(epilogue: str, a, b, out, turned=None, act=None, scale: float = 1
     programs = multiprocessors(a)
     rows = ceil_div(M, block_m)
     tiles = rows * ceil_div(N, block_n)
-    numbers = torch.finfo(out.dtype)
-    unit = round(numbers.eps * 2**23)
+    limits = torch.finfo(out.dtype)
+    unit = round(limits.eps * 2**23)  # the least step above 1, counted in those of fp32
+    largest = limits.max * (1 - limits.eps / 4)
     a_desc = descriptor(a, [block_m, block_k])
     b_desc = descriptor(b, [block_n, block_k])
     out_desc = descriptor(out, [block_m, half])
     act_desc = out_desc if act is None else descriptor(act, [block_m, half])  # without one, a placeholder
-    turned_desc = out_desc if turned is None else descriptor(turned, [half, block_m])
+    out_t_desc = out_desc if out_t is None else descriptor(out_t, [half, block_m])
     launch = launcher(mlp_kernel(), min(programs, tiles))
-    launch(a_desc, b_desc, act_desc, out_desc, turned_desc, M, N, K, scale, UNIT=unit,
-           SMALLEST=numbers.tiny, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=16,
-           PROGRAMS=programs, EPILOGUE=epilogue, TURN=turned is not None, num_stages=3, num_warps=8)
+    launch(a_desc, b_desc, act_desc, out_desc, out_t_desc, M, N, K, scale, UNIT=unit, NORMAL=limits.tiny,
+           LARGEST=largest, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=16, PROGRAMS=programs,
+           EPILOGUE=epilogue, STORE_T=out_t is not None, num_stages=3, num_warps=8)
 
 class FusedMLP(torch.autograd.Function):
     """The MLP of mlp_sublayer by these kernels: (x, a, up, down, depth) -> (out, n), (T, D) both.
 
-    Without a, out is what to add to x. Frozen weights cost no gradient. With fp8, that of Layer, products
-    take FP8; grad_scale brings dout into its range.
+    Without a, out is what to add to x. With fp8, that of Layer, products take FP8, and grad_scale brings dout
+    into its range; without, frozen weights cost no gradient.
     """
 
     @staticmethod
@@ -4156,7 +4159,7 @@ class FusedMLP(torch.autograd.Function):
             act = x.new_empty(len(x), len(up))
             launch_mlp("act", n, up, act)
             out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
-            kept = act,
+            kept = [act]
         ctx.set_materialize_grads(False)
         ctx.adds = a is not None
         ctx.fp8 = fp8
@@ -4180,7 +4183,7 @@ class FusedMLP(torch.autograd.Function):
             dup = fp8_product(dpre8_t, n8_t, 1 / ctx.grad_scale, n.dtype)
             ddown = fp8_product(dout8_t, act8_t, 1 / ctx.grad_scale, n.dtype)
         else:
-            act, = kept
+            [act] = kept
             dpre = torch.empty_like(act)
             launch_mlp("slope", dout, down.T.contiguous(), dpre, act=act)
             dn_product = dpre @ up
@@ -4536,8 +4539,8 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx, dnll):
         x, embed, dlogits = ctx.saved_tensors
         factor = dnll[:, None]
-        dx = (dlogits @ embed).mul_(factor)  # in fp32, rounded once
-        scaled = torch.mul(x, factor, out=torch.empty_like(x))
+        dx = (dlogits @ embed).mul_(factor)
+        scaled = torch.mul(x, factor, out=torch.empty_like(x))  # factor is fp32, and the result should not be
         return dx, dlogits.T @ scaled, None, None
 
 if __name__ == "__main__":

@@ -10,7 +10,16 @@ import torch
 
 import train_gpt as tg
 from conftest import tiny_config, tiny_model
-from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case, saturated
+from kernel_cases import (
+    entry_case,
+    exclude_case,
+    heads_case,
+    in_fp8,
+    kept_in_fp8,
+    loss_case,
+    mlp_case,
+    saturated,
+)
 
 
 def poison_new_memory():
@@ -74,10 +83,22 @@ def check_mlp():
 
 
 def check_mlp_in_fp8():
-    """To the bit, as both round the same numbers; whole and ragged tiles, a token and features of 16."""
+    """To fp32's rounding, as both sides round to the same FP8 numbers; whole and ragged tiles."""
     for T, D, M in ((64, 32, 64), (48, 32, 64), (16, 64, 96), (144, 64, 160)):
         for alone in (False, True):
             assert_same(mlp_case(T, D, M, torch.randn, alone, training=True), atol=1e-6)
+    x = torch.randn(130, 144)
+    y, y_t = tg.to_fp8(x, 3.0)
+    assert torch.equal(y.float(), in_fp8(3 * x)) and torch.equal(y_t.float(), y.float().T)
+    p = torch.linspace(-60, 60, 512).view(16, 32)  # tiny numbers, and those that saturate, too
+    p8, one8 = saturated(p), saturated(torch.eye(32))
+    act8, act8_t = p8.new_empty(16, 32), p8.new_empty(32, 16)
+    tg.launch_mlp("act", one8, p8, act8_t, act8)
+    act = tg.leaky_relu_squared(p8.float())
+    assert torch.equal(act8.float(), in_fp8(act))
+    assert torch.equal(act8_t.float().T, kept_in_fp8(act, p8.float()))
+    last_bit = act8_t.T.contiguous().view(torch.uint8) & 1
+    assert torch.equal(last_bit, (p8.float() <= 0).byte()), "the last bit knows the sign, whatever act is"
 
 
 def check_heads_and_exclusion():

@@ -26,11 +26,11 @@ def kept_in_fp8(act, pre):
     """act as the backward pass keeps it, in FP8 numbers whose lowest bit knows the sign of pre.
 
     Where pre > 0 it is 0, and act the nearest such number. Elsewhere it is 1, and act the one number between
-    the two that have a 0.
+    the two that have a 0, or 416 if it is larger.
     """
     codes = torch.arange(127, dtype=torch.uint8, device=act.device).view(torch.float8_e4m3fn).float()
     zeros, ones = codes[::2].contiguous(), codes[1::2]
-    below = torch.searchsorted(zeros, act, right=True) - 1
+    below = (torch.searchsorted(zeros, act, right=True) - 1).clamp(max=len(ones) - 1)
     nearest = torch.searchsorted((zeros[1:] + zeros[:-1]) / 2, act, right=True)
     return torch.where(pre > 0, zeros[nearest], ones[below])
 

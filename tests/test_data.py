@@ -191,6 +191,7 @@ def test_spans_lengthen_from_a_step_on(tmp_path):
         rooms = {(len(batch.spans.cu_seqlens) - 1, batch.spans.max_seqlen) for batch in batches}
         assert rooms == {(loader.max_spans[longest], longest)}, "what CUDA graphs were captured with"
     rooms = [*loader.max_spans.values()]
+    assert rooms == [loader.sample_spans(longest) + 4 for longest in (85, 170, 256)]
     assert sorted(set(rooms), reverse=True) == rooms, "longer spans are fewer"
 
 
@@ -202,7 +203,8 @@ def test_a_step_that_is_packed_already_is_packed_again_for_longer_spans(tmp_path
     loader.lengthen(5, 256)
     assert np.diff(bounds_of(loader.buffer(0))).max() == 85
     loader.lengthen(0, 256)
-    assert np.diff(bounds_of(loader.buffer(0))).max() == 256
+    again = loader.buffer(0)
+    assert np.diff(bounds_of(again)).max() == 256 and (again.targets != tg.IGNORE).all()
 
 
 def test_spans_grow_by_thirds():

@@ -182,6 +182,19 @@ def test_warm_up_captures_where_no_pass_waits_for_the_gpu(monkeypatch, attend, c
     assert len(batches) == captured
 
 
+def test_warm_up_runs_each_plan_with_the_room_of_each_length():
+    trainer = make_trainer()
+    learn, seen = trainer.learn, set()
+
+    def noted(plan, batch):
+        seen.add((plan, batch.spans.max_seqlen, len(batch.spans.cu_seqlens) - 1))
+        learn(plan, batch)
+
+    trainer.learn = noted
+    trainer.warm_up()
+    assert seen == {(plan, *room) for plan in trainer.plans for room in trainer.loader.max_spans.items()}
+
+
 def test_training_after_warm_up_is_training_without_it():
     def state_after_steps(warm_up):
         trainer = make_trainer()
@@ -208,9 +221,10 @@ def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     trainer = make_trainer()
-    honest_learn, trainer.learn = trainer.learn, lambda plan, batch: None  # while it is captured
+    honest_learn, seen = trainer.learn, []
+    trainer.learn = lambda plan, batch: seen.append((plan, batch.spans.max_seqlen))  # while it is captured
     trainer.capture([draw_batch(99, longest=longest) for longest in (32, 64)])
-    assert len(trainer.graphs) == 4
+    assert len(seen) == 4 and seen == [*trainer.graphs]
     for (plan, _), captured in trainer.graphs.items():
         captured.graph.replay = functools.partial(honest_learn, plan, captured.inputs)
     trainer.learn = None  # a buffer that is learned without a replay would call it

@@ -321,6 +321,8 @@ def test_products_have_the_operations_of_the_model_s_matrices():
     for fp8, mlp_passes in ((False, 3), (True, 3 / 2)):
         work = floors.work_of(cfg, visits=3, skips=1, lanes=0, span_lengths=lengths, fp8=fp8)
         assert work["matrix products"].operations == 2 * 8 * (3 * others + mlp_passes * mlp)
+        assert work["to FP8"].rows == fp8 * 3 * 2 * (1 + 2 / 2), "of 3 visits n and a gradient, to two copies"
+        assert work["loss"].rows == 2 * 512 / 64
     attended = sum(q + 0.5 for length in lengths for q in range(length))  # half of the diagonal counts
     assert work["attention"].operations == 3 * 3.5 * 4 * 64 * attended
 

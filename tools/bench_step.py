@@ -91,7 +91,7 @@ class Candidate:
         Spans are as long as in the middle of a run.
         """
         tg, cfg = self.tg, self.cfg
-        grows = hasattr(tg, "longest_span")  # in scripts of before, spans were of one length throughout
+        grows = hasattr(tg, "longest_span")  # in earlier scripts spans are of one length throughout
         max_len = tg.longest_span(0.5, cfg) if grows else cfg.train_seq_len
         if shards:
             bos = int(tg.open_shard(shards[0])[0])
@@ -104,17 +104,18 @@ class Candidate:
         starts = np.cumsum(np.append(0, lengths))
         bounds = tg.span_bounds(starts[starts < buffer_tokens], buffer_tokens, max_len)
         tokens = rng.integers(0, cfg.vocab_size, buffer_tokens + 1)
-        return [tg.make_batch(tokens[:-1], tokens[1:], bounds, len(bounds) + 3, cfg.train_seq_len)]
+        most = max_len if hasattr(tg, "LENGTHEN_AT") else cfg.train_seq_len  # as a run has it
+        return [tg.make_batch(tokens[:-1], tokens[1:], bounds, len(bounds) + 3, most)]
 
     def plan(self, looped: bool):
         return self.tg.depth_plan(self.cfg, looped)
 
     def micro_batch(self, looped: bool, batch=None) -> None:
-        """Forward and backward pass of one buffer as in a step: a CUDA graph, once it is captured."""
+        """Forward and backward pass of one buffer, as a CUDA graph if the script makes them."""
         batch, plan, trainer = batch or self.batch, self.plan(looped), self.trainer
         trainer.optimizers.zero_grad()
         graphs = getattr(trainer, "graphs", {})
-        graph = graphs.get((plan, batch.spans.max_seqlen), graphs.get(plan))  # in scripts of before, by plan
+        graph = graphs.get((plan, batch.spans.max_seqlen), graphs.get(plan))  # earlier scripts: by plan alone
         if graph:
             graph.replay(batch)
         else:
@@ -130,7 +131,7 @@ class Candidate:
         """Make CUDA graphs of micro-batches, as a run does; 30 GB a file."""
         backend = self.trainer.backend
         if hasattr(self.trainer, "capture") and backend.fused and backend.compilable:
-            many = "batches" in inspect.signature(self.trainer.capture).parameters  # before: one
+            many = "batches" in inspect.signature(self.trainer.capture).parameters  # earlier scripts: one
             self.trainer.capture([self.batch] if many else self.batch)
 
     def step(self, looped: bool) -> None:
@@ -314,7 +315,7 @@ def worker(args, tg) -> None:
             file.step(looped)
             torch.cuda.synchronize()
             say(f"first step{', looped' * looped}: {time.perf_counter() - began:.1f} s  {file.name}")
-    activations = {file.name: activation_memory(file) for file in files}  # of a graph nobody sees them
+    activations = {file.name: activation_memory(file) for file in files}  # before graphs: replays show none
     for file in files:
         file.capture()
     # 3) The table, with every other file's ratio to this one.
