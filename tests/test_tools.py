@@ -1,6 +1,7 @@
 """What all commands share, in tools/command.py; benchmarks and maintenance without a GPU; checkouts."""
 import ast
 import collections
+import functools
 import json
 import os
 import re
@@ -238,6 +239,32 @@ def test_bench_step_refuses_before_it_starts_processes(refused, monkeypatch, tmp
     assert f"--data {tmp_path} has no fineweb_train" in refused(bench_step.main, "--data", tmp_path)
     monkeypatch.setenv("NUM_HEADS", "0")
     assert "NUM_HEADS" in refused(bench_step.main)
+
+
+def test_bench_step_times_each_call_after_each_other(monkeypatch):
+    """Not always after the same one, which may heat the GPU more than others do."""
+    clock, ran = [0.0], []
+
+    class Event:
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
+
+    def call(name, ms):
+        ran.append(name)
+        clock[0] += ms
+
+    calls = {name: functools.partial(call, name, ms) for name, ms in (("a", 2.0), ("b", 3.0), ("c", 5.0))}
+    assert bench_step.medians(calls, 4, 1, tg.Ranks()) == {"a": 2.0, "b": 3.0, "c": 5.0}
+    before = collections.defaultdict(set)
+    for first, second in zip(ran, ran[1:]):
+        before[second].add(first)
+    assert all(len(names) > 1 for names in before.values())
 
 
 def test_bench_step_names_a_commit_that_is_none(refused, monkeypatch):

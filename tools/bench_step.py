@@ -150,10 +150,14 @@ class Candidate:
 
 
 def medians(calls: dict, rounds: int, repeat: int, ranks) -> dict:
-    """{name: median milliseconds of a call}, each round timing every call in turn; all ranks together."""
+    """{name: median milliseconds of a call}, each round timing every call in turn; all ranks together.
+
+    Every second round goes the other way round: what heats the GPU, or cools it, comes before each of them.
+    """
     times = collections.defaultdict(list)
     for number in range(rounds + 1):
-        for name, call in calls.items():
+        in_turn = [*calls.items()]
+        for name, call in in_turn if number % 2 else reversed(in_turn):
             torch.cuda.synchronize()
             ranks.barrier()
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
