@@ -3949,16 +3949,14 @@ def multiprocessors(x) -> int:
 # The join kernel computes y and n; the epilogue of the product p = n up.T applies f. Backward, the product's
 # epilogue multiplies by the slope f'(p), and the join kernel takes the gradient through the norm.
 #
-# The slope is 2 sqrt(f(p)) where p > 0 and -sqrt(f(p)) elsewhere. So it is enough to keep act = f(p) and the
-# sign of p, and that is hidden in act's lowest bit: 0 where p > 0, else 1. The price is that act is rounded
-# to every second number of its dtype.
+# The slope is 2p where p > 0, and p/2 elsewhere: the larger of both. The backward pass keeps p for that, and
+# act for the gradient of down.
 #
 # In training all products of the MLP take FP8 factors, whose names contain an 8. They are e4m3: 3 mantissa
-# bits, from 2^-9 to 448, at which conversion saturates. n and act fit as they are, weights and gradients once
-# they are multiplied by constants. Hopper needs both factors of an FP8 product contiguous along the dimension
-# that is summed over. For dup and ddown that is the tokens, so what these are computed from is also written
-# transposed, (features, tokens): n8_t, act8_t, dout8_t, dpre8_t. Of the two copies of act, the backward pass
-# keeps act8_t, and only that hides the sign of p.
+# bits, from 2^-9 to 448, at which conversion saturates. n, p and act fit as they are, weights and gradients
+# once they are multiplied by constants. Hopper needs both factors of an FP8 product contiguous along the
+# dimension that is summed over. For dup and ddown that is the tokens, so what these are computed from is also
+# written transposed, (features, tokens): n8_t, act8_t, dout8_t, dp8_t.
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -4050,23 +4048,20 @@ def mlp_kernel():
     triton, tl = import_triton()
 
     @triton.jit
-    def mlp_program(a_desc, b_desc, act_desc, out_desc, out_t_desc, M, N, K, scale, UNIT: tl.constexpr,
-                    NORMAL: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
-                    EPILOGUE: tl.constexpr, STORE_T: tl.constexpr):
-        # Here a (M, K) and b (N, K) are the factors of a product, acc is a b.T in fp32, and p = acc scale. By
-        # EPILOGUE, out (M, N) becomes
-        #   "act"    f(p), its lowest bit replaced by the sign of p
-        #   "slope"  p slope, the slope from act (M, N)
-        #   "add"    p + act
-        #   "none"   p
-        # With STORE_T, out_t (N, M) becomes the same, transposed and without the sign. UNIT is act's lowest
-        # bit as a bit of an fp32 number: 1 << 16 in bf16, 1 << 20 in FP8, 1 in fp32. From NORMAL on its
-        # numbers are normal, and up to LARGEST both lowest bits are left to choose from.
+    def mlp_program(a_desc, b_desc, p_or_y_desc, out_desc, out_t_desc, M, N, scale, K: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                    GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr, EPILOGUE: tl.constexpr,
+                    STORE_T: tl.constexpr):
+        # Here a (M, K) and b (N, K) are the factors of a product, and v is a b.T scale in fp32. By EPILOGUE,
+        # out (M, N) becomes
+        #   "act"    f(v), and p_or_y v
+        #   "slope"  v f'(p)
+        #   "add"    v + y
+        #   "none"   v
+        # and with STORE_T out_t (N, M) the same, transposed.
         tiles_m = tl.cdiv(M, BLOCK_M)
         tiles_n = tl.cdiv(N, BLOCK_N)
         HALF: tl.constexpr = BLOCK_N // 2
-        BITS: tl.constexpr = tl.int32 if UNIT == 1 else tl.int16 if UNIT == 1 << 16 else tl.int8
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
             # GROUP_M rows of tiles run together, so that b stays in the L2 cache.
             group = tile // (GROUP_M * tiles_n)
@@ -4083,34 +4078,23 @@ def mlp_kernel():
             for half in tl.static_range(2):
                 value = left if half == 0 else right
                 at = n + half * HALF
-                if EPILOGUE == "slope":
-                    act = act_desc.load([m, at])
-                    root = tl.sqrt(act.to(tl.float32))
-                    sign = act.to(BITS, bitcast=True) & 1
-                    value *= tl.where(sign == 0, 2 * root, -root)
-                if EPILOGUE == "add":
-                    value += act_desc.load([m, at]).to(tl.float32)
-                kept = value
                 if EPILOGUE == "act":
-                    low_bit = tl.where(value > 0, 0, UNIT)
-                    leaky = tl.maximum(value, -0.5 * value)  # |leaky_relu(p, .5)|
+                    p_or_y_desc.store([m, at], value.to(p_or_y_desc.dtype))
+                    leaky = tl.maximum(value, 0.5 * value)
                     value = leaky * leaky
-                    # Round to the nearest number with the wanted lowest bit. Those with a 0 are 2 UNIT apart:
-                    # add half of that, and cut off. Those with a 1 lie half-way between: cut off, and set
-                    # the bit. Numbers that are not normal are as far apart as those right above NORMAL, and
-                    # so are rounded there.
-                    shift = tl.where(value < NORMAL, NORMAL, 0.0)
-                    near = (tl.minimum(value, LARGEST) + shift).to(tl.int32, bitcast=True)
-                    cut = (near + (UNIT - low_bit)) & (-2 * UNIT)
-                    kept = (cut | low_bit).to(tl.float32, bitcast=True) - shift
-                out_desc.store([m, at], kept.to(out_desc.dtype))
+                if EPILOGUE == "slope":
+                    p = p_or_y_desc.load([m, at]).to(tl.float32)
+                    value *= tl.maximum(2 * p, 0.5 * p)
+                if EPILOGUE == "add":
+                    value += p_or_y_desc.load([m, at]).to(tl.float32)
+                out_desc.store([m, at], value.to(out_desc.dtype))
                 if STORE_T:
                     out_t_desc.store([at, m], value.to(out_t_desc.dtype).T)
 
     return mlp_program
 
-def launch_mlp(epilogue: str, a, b, out, out_t=None, act=None, scale: float = 1.0):
-    """Run the product with one of the kernel's epilogues; a (M, K), b (N, K) -> out (M, N), out_t (N, M)."""
+def launch_mlp(epilogue: str, a, b, out, p_or_y=None, out_t=None, scale: float = 1.0):
+    """Run the product with one of the kernel's epilogues: a (M, K), b (N, K) -> out (M, N), out_t (N, M)."""
     descriptor = lazy_import("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
     M, K = a.shape
     N = len(b)
@@ -4119,18 +4103,15 @@ def launch_mlp(epilogue: str, a, b, out, out_t=None, act=None, scale: float = 1.
     programs = multiprocessors(a)
     rows = ceil_div(M, block_m)
     tiles = rows * ceil_div(N, block_n)
-    limits = torch.finfo(out.dtype)
-    unit = round(limits.eps * 2**23)  # the least step above 1, counted in those of fp32
-    largest = limits.max * (1 - limits.eps / 4)
     a_desc = descriptor(a, [block_m, block_k])
     b_desc = descriptor(b, [block_n, block_k])
     out_desc = descriptor(out, [block_m, half])
-    act_desc = out_desc if act is None else descriptor(act, [block_m, half])  # without one, a placeholder
+    p_or_y_desc = out_desc if p_or_y is None else descriptor(p_or_y, [block_m, half])  # a placeholder
     out_t_desc = out_desc if out_t is None else descriptor(out_t, [half, block_m])
     launch = launcher(mlp_kernel(), min(programs, tiles))
-    launch(a_desc, b_desc, act_desc, out_desc, out_t_desc, M, N, K, scale, UNIT=unit, NORMAL=limits.tiny,
-           LARGEST=largest, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=16, PROGRAMS=programs,
-           EPILOGUE=epilogue, STORE_T=out_t is not None, num_stages=3, num_warps=8)
+    launch(a_desc, b_desc, p_or_y_desc, out_desc, out_t_desc, M, N, scale, K=K, BLOCK_M=block_m,
+           BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=16, PROGRAMS=programs, EPILOGUE=epilogue,
+           STORE_T=out_t is not None, num_stages=3, num_warps=8)
 
 class FusedMLP(torch.autograd.Function):
     """The MLP of mlp_sublayer by these kernels: (x, a, up, down, depth) -> (out, n), (T, D) both.
@@ -4141,25 +4122,28 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, a, up, down, depth, fp8: tuple = (), grad_scale: float = 1.0):
+        # 1) The sum, and its norm.
         x, a, up, down, depth = contiguous(x, a, up, down, depth)
         n = torch.empty_like(x)
         r = x.new_empty(len(x), dtype=torch.float32)  # the norm's factor
         y = n if a is None else torch.empty_like(x)  # without an a, a placeholder
         launch_join(x, a, depth, n, r, y, backward=False)
+        # 2) The products.
         if fp8:
             up8, _, down8, _ = fp8
             n8, n8_t = to_fp8(n)
             act8 = x.new_empty(len(x), len(up), dtype=E4M3)
-            act8_t = act8.new_empty(len(up), len(x))
+            act8_t, p8_t = act8.new_empty(2, len(up), len(x))
             out = torch.empty_like(x)
-            launch_mlp("act", up8, n8, act8_t, act8, scale=1 / FP8_WEIGHT_SCALE)
-            launch_mlp("none" if a is None else "add", act8, down8, out, act=y, scale=1 / FP8_WEIGHT_SCALE)
-            kept = act8_t, n8_t
+            launch_mlp("act", up8, n8, act8_t, p8_t, act8, scale=1 / FP8_WEIGHT_SCALE)
+            launch_mlp("none" if a is None else "add", act8, down8, out, y, scale=1 / FP8_WEIGHT_SCALE)
+            kept = p8_t, act8_t, n8_t
         else:
             act = x.new_empty(len(x), len(up))
-            launch_mlp("act", n, up, act)
+            p = torch.empty_like(act)
+            launch_mlp("act", n, up, act, p)
             out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
-            kept = [act]
+            kept = p, act if ctx.needs_input_grad[3] else None
         ctx.set_materialize_grads(False)
         ctx.adds = a is not None
         ctx.fp8 = fp8
@@ -4172,22 +4156,22 @@ class FusedMLP(torch.autograd.Function):
         up, down, depth, n, r, *kept = ctx.saved_tensors
         dout = dout.contiguous()
         if ctx.fp8:
-            act8_t, n8_t = kept
+            p8_t, act8_t, n8_t = kept
             _, up8_t, _, down8_t = ctx.fp8
             dout8, dout8_t = to_fp8(dout, ctx.grad_scale)
-            dpre8_t = torch.empty_like(act8_t)
-            dpre8 = dpre8_t.new_empty(len(n), len(up))
+            dp8_t = torch.empty_like(p8_t)
+            dp8 = dp8_t.new_empty(len(n), len(up))
             dn_product = torch.empty_like(n)
-            launch_mlp("slope", down8_t, dout8, dpre8_t, dpre8, act8_t, scale=1 / FP8_WEIGHT_SCALE)
-            launch_mlp("none", dpre8, up8_t, dn_product, scale=1 / (FP8_WEIGHT_SCALE * ctx.grad_scale))
-            dup = fp8_product(dpre8_t, n8_t, 1 / ctx.grad_scale, n.dtype)
+            launch_mlp("slope", down8_t, dout8, dp8_t, p8_t, dp8, scale=1 / FP8_WEIGHT_SCALE)
+            launch_mlp("none", dp8, up8_t, dn_product, scale=1 / (FP8_WEIGHT_SCALE * ctx.grad_scale))
+            dup = fp8_product(dp8_t, n8_t, 1 / ctx.grad_scale, n.dtype)
             ddown = fp8_product(dout8_t, act8_t, 1 / ctx.grad_scale, n.dtype)
         else:
-            [act] = kept
-            dpre = torch.empty_like(act)
-            launch_mlp("slope", dout, down.T.contiguous(), dpre, act=act)
-            dn_product = dpre @ up
-            dup = dpre.T @ n if ctx.needs_input_grad[2] else None
+            p, act = kept
+            dp = torch.empty_like(p)
+            launch_mlp("slope", dout, down.T.contiguous(), dp, p)
+            dn_product = dp @ up
+            dup = dp.T @ n if ctx.needs_input_grad[2] else None
             ddown = dout.T @ act if ctx.needs_input_grad[3] else None
         dn = dn_product if dn is None else dn_product + dn
         dx = torch.empty_like(n)

@@ -22,19 +22,6 @@ def in_fp8(x):
     return saturated(x).float()
 
 
-def kept_in_fp8(act, pre):
-    """act as the backward pass keeps it, in FP8 numbers whose lowest bit knows the sign of pre.
-
-    Where pre > 0 it is 0, and act the nearest such number. Elsewhere it is 1, and act the one number between
-    the two that have a 0, or 416 if it is larger.
-    """
-    codes = torch.arange(127, dtype=torch.uint8, device=act.device).view(torch.float8_e4m3fn).float()
-    zeros, ones = codes[::2].contiguous(), codes[1::2]
-    below = (torch.searchsorted(zeros, act, right=True) - 1).clamp(max=len(ones) - 1)
-    nearest = torch.searchsorted((zeros[1:] + zeros[:-1]) / 2, act, right=True)
-    return torch.where(pre > 0, zeros[nearest], ones[below])
-
-
 class FP8MLP(torch.autograd.Function):
     """f(n up.T) down.T with every factor of every product in FP8, and the gradients of n, up and down."""
 
@@ -42,16 +29,16 @@ class FP8MLP(torch.autograd.Function):
     def forward(ctx, n, up, down, up8, down8):
         n8 = in_fp8(n.float())
         pre = n8 @ up8.T
-        act = tg.leaky_relu_squared(pre)
-        ctx.save_for_backward(n8, pre, kept_in_fp8(act, pre), up8, down8)
-        return (in_fp8(act) @ down8.T).to(n.dtype)
+        act8 = in_fp8(tg.leaky_relu_squared(pre))
+        ctx.save_for_backward(n8, in_fp8(pre), act8, up8, down8)
+        return (act8 @ down8.T).to(n.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        n8, pre, act, up8, down8 = ctx.saved_tensors
+        n8, p8, act8, up8, down8 = ctx.saved_tensors
         grad8 = in_fp8(GRAD_SCALE * grad.float())
-        dpre8 = in_fp8(grad8 @ down8 * act.sqrt() * torch.where(pre > 0, 2, -1))
-        grads = dpre8 @ up8, dpre8.T @ n8, grad8.T @ act
+        dpre8 = in_fp8(grad8 @ down8 * p8 * torch.where(p8 > 0, 2, 0.5))
+        grads = dpre8 @ up8, dpre8.T @ n8, grad8.T @ act8
         return *((g / GRAD_SCALE).to(grad.dtype) for g in grads), None, None
 
 
