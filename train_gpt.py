@@ -3949,14 +3949,14 @@ def multiprocessors(x) -> int:
 # The join kernel computes y and n; the epilogue of the product p = n up.T applies f. Backward, the product's
 # epilogue multiplies by the slope f'(p), and the join kernel takes the gradient through the norm.
 #
-# The slope is 2p where p > 0, and p/2 elsewhere: the larger of both. The backward pass keeps p for that, and
-# act for the gradient of down.
+# With leaky = leaky_relu(p, .5), f(p) is leaky^2, and its slope 2 leaky where p > 0, and leaky elsewhere: the
+# larger of the two, whichever the sign. So the forward pass keeps leaky, and act for the gradient of down.
 #
 # In training all products of the MLP take FP8 factors, whose names contain an 8. They are e4m3: 3 mantissa
-# bits, from 2^-9 to 448, at which conversion saturates. n, p and act fit as they are, weights and gradients
-# once they are multiplied by constants. Hopper needs both factors of an FP8 product contiguous along the
-# dimension that is summed over. For dup and ddown that is the tokens, so what these are computed from is also
-# written transposed, (features, tokens): n8_t, act8_t, dout8_t, dp8_t.
+# bits, from 2^-9 to 448, at which conversion saturates. n, leaky and act fit as they are, weights and
+# gradients once they are multiplied by constants. Hopper needs both factors of an FP8 product contiguous
+# along the dimension that is summed over. For dup and ddown that is the tokens, so what these are computed
+# from is also written transposed, (features, tokens): n8_t, act8_t, dout8_t, dp8_t.
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -4048,17 +4048,17 @@ def mlp_kernel():
     triton, tl = import_triton()
 
     @triton.jit
-    def mlp_program(a_desc, b_desc, p_or_y_desc, out_desc, out_t_desc, M, N, scale, K: tl.constexpr,
+    def mlp_program(a_desc, b_desc, out_desc, leaky_or_y_desc, out_t_desc, M, N, scale, K: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                     GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr, EPILOGUE: tl.constexpr,
                     STORE_T: tl.constexpr):
-        # Here a (M, K) and b (N, K) are the factors of a product, and v is a b.T scale in fp32. By EPILOGUE,
-        # out (M, N) becomes
-        #   "act"    f(v), and p_or_y v
-        #   "slope"  v f'(p)
-        #   "add"    v + y
-        #   "none"   v
-        # and with STORE_T out_t (N, M) the same, transposed.
+        # Here a (M, K) and b (N, K) are the factors of a product, and value is a b.T scale in fp32. By
+        # EPILOGUE, with leaky or y at leaky_or_y (M, N), out (M, N) becomes
+        #   "act"    leaky^2; leaky is written
+        #   "slope"  value times the slope
+        #   "add"    value + y
+        #   "none"   value
+        # With STORE_T, out_t (N, M) becomes out, transposed.
         tiles_m = tl.cdiv(M, BLOCK_M)
         tiles_n = tl.cdiv(N, BLOCK_N)
         HALF: tl.constexpr = BLOCK_N // 2
@@ -4079,22 +4079,25 @@ def mlp_kernel():
                 value = left if half == 0 else right
                 at = n + half * HALF
                 if EPILOGUE == "act":
-                    p_or_y_desc.store([m, at], value.to(p_or_y_desc.dtype))
                     leaky = tl.maximum(value, 0.5 * value)
+                    leaky_or_y_desc.store([m, at], leaky.to(leaky_or_y_desc.dtype))
                     value = leaky * leaky
                 if EPILOGUE == "slope":
-                    p = p_or_y_desc.load([m, at]).to(tl.float32)
-                    value *= tl.maximum(2 * p, 0.5 * p)
+                    leaky = leaky_or_y_desc.load([m, at]).to(tl.float32)
+                    value *= tl.maximum(2 * leaky, leaky)
                 if EPILOGUE == "add":
-                    value += p_or_y_desc.load([m, at]).to(tl.float32)
+                    value += leaky_or_y_desc.load([m, at]).to(tl.float32)
                 out_desc.store([m, at], value.to(out_desc.dtype))
                 if STORE_T:
                     out_t_desc.store([at, m], value.to(out_t_desc.dtype).T)
 
     return mlp_program
 
-def launch_mlp(epilogue: str, a, b, out, p_or_y=None, out_t=None, scale: float = 1.0):
-    """Run the product with one of the kernel's epilogues: a (M, K), b (N, K) -> out (M, N), out_t (N, M)."""
+def launch_mlp(epilogue: str, a, b, out, leaky_or_y=None, out_t=None, scale: float = 1.0):
+    """Run the product with one of the kernel's epilogues: a (M, K), b (N, K) -> out (M, N), out_t (N, M).
+
+    leaky_or_y (M, N) is written by "act", and read by "slope" and "add".
+    """
     descriptor = lazy_import("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
     M, K = a.shape
     N = len(b)
@@ -4106,10 +4109,11 @@ def launch_mlp(epilogue: str, a, b, out, p_or_y=None, out_t=None, scale: float =
     a_desc = descriptor(a, [block_m, block_k])
     b_desc = descriptor(b, [block_n, block_k])
     out_desc = descriptor(out, [block_m, half])
-    p_or_y_desc = out_desc if p_or_y is None else descriptor(p_or_y, [block_m, half])  # a placeholder
+    # Where there is none, out is a placeholder.
+    leaky_or_y_desc = out_desc if leaky_or_y is None else descriptor(leaky_or_y, [block_m, half])
     out_t_desc = out_desc if out_t is None else descriptor(out_t, [half, block_m])
     launch = launcher(mlp_kernel(), min(programs, tiles))
-    launch(a_desc, b_desc, p_or_y_desc, out_desc, out_t_desc, M, N, scale, K=K, BLOCK_M=block_m,
+    launch(a_desc, b_desc, out_desc, leaky_or_y_desc, out_t_desc, M, N, scale, K=K, BLOCK_M=block_m,
            BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=16, PROGRAMS=programs, EPILOGUE=epilogue,
            STORE_T=out_t is not None, num_stages=3, num_warps=8)
 
@@ -4133,17 +4137,17 @@ class FusedMLP(torch.autograd.Function):
             up8, _, down8, _ = fp8
             n8, n8_t = to_fp8(n)
             act8 = x.new_empty(len(x), len(up), dtype=E4M3)
-            act8_t, p8_t = act8.new_empty(2, len(up), len(x))
+            act8_t, leaky8_t = act8.new_empty(2, len(up), len(x))
             out = torch.empty_like(x)
-            launch_mlp("act", up8, n8, act8_t, p8_t, act8, scale=1 / FP8_WEIGHT_SCALE)
+            launch_mlp("act", up8, n8, act8_t, leaky8_t, out_t=act8, scale=1 / FP8_WEIGHT_SCALE)
             launch_mlp("none" if a is None else "add", act8, down8, out, y, scale=1 / FP8_WEIGHT_SCALE)
-            kept = p8_t, act8_t, n8_t
+            kept = leaky8_t, act8_t, n8_t
         else:
             act = x.new_empty(len(x), len(up))
-            p = torch.empty_like(act)
-            launch_mlp("act", n, up, act, p)
+            leaky = torch.empty_like(act)  # without gradients it is dropped
+            launch_mlp("act", n, up, act, leaky)
             out = F.linear(act, down) if a is None else y.addmm_(act, down.T)
-            kept = p, act if ctx.needs_input_grad[3] else None
+            kept = leaky, (act if ctx.needs_input_grad[3] else None)
         ctx.set_materialize_grads(False)
         ctx.adds = a is not None
         ctx.fp8 = fp8
@@ -4156,20 +4160,20 @@ class FusedMLP(torch.autograd.Function):
         up, down, depth, n, r, *kept = ctx.saved_tensors
         dout = dout.contiguous()
         if ctx.fp8:
-            p8_t, act8_t, n8_t = kept
+            leaky8_t, act8_t, n8_t = kept
             _, up8_t, _, down8_t = ctx.fp8
             dout8, dout8_t = to_fp8(dout, ctx.grad_scale)
-            dp8_t = torch.empty_like(p8_t)
+            dp8_t = torch.empty_like(leaky8_t)
             dp8 = dp8_t.new_empty(len(n), len(up))
             dn_product = torch.empty_like(n)
-            launch_mlp("slope", down8_t, dout8, dp8_t, p8_t, dp8, scale=1 / FP8_WEIGHT_SCALE)
+            launch_mlp("slope", down8_t, dout8, dp8_t, leaky8_t, out_t=dp8, scale=1 / FP8_WEIGHT_SCALE)
             launch_mlp("none", dp8, up8_t, dn_product, scale=1 / (FP8_WEIGHT_SCALE * ctx.grad_scale))
             dup = fp8_product(dp8_t, n8_t, 1 / ctx.grad_scale, n.dtype)
             ddown = fp8_product(dout8_t, act8_t, 1 / ctx.grad_scale, n.dtype)
         else:
-            p, act = kept
-            dp = torch.empty_like(p)
-            launch_mlp("slope", dout, down.T.contiguous(), dp, p)
+            leaky, act = kept
+            dp = torch.empty_like(leaky)
+            launch_mlp("slope", dout, down.T.contiguous(), dp, leaky)
             dn_product = dp @ up
             dup = dp.T @ n if ctx.needs_input_grad[2] else None
             ddown = dout.T @ act if ctx.needs_input_grad[3] else None

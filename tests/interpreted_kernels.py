@@ -7,6 +7,7 @@ import functools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import train_gpt as tg
 from conftest import tiny_config, tiny_model
@@ -68,19 +69,28 @@ def outputs_and_gradients(function, leaves, fixed, chosen=None):
 
 
 def check_mlp():
-    for T, D, M in ((64, 32, 64), (37, 32, 64), (1, 64, 96), (130, 64, 160)):
+    for T, D, M in ((64, 32, 64), (37, 40, 72), (1, 64, 96), (130, 64, 160)):
         assert_same(mlp_case(T, D, M, torch.randn))
         assert_same(mlp_case(T, D, M, torch.randn, alone=True))
-        assert_same(mlp_case(T, D, M, torch.randn), fixed=(2, 3))  # frozen weights
-        x, up, act, p = torch.randn(T, D), torch.randn(M, D), torch.empty(T, M), torch.empty(T, M)
-        tg.launch_mlp("act", x, up, act, p)
-        torch.testing.assert_close(p, x @ up.T, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(act, tg.leaky_relu_squared(p), rtol=1e-6, atol=0)
+        for fixed in ((2,), (3,), (2, 3)):  # frozen weights
+            assert_same(mlp_case(T, D, M, torch.randn), fixed=fixed)
+        x, up, act, leaky = torch.randn(T, D), torch.randn(M, D), torch.empty(T, M), torch.empty(T, M)
+        tg.launch_mlp("act", x, up, act, leaky)
+        torch.testing.assert_close(leaky, F.leaky_relu(x @ up.T, 0.5), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(act, leaky.square(), rtol=1e-6, atol=0)
+    fused, _, leaves = mlp_case(8, 16, 32, torch.randn)
+    for frozen, large in (((2, 3), 1), ((3,), 1), ((2,), 2)):  # act is for the gradient of down alone
+        out, _ = fused(*(leaf.clone().requires_grad_(i not in frozen) for i, leaf in enumerate(leaves)))
+        kept = [x for x in out.grad_fn.saved_tensors if x is not None and x.shape == (8, 32)]
+        assert len(kept) == large
+    a, b, out = torch.randn(544, 32), torch.randn(64, 32), torch.full((544, 64), float("nan"))
+    tg.launch_mlp("none", a, b, out)  # 17 rows of tiles: more than one group
+    torch.testing.assert_close(out, a @ b.T, rtol=1e-4, atol=1e-4)
 
 
 def check_mlp_in_fp8():
     """To fp32's rounding, as both sides round to the same FP8 numbers; whole and ragged tiles."""
-    for T, D, M in ((64, 32, 64), (48, 32, 64), (16, 64, 96), (144, 64, 160)):
+    for T, D, M in ((64, 32, 64), (48, 48, 80), (16, 64, 96), (144, 64, 160)):
         for alone in (False, True):
             assert_same(mlp_case(T, D, M, torch.randn, alone, training=True), atol=1e-6)
     x = torch.randn(130, 144)
@@ -88,10 +98,11 @@ def check_mlp_in_fp8():
     assert torch.equal(y.float(), in_fp8(3 * x)) and torch.equal(y_t.float(), y.float().T)
     p = torch.linspace(-60, 60, 512).view(16, 32)  # tiny numbers, and those whose act saturates, too
     p8, one8 = saturated(p), saturated(torch.eye(32))
-    act8, act8_t, p8_t = p8.new_empty(16, 32), p8.new_empty(32, 16), p8.new_empty(32, 16)
-    tg.launch_mlp("act", one8, p8, act8_t, p8_t, act8)
-    assert torch.equal(p8_t.T.float(), p8.float()) and torch.equal(act8_t.T.float(), act8.float())
-    assert torch.equal(act8.float(), in_fp8(tg.leaky_relu_squared(p8.float())))
+    act8, act8_t, leaky8_t = p8.new_empty(16, 32), p8.new_empty(32, 16), p8.new_empty(32, 16)
+    tg.launch_mlp("act", one8, p8, act8_t, leaky8_t, act8)
+    leaky = F.leaky_relu(p8.float(), 0.5)
+    assert torch.equal(leaky8_t.T.float(), in_fp8(leaky))
+    assert torch.equal(act8_t.T.float(), act8.float()) and torch.equal(act8.float(), in_fp8(leaky.square()))
 
 
 def check_heads_and_exclusion():

@@ -28,17 +28,17 @@ class FP8MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n, up, down, up8, down8):
         n8 = in_fp8(n.float())
-        pre = n8 @ up8.T
-        act8 = in_fp8(tg.leaky_relu_squared(pre))
-        ctx.save_for_backward(n8, in_fp8(pre), act8, up8, down8)
+        leaky = F.leaky_relu(n8 @ up8.T, 0.5)
+        act8 = in_fp8(leaky.square())
+        ctx.save_for_backward(n8, in_fp8(leaky), act8, up8, down8)
         return (act8 @ down8.T).to(n.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        n8, p8, act8, up8, down8 = ctx.saved_tensors
+        n8, leaky8, act8, up8, down8 = ctx.saved_tensors
         grad8 = in_fp8(GRAD_SCALE * grad.float())
-        dpre8 = in_fp8(grad8 @ down8 * p8 * torch.where(p8 > 0, 2, 0.5))
-        grads = dpre8 @ up8, dpre8.T @ n8, grad8.T @ act8
+        dp8 = in_fp8(grad8 @ down8 * leaky8 * torch.where(leaky8 > 0, 2, 1))
+        grads = dp8 @ up8, dp8.T @ n8, grad8.T @ act8
         return *((g / GRAD_SCALE).to(grad.dtype) for g in grads), None, None
 
 

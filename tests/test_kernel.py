@@ -114,8 +114,10 @@ def test_products_compile_for_hopper(monkeypatch, dtype, epilogue, turns):
     kernel = tg.mlp_kernel()
     recorders = record_kernels(monkeypatch)
     with FakeTensorMode():
-        a, b = (torch.empty(n, 512, device="cuda", dtype=dtype) for n in (98_304, 2048))
-        out = torch.empty(98_304, 2048, device="cuda", dtype=torch.bfloat16)
+        up = epilogue in ("act", "slope")  # from D to M, or else from M to D
+        T, N, K = 98_304, *((2048, 512) if up else (512, 2048))
+        a, b = (torch.empty(n, K, device="cuda", dtype=dtype) for n in (T, N))
+        out = torch.empty(T, N, device="cuda", dtype=torch.bfloat16)
         if turns:
             tg.launch_mlp(epilogue, b, a, out.T.to(dtype), out.T.to(dtype), out.to(dtype))
         else:
