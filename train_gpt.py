@@ -1012,8 +1012,8 @@ class PackedLoader:
         # Every buffer is filled up with empty spans to max_spans, and each of these costs 13 us of attention,
         # forward and backward, on an H200. So max_spans, by longest span, is only 4 above the most that was
         # sampled; a buffer with more spans loses the targets of the last ones.
-        max_lens = [longest_span(progress, cfg) for progress in LENGTHEN_AT]
-        self.max_spans = {max_len: self.sample_spans(max_len) + 4 for max_len in max_lens}
+        lengths = [longest_span(progress, cfg) for progress in LENGTHEN_AT]
+        self.max_spans = {max_len: self.sample_spans(max_len) + 4 for max_len in lengths}
         self.shards_read.clear()
         self.hasher = ThreadPoolExecutor(1) if hash_shards else None
         self.hashes: dict[int, Any] = {}  # of the shards that steps are read from: futures, by index
@@ -4036,7 +4036,7 @@ def to_fp8(x, scale: float = 1.0):
 
 def fp8_product(a, b, scale: float, dtype: torch.dtype):
     """a b.T times scale, (M, N), of a (M, K) and b (N, K) in FP8."""
-    root = torch.full((), scale**0.5, device=a.device)  # a scale for each factor is what there is
+    root = torch.full((), scale**0.5, device=a.device)  # _scaled_mm takes a scale for each factor
     return torch._scaled_mm(a, b.T, root, root, out_dtype=dtype)
 
 @functools.cache

@@ -11,15 +11,7 @@ import torch.nn.functional as F
 
 import train_gpt as tg
 from conftest import tiny_config, tiny_model
-from kernel_cases import (
-    entry_case,
-    exclude_case,
-    heads_case,
-    in_fp8,
-    loss_case,
-    mlp_case,
-    saturated,
-)
+from kernel_cases import entry_case, exclude_case, heads_case, in_fp8, loss_case, mlp_case, saturated
 
 
 def poison_new_memory():

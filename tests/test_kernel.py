@@ -105,10 +105,10 @@ def record_kernels(monkeypatch) -> dict[str, Recorder]:
     return recorders
 
 
-@pytest.mark.parametrize("dtype, epilogue, turns", [
+@pytest.mark.parametrize("dtype, epilogue, transposes", [
     (torch.bfloat16, "act", False), (torch.bfloat16, "slope", False), (tg.E4M3, "act", True),
     (tg.E4M3, "add", False), (tg.E4M3, "none", False), (tg.E4M3, "slope", True)])
-def test_products_compile_for_hopper(monkeypatch, dtype, epilogue, turns):
+def test_products_compile_for_hopper(monkeypatch, dtype, epilogue, transposes):
     """As they are launched at the record's shapes: a tile has to fit shared memory."""
     pytest.importorskip("triton")
     kernel = tg.mlp_kernel()
@@ -118,12 +118,12 @@ def test_products_compile_for_hopper(monkeypatch, dtype, epilogue, turns):
         T, N, K = 98_304, *((2048, 512) if up else (512, 2048))
         a, b = (torch.empty(n, K, device="cuda", dtype=dtype) for n in (T, N))
         out = torch.empty(T, N, device="cuda", dtype=torch.bfloat16)
-        if turns:
+        if transposes:
             tg.launch_mlp(epilogue, b, a, out.T.to(dtype), out.T.to(dtype), out.to(dtype))
         else:
             tg.launch_mlp(epilogue, a, b, out, out)
     (args, constants), = recorders["mlp_kernel"].launches
-    assert constants["EPILOGUE"] == epilogue and constants["STORE_T"] == turns
+    assert constants["EPILOGUE"] == epilogue and constants["STORE_T"] == transposes
     types = {name: "i32" if isinstance(arg, int) else "fp32" if isinstance(arg, float) else arg.type
              for name, arg in zip(kernel.arg_names, args)}
     options = {name: constants[name] for name in ("num_stages", "num_warps")}
@@ -253,7 +253,7 @@ def test_no_length_makes_a_kernel(monkeypatch):
 
 def sixteens(T):
     """The next multiple of 16: FP8 products want no other number of tokens."""
-    return -(-T // 16) * 16
+    return 16 * tg.ceil_div(T, 16)
 
 
 # The record's shapes, and those of earlier runs

@@ -156,8 +156,7 @@ def medians(calls: dict, rounds: int, repeat: int, ranks) -> dict:
     """
     times = collections.defaultdict(list)
     for number in range(rounds + 1):
-        in_turn = [*calls.items()]
-        for name, call in in_turn if number % 2 else reversed(in_turn):
+        for name, call in calls.items() if number % 2 else reversed(calls.items()):
             torch.cuda.synchronize()
             ranks.barrier()
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
