@@ -74,7 +74,7 @@ import sys
 import traceback
 import zipfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -514,12 +514,6 @@ def say(text: str, stream: Any = None):
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process so far."""
-    if "torch._dynamo" not in sys.modules:
-        return 0
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
 @dataclasses.dataclass
 class Phase:
     """A part of the run, and the clock it counts against: "training", "scoring" or none."""
@@ -527,7 +521,6 @@ class Phase:
     clock: str
     began: float = dataclasses.field(default_factory=time.perf_counter)
     seconds: float = 0.0  # once it has ended
-    graphs: int = 0  # compiled in it, once it has ended
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -637,12 +630,10 @@ class RunLog:
         if clock:
             self.ranks.barrier()
         phase = Phase(name, clock)
-        graphs_before = compiled_graphs()
         self.phases.append(phase)
         yield phase
         self.ranks.synchronize()
         phase.seconds = self.ranks.all_reduce_max(phase.elapsed())
-        phase.graphs = compiled_graphs() - graphs_before
         self.metrics("phase", name=name, clock=clock, seconds=phase.seconds)
 
     def spent(self, clock: str) -> float:
@@ -1436,29 +1427,31 @@ def visit_layer(x, mlp_lane, x0, skip: Skip, w: Layer, hook: Callable, ctx: Cont
     if mlp_lane is None:  # the MLP reads what attention wrote
         return mlp_sublayer(x, attn_out, w, hook, ctx), None, x0
     mlp_out = mlp_sublayer(mlp_lane, None, w, hook, ctx)
-    lanes = ctx.backend.mix_lanes(x, mlp_lane, attn_out, mlp_out, w.lane_keep, w.lane_post)
-    return *lanes, x0
+    mix = fused_mix_lanes if ctx.backend.fused else mix_lanes
+    return *mix(x, mlp_lane, attn_out, mlp_out, w.lane_keep, w.lane_post), x0
 
 def mix_lanes(x, mlp_lane, attn_out, mlp_out, keep, post):
-    """Parallel residuals (#1204): each sublayer has read a lane of its own, and now writes to both."""
+    """(kernel) Parallel residuals (#1204): each sublayer has read a lane of its own, and writes to both."""
     return (keep[0] * x + post[0, 0] * attn_out + post[1, 0] * mlp_out,
             keep[1] * mlp_lane + post[0, 1] * attn_out + post[1, 1] * mlp_out)
 
-def final_norm(x, mlp_lane):
-    """What the head reads: the norm of the stream or, if there are two lanes, of their mean."""
-    return norm(x if mlp_lane is None else 0.5 * (x + mlp_lane)).to(x.dtype)
+def norm_of_sum(x, a, dtype: torch.dtype):
+    """(kernel) The norm of x + a, or of x if a is None, in dtype."""
+    return norm(x if a is None else x + a).to(dtype)
 
 def loss_head(x, mlp_lane, embed, targets, hook: Callable, ctx: Context):
-    """Negative log-likelihood of each target, fp32, under a normalised distribution; 0 for IGNORE."""
-    x = ctx.backend.final_norm(x, mlp_lane)
-    if ctx.backend.fused and hook is no_hook:
-        return FusedLoss.apply(x, embed, targets, ctx.cfg.logit_softcap)
-    logits = hook("head", x, F.linear(x, embed))
-    return ctx.backend.nll(logits, targets, ctx.cfg.logit_softcap)
+    """Negative log-likelihood of each target, fp32, under a normalised distribution; 0 for IGNORE.
 
-def embed_norm(embedded, dtype: torch.dtype):
-    """The normed embedding: the x of the first layer, and the x0 of all."""
-    return norm(embedded).to(dtype)
+    The head reads the norm of the stream or, if there are two lanes, of their sum.
+    """
+    backend = ctx.backend
+    softcap = ctx.cfg.logit_softcap
+    normed = FusedNorm.apply if backend.fused else norm_of_sum
+    nll = FusedNLL.apply if backend.fused else softcapped_nll
+    x = normed(x, mlp_lane, x.dtype)
+    if backend.fused and hook is no_hook:
+        return FusedLoss.apply(x, embed, targets, softcap)
+    return nll(hook("head", x, F.linear(x, embed)), targets, softcap)
 
 def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype, fp8: bool):
     """The banks in compute dtype as the layers use them, [qkv, o, up, down], with the residual scales.
@@ -1473,10 +1466,10 @@ def cast_banks(qo, kv, up, down, attn_scale, mlp_scale, dtype, fp8: bool):
     scaled_down = down * mlp_scale[:, :, None]
     stacks = [qkv, scaled_o.to(dtype), up.to(dtype), scaled_down.to(dtype)]
     stacks8 = []
-    for bank in (up, scaled_down) if fp8 else ():
-        scaled = FP8_WEIGHT_SCALE * bank.detach()
-        bank8 = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-        stacks8 += [bank8, bank8.mT.contiguous()]
+    for stack in stacks[2:] if fp8 else ():
+        L, rows, columns = stack.shape
+        stack8, stack8_t = to_fp8(stack.detach().view(L * rows, columns), FP8_WEIGHT_SCALE)
+        stacks8 += [stack8.view(L, rows, columns), stack8_t.view(columns, L, rows).transpose(0, 1)]
     return stacks, stacks8
 
 # Backend
@@ -1486,13 +1479,8 @@ class Backend(NamedTuple):
     attend: Callable = sdpa_attention
     fused: bool = False  # kernels in place of PyTorch; hooks then do not see inside the MLP
     fp8: bool = False  # the MLP's products in FP8; needs `fused`, and Trainer alone sets it
-    cast: Callable = cast_banks
-    embed: Callable = embed_norm
     visit: Callable = visit_layer
-    mix_lanes: Callable = mix_lanes
-    final_norm: Callable = final_norm
     head: Callable = loss_head
-    nll: Callable = softcapped_nll
 
     @classmethod
     def for_machine(cls, cfg: Config, device: torch.device) -> "Backend":
@@ -1512,20 +1500,17 @@ class Backend(NamedTuple):
         """Whether no pass reads a tensor on the host, which neither torch.compile nor a CUDA graph can do."""
         return self.attend is not sdpa_attention
 
-    def compiled(self, hooked: bool = False) -> "Backend":
-        """A copy whose small functions are compiled or, without kernels, whole visits and the head.
+    def compiled(self) -> "Backend":
+        """A copy that, without kernels, compiles visits and the head; for training.
 
-        Visits with the hooks of adapters are never compiled as a whole: their backward pass may then return
-        gradients in a layout that grouped_mm refuses. torch.compile makes code for the first length of a
-        batch that it sees and, at a second one, code for any length.
+        With the hooks of adapters a compiled backward pass may return gradients in a layout that grouped_mm
+        refuses.
         """
-        if not self.compilable:
+        if self.fused or not self.compilable:
             return self
-        torch._dynamo.config.recompile_limit = 64
-        parts = ["cast", "embed"]
-        small = self.fused or hooked
-        parts += ["mix_lanes", "final_norm", "nll"] if small else ["visit", "head"]
-        return self._replace(**{part: torch.compile(getattr(self, part), fullgraph=True) for part in parts})
+        torch._dynamo.config.recompile_limit = 64  # each kind of visit is a graph of its own
+        visit, head = (torch.compile(part, fullgraph=True) for part in (self.visit, self.head))
+        return self._replace(visit=visit, head=head)
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -1610,7 +1595,7 @@ class GPT(nn.Module):
         banks = self.qo_bank, self.kv_bank, self.up_bank, self.down_bank
         vectors = (self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix, self.lane_keep,
                    self.lane_post)
-        stacks, stacks8 = backend.cast(*banks, self.attn_scale, self.mlp_scale, dtype, backend.fp8)
+        stacks, stacks8 = cast_banks(*banks, self.attn_scale, self.mlp_scale, dtype, backend.fp8)
         stacks += [p.to(dtype) for p in vectors]
         stacks.append(self.depth_scale)
         by_layer = zip(*map(torch.unbind, stacks))
@@ -1632,7 +1617,8 @@ class GPT(nn.Module):
         end_hook = hooks(-1, -1) if hooks else no_hook
         # 1) Embed the tokens.
         embedded = end_hook("start", batch.tokens, F.embedding(batch.tokens, self.embed))
-        x = x0 = backend.embed(embedded, dtype)
+        normed = FusedNorm.apply if backend.fused else norm_of_sum
+        x = x0 = normed(embedded, None, dtype)
         # 2) Visit the layers. The encoder pushes skips, the decoder pops them.
         rope = self.cos, self.sin, batch.spans.positions
         ctx = Context(cfg, backend, rope, batch.spans)
@@ -1721,24 +1707,22 @@ def grouped_linear(x, weights, ends):
         start = end
     return torch.cat(products)
 
-def add_outputs(y, outputs, scale=None):
-    """y (T, out) plus scale (out,), if there is one, times the outputs of its adapters side by side."""
-    total = torch.cat(outputs, dim=-1)
-    return y + (total if scale is None else scale * total)
+def add_outputs(y, *outputs):
+    """y (T, out) plus the outputs of its adapters side by side."""
+    return y + torch.cat(outputs, dim=1)
 
-def adapter_adamw_(tensors, copies, grads, second_moments, bias_correction, lr: float, decay, beta2):
-    """AdamW without a first moment, in place, for lists of tensors and of their copies in compute dtype.
+def adapter_adamw_(tensor, compute_copy, grad, second_moment, bias_correction, decay, beta2, lr: float):
+    """(kernel) AdamW without a first moment, in place; tensor and moment are fp32, all (visits, slots, ., .).
 
-    bias_correction, decay and beta2 (slots, 1, 1) differ by slot. A beta2 of 1 and a decay of 0 leave a slot
-    as it is, whatever gradient a grouped product gives it.
+    bias_correction, decay and beta2 (slots, 1, 1) differ by slot. A beta2 of 1 leaves a slot as it is,
+    whatever gradient a grouped product gives it; its decay is 0.
     """
-    for tensor, compute_copy, grad, moment in zip(tensors, copies, grads, second_moments):
-        grad = grad.float().where(beta2 < 1, 0.0)
-        moment.lerp_(grad.square(), 1 - beta2)
-        denominator = (moment / bias_correction).sqrt() + 1e-10
-        tensor.mul_(1 - lr * decay)
-        tensor.addcdiv_(grad, denominator, value=-lr)
-        compute_copy.copy_(tensor)
+    grad = grad.float().where(beta2 < 1, 0.0)
+    second_moment.lerp_(grad.square(), 1 - beta2)
+    denominator = (second_moment / bias_correction).sqrt() + 1e-10
+    tensor.mul_(1 - lr * decay)
+    tensor.addcdiv_(grad, denominator, value=-lr)
+    compute_copy.copy_(tensor)
 
 class AdapterHook(NamedTuple):
     """Adds B A x to what a site computes: a parallel, low-rank map. The rows of x belong to the slots, in
@@ -1747,7 +1731,7 @@ class AdapterHook(NamedTuple):
     A: dict[str, Tensor]  # (slots, adapters * rank, in) by site
     B: dict[str, Tensor]  # (slots, out, rank) by adapter
     ends: Tensor  # (slots,) int32, where each slot's rows end
-    add_outputs: Callable
+    fused: bool
 
     def __call__(self, site: str, x, y, scale=None):
         if site not in self.A:
@@ -1756,7 +1740,10 @@ class AdapterHook(NamedTuple):
         names = ADAPTER_SITES[site]
         outputs = [grouped_linear(part, self.B[name].mT, self.ends)
                    for part, name in zip(inner.chunk(len(names), dim=-1), names)]
-        return self.add_outputs(y, outputs, scale)
+        if scale is not None:
+            return torch.addcmul(y, scale, *outputs)
+        add = FusedAddOutputs.apply if self.fused else add_outputs
+        return add(y, *outputs)
 
 class Adapters:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685) of as many documents as there are slots.
@@ -1769,11 +1756,9 @@ class Adapters:
     that AdamW has no first moment.
     """
 
-    add_outputs = staticmethod(add_outputs)
-    update = staticmethod(adapter_adamw_)
-
-    def __init__(self, cfg: Config, visits: int, device: torch.device):
+    def __init__(self, cfg: Config, visits: int, device: torch.device, fused: bool = False):
         self.cfg = cfg
+        self.fused = fused
         slots = cfg.ttt_batch_size
         rank = cfg.ttt_lora_rank
         D = cfg.model_dim
@@ -1790,18 +1775,13 @@ class Adapters:
                 self.B[name] = draw.new_empty(len(draw), slots, outputs[name], rank)
         self.tensors = [*self.A.values(), *self.B.values()]
         self.second_moments = [torch.empty_like(t) for t in self.tensors]
-        dtype = compute_dtype(device)
-        self.copies = [t.to(dtype, copy=True).requires_grad_() for t in self.tensors]
+        self.copies = [t.to(compute_dtype(device), copy=True).requires_grad_() for t in self.tensors]
         self.update_count = torch.zeros(slots, device=device)
         self.graphs: dict[int, CapturedCall] = {}  # of `adapt`, by number of positions
         if device.type == "cuda":
             self.graph_pool = torch.cuda.graph_pool_handle()
             self.replayed = torch.cuda.Event()
         self.reset_slots(range(slots))
-
-    def compile(self):
-        self.add_outputs = torch.compile(add_outputs, fullgraph=True)
-        self.update = torch.compile(adapter_adamw_, fullgraph=True)
 
     def draw_all(self, names: Iterable[str], visits: int, device: torch.device) -> dict[str, Tensor]:
         """Initial values of A for all names, whichever are wanted, so that no draw depends on the others."""
@@ -1845,7 +1825,7 @@ class Adapters:
 
         def hooks_of_visit(visit: int, layer: int) -> AdapterHook:
             own_ends = row_ends if visit < 0 else ends
-            return AdapterHook(of_visit(A, visit), of_visit(B, visit), own_ends, self.add_outputs)
+            return AdapterHook(of_visit(A, visit), of_visit(B, visit), own_ends, self.fused)
 
         return hooks_of_visit
 
@@ -1861,8 +1841,11 @@ class Adapters:
             count = self.update_count.clamp(min=1)[:, None, None]  # of 0, nothing is there to be corrected
             bias_correction = 1 - cfg.ttt_beta2**count  # by slot: each began at another time
             active = has_turn[:, None, None]
-            self.update(self.tensors, self.copies, grads, self.second_moments, bias_correction,
-                        cfg.ttt_lora_lr, cfg.ttt_weight_decay * active, 1 - (1 - cfg.ttt_beta2) * active)
+            decay = cfg.ttt_weight_decay * active
+            beta2 = 1 - (1 - cfg.ttt_beta2) * active
+            update = launch_adapter_adamw if self.fused else adapter_adamw_
+            for tensors in zip(self.tensors, self.copies, grads, self.second_moments):
+                update(*tensors, bias_correction, decay, beta2, cfg.ttt_lora_lr)
 
 # ---- 6 Optimizers ------------------------------------------------------------------------------------------
 
@@ -3011,6 +2994,11 @@ def pack_script() -> bytes:
     compressed = lzma.compress(small.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
     return (PACKED % base64.b85encode(compressed).decode()).encode()
 
+def start_packing() -> Future:
+    """On rank 0 a thread calls pack_script, which takes 2 s, while ranks join; other ranks get no bytes."""
+    rank, _, _ = launcher_variables()
+    return ThreadPoolExecutor(1).submit(bytes if rank else pack_script)
+
 # ---- 10 Scores ---------------------------------------------------------------------------------------------
 
 UNSCORED = -1.0  # marks a target without a loss; no loss is negative, but for a rounding error
@@ -3113,6 +3101,7 @@ def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
             windows.append([start + target for target in window])
     # 2) Score them, as many at a time as there is room for.
     batch_tokens = cfg.val_batch_tokens // max(ranks.world_size, 8)  # of one size for up to 8 ranks
+    is_first = True
     while windows:
         spans = []
         is_new = []
@@ -3125,8 +3114,11 @@ def evaluate(run: Run, model: GPT, val: Validation, plan: Plan) -> Tensor:
         batch, target_index = pack_spans(val, spans, context, len(spans))
         rows = torch.from_numpy(np.flatnonzero(np.concatenate(is_new)))
         scored = torch.from_numpy(target_index)[rows]
-        nll = model(to_device(batch, ranks.device), plan, run.backend)
-        tally.add(to_device(scored, ranks.device), nll[to_device(rows, ranks.device)])
+        call = functools.partial(model, to_device(batch, ranks.device), plan, run.backend)
+        if is_first:
+            compile_kernels(run.backend, ranks, call)
+            is_first = False
+        tally.add(to_device(scored, ranks.device), call()[to_device(rows, ranks.device)])
     return tally.gather("plain evaluation")
 
 # ---- 11 Score-first adaptation -----------------------------------------------------------------------------
@@ -3349,10 +3341,9 @@ def warm_up_adaptation(run: Run, model: GPT, adapters: Adapters, backend: Backen
     length = int(ends[-1]) + 1
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, slots * length + 1)
     val = Validation(tokens, np.ones(len(tokens) - 1), np.arange(slots) * length, np.full(slots, length), 0)
-    # Short, medium and full windows: of several lengths, so that torch.compile makes code for any.
     last = len(ends) - 1
     have_room = round_rows(cfg) // np.diff(ends, prepend=0)  # slots, by chunk
-    for chunk in (0, last // 2, last):
+    for chunk in (0, last):  # the shortest windows, and full ones
         turns = [Turn(slot, slot, chunk) for slot in range(min(slots, have_room[chunk]))]
         this = to_device(make_round(val, turns, ends, cfg), run.ranks.device)
         if chunk == 0:  # then adapters hold undefined numbers, until reset_slots
@@ -3442,7 +3433,6 @@ class Result:
     # why the scores would not count as a record, and how many targets have no adapted loss
     caveats: list[str] = None
     unadapted_tokens: int = None
-    recompilations: int = None  # graphs compiled on the clocks, where none should be
     # what was scored
     documents: int = None
     tokens: int = None
@@ -3511,7 +3501,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
     return found
 
-def open_run(run: Run) -> Result:
+def open_run(run: Run, packing: Future) -> Result:
     """Write the head of the log and the packed script; returns the result as far as it is known."""
     cfg, ranks, log, backend = run
     source = script_source()
@@ -3527,10 +3517,9 @@ def open_run(run: Run) -> Result:
     log.metrics("settings", **settings, world_size=ranks.world_size)
     log(f"all settings: {key_values(settings)}", console=False)
     result.kernels = "Triton" if backend.fused else "PyTorch"
-    compiling = "on" if backend.compilable else "off"
     device = ranks.device
     log(f"device:{device_name(device)} world_size:{ranks.world_size} dtype:{compute_dtype(device)} "
-        f"attention:{backend.attend.__name__} kernels:{result.kernels} compile:{compiling}")
+        f"attention:{backend.attend.__name__} kernels:{result.kernels}")
     log("\n".join(("=" * 100, source, "=" * 100)), console=False)
     # 2) What would fail only at the end of the run, were it not tried now.
     for package in ("brotli", "constriction", "sentencepiece"):
@@ -3538,7 +3527,7 @@ def open_run(run: Run) -> Result:
     if cfg.save_scores and ranks.is_main and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):
         raise UserError(f"SAVE_SCORES={cfg.save_scores}: its folder is missing or not writable")
     # 3) The script as it is shipped, so that its size is known.
-    packed = ranks.broadcast_object(pack_script() if ranks.is_main else b"")
+    packed = ranks.broadcast_object(packing.result())
     if ranks.is_main:
         write_file(log.folder / "train_gpt_packed.py", packed)
     result.code_bytes = len(packed)
@@ -3660,10 +3649,8 @@ def score(run: Run, model: GPT, val: Validation) -> Scored:
         with log.phase("count n-grams", "scoring"):
             votes = count_votes(val, cfg.vocab_size, ranks.device)
         with log.phase("prepare adaptation"):
-            adapters = Adapters(cfg, len(plan.visits), ranks.device)
-            backend = backend.compiled(hooked=True)
+            adapters = Adapters(cfg, len(plan.visits), ranks.device, backend.fused)
             if backend.compilable:
-                adapters.compile()
                 warm_up_adaptation(run, model, adapters, backend)
         with log.phase("adapt", "scoring"):
             budget = 0.99 * (cfg.eval_max_seconds or math.inf)
@@ -3692,7 +3679,6 @@ def caveats(run: Run, result: Result) -> list[str]:
         (f"scoring took {scoring:.1f} s of {CLOCK_SECONDS}", scoring > CLOCK_SECONDS),
         (f"{result.total_bytes} bytes of {CAP_BYTES}", result.total_bytes > CAP_BYTES),
         (f"{result.unadapted_tokens} targets have their plain score", result.unadapted_tokens),
-        (f"recompilations on the clocks: {result.recompilations}", result.recompilations),
         (f"VAL_DOC_FRACTION={cfg.val_doc_fraction}: not all documents", cfg.val_doc_fraction < 1),
         ("unknown validation set", not result.is_fineweb()),
         (f"VAL_LOSS_EVERY={cfg.val_loss_every}: validation was read during training", cfg.val_loss_every),
@@ -3712,11 +3698,7 @@ def close_run(run: Run, result: Result):
         seconds = log.spent(clock)
         log(f"clock {clock:20}{seconds:9.1f} s" + (f"  of {budget:g} s" if budget else ""))
         result.clocks[clock] = {"seconds": round(seconds, 3), "budget": budget}
-    # 2) What was compiled on a clock, on any rank.
-    graphs = sum(phase.graphs for phase in log.phases if phase.clock)
-    result.recompilations = int(ranks.all_reduce_max(graphs))
-    log(f"recompilations on the clocks:{result.recompilations}")
-    # 3) The result with its caveats.
+    # 2) The result with its caveats.
     result.seconds = round(time.perf_counter() - PROCESS_START, 3)
     if ranks.on_gpu:
         result.peak_gpu_bytes = torch.cuda.max_memory_allocated()
@@ -3728,13 +3710,13 @@ def close_run(run: Run, result: Result):
         write_file(log.folder / "result.json", (json.dumps(values, indent=1) + "\n").encode())
     log("RESULT " + json.dumps(values))
 
-def run_phases(run: Run, saved: Saved | None):
-    """The whole run; `saved` is what EVAL_ONLY_PATH holds, on rank 0."""
+def run_phases(run: Run, saved: Saved | None, packing: Future):
+    """The whole run. On rank 0 `saved` is what EVAL_ONLY_PATH holds; `packing` gives the packed script."""
     cfg, ranks, log, _ = run
     plan = depth_plan(cfg, cfg.loops_at_end)
     # 1) Check all that would fail late; take the weights or the artifact of a saved model.
     with log.phase("setup"):
-        result = open_run(run)
+        result = open_run(run, packing)
         model = GPT(cfg).to(ranks.device)
         parameters = sum(p.numel() for p in model.parameters())
         log(f"model_params:{parameters}")
@@ -3816,16 +3798,18 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
     if arguments and arguments[0] in ("-h", "--help"):
         say(settings_help())
         return 0
+    # 1) Run all phases.
     began = time.perf_counter()
     log = None
     try:
         if arguments:
             raise UserError(f"{arguments[0]!r}: settings are environment variables; --help lists them")
+        packing = start_packing()
         ranks = Ranks.join()
         cfg, saved = read_settings(env, ranks)
         backend = Backend.for_machine(cfg, ranks.device)
         log = RunLog(cfg, ranks, began)
-        run_phases(Run(cfg, ranks, log, backend), saved)
+        run_phases(Run(cfg, ranks, log, backend), saved, packing)
         return 0
     except UserError as error:
         message = str(error)
@@ -3834,6 +3818,7 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
             raise
         message = (f"out of memory in phase {log.under_way() if log else None}: raise TRAIN_BUFFERS "
                    "(training), lower VAL_BATCH_TOKENS (plain scores) or TTT_BATCH_SIZE (adaptation)")
+    # 2) Say what went wrong, and leave no empty folder.
     report_mistake(message)
     if log:
         log.withdraw()
@@ -3888,11 +3873,12 @@ def choose_attention(name: str, device: torch.device) -> Callable:
     return ATTENTION[name]
 
 # What follows are the kernels: the MLP sublayer, the split into heads, the exclusion of a token's own value,
-# the entry of a layer, and the loss. PyTorch alone would carry their tensors through memory too often. Each
-# comes in this order: mathematics; kernels, forward and backward in one; functions that launch them;
-# autograd. Values are fp32 in registers, and in memory bf16 or, where it says so, FP8. The gradient of x is
-# dx. An argument may be an output forward and an input backward, or hold a value one way and a gradient the
-# other; the first comment in a kernel says what its arguments hold.
+# the entry of a layer, the lanes, the loss, and the adapters' optimizer. PyTorch alone would carry their
+# tensors through memory too often, and torch.compile takes longer to start. Each comes in this order:
+# mathematics; kernels, forward and backward in one; functions that launch them; autograd. Values are fp32 in
+# registers, and in memory bf16, if nothing else is said. The gradient of x is dx. An argument may be an
+# output forward and an input backward, or hold a value one way and a gradient the other; the first comment in
+# a kernel says what its arguments hold.
 
 def contiguous(*tensors):
     """The same tensors, or None, each contiguous, as kernels read them."""
@@ -3923,7 +3909,7 @@ class KernelCompiler:
             future.result()  # raises what compilation has raised
 
     def submit(self, kernel, grid: tuple[int, ...], *args, **constants):
-        form = (id(kernel), *(x is None for x in args), *constants.values())
+        form = (id(kernel), *(getattr(x, "dtype", type(x)) for x in args), *constants.values())
         if form not in self.forms:
             self.forms[form] = self.pool.submit(kernel.warmup, *args, grid=grid, **constants)
 
@@ -3959,7 +3945,6 @@ def multiprocessors(x) -> int:
 # from is also written transposed, (features, tokens): n8_t, act8_t, dout8_t, dp8_t.
 
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
 FP8_WEIGHT_SCALE = 64.0
 FP8_GRAD_SCALE = 32.0  # and times the tokens of a step, by which the loss is divided
 
@@ -3986,7 +3971,7 @@ def join_kernel():
         if ADD:
             value += tl.load(a_or_dy + at, mask=inside, other=0.0).to(tl.float32)
         if ADD or BACKWARD:
-            tl.store(y_or_dx + at, value.to(n.dtype.element_ty), mask=inside)
+            tl.store(y_or_dx + at, value.to(y_or_dx.dtype.element_ty), mask=inside)
         if not BACKWARD:
             factor = tl.rsqrt(tl.sum(value * value, 1) / D + EPS)
             normed = value * (factor * scale)[:, None]
@@ -4011,7 +3996,7 @@ def fp8_kernel():
 
     @triton.jit
     def fp8_program(x, y, y_t, scale, T, D, BLOCK: tl.constexpr):
-        # y (T, D) becomes x scale, and y_t (D, T) its transpose.
+        # y (T, D) becomes x scale, and y_t (D, T) its transpose, which Triton 3.6 gets wrong if x is fp32.
         index = tl.arange(0, BLOCK)
         t = tl.program_id(0) * BLOCK + index[:, None]
         d = tl.program_id(1) * BLOCK + index[None, :]
@@ -4025,7 +4010,7 @@ def fp8_kernel():
     return fp8_program
 
 def to_fp8(x, scale: float = 1.0):
-    """x (T, D) times scale in FP8, and the same transposed."""
+    """x (T, D) in bf16, times scale, in FP8, and the same transposed."""
     T, D = x.shape
     y = torch.empty_like(x, dtype=E4M3)
     y_t = y.new_empty(D, T)
@@ -4182,6 +4167,31 @@ class FusedMLP(torch.autograd.Function):
         launch_join(dn, dout if ctx.adds else None, depth, n, r, dx, backward=True)
         da = dx if ctx.adds else None
         return dx, da, dup, ddown, None, None, None
+
+# Norm     n = norm(x + a), by the join kernel
+
+class FusedNorm(torch.autograd.Function):
+    """norm_of_sum: (x, a) -> n, (T, D) all; x may be fp32."""
+
+    @staticmethod
+    def forward(ctx, x, a, dtype):
+        x, a = contiguous(x, a)
+        n = torch.empty_like(x, dtype=dtype)
+        r = x.new_empty(len(x), dtype=torch.float32)
+        depth = r.new_ones(())
+        y = n if a is None else torch.empty_like(x)  # a placeholder, or a sum that nobody reads
+        launch_join(x, a, depth, n, r, y, backward=False)
+        ctx.adds = a is not None
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(depth, n, r)
+        return n
+
+    @staticmethod
+    def backward(ctx, dn):
+        depth, n, r = ctx.saved_tensors
+        dx = torch.empty_like(n, dtype=ctx.dtype)
+        launch_join(dn.contiguous(), None, depth, n, r, dx, backward=True)
+        return dx, dx if ctx.adds else None, None
 
 # Heads     split_heads in one pass: split into heads; norm and rotate q and k; multiply q by its gain
 
@@ -4479,6 +4489,80 @@ class FusedEntry(torch.autograd.Function):
         dgate = torch.ops.aten.sigmoid_backward(dopen[0], gate.sigmoid())
         return dx, dx0, dmix, None, None, dskip, dscale[0], dgate
 
+# Lanes     mix_lanes in one pass: both lanes are sums of four tensors, with a matrix of weights
+
+@functools.cache
+def lanes_kernel():
+    """A program takes BLOCK numbers of each tensor."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def lanes_program(x, lane, a, m, weights, out_x, out_lane, dx, dlane, da, dm, sums, N,
+                      BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+        # Forward: from both lanes and the outputs a of attention and m of the MLP, write out_x and out_lane.
+        # Backward: these hold their gradients; write dx, dlane, da, dm and, by program, that of the weights.
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < N
+        if BACKWARD:
+            to_x = tl.load(out_x + at, mask=inside, other=0.0).to(tl.float32)
+            to_lane = tl.load(out_lane + at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            to_x = tl.zeros((BLOCK,), tl.float32)
+            to_lane = to_x
+        for i in tl.static_range(4):
+            source = tl.load((x, lane, a, m)[i] + at, mask=inside, other=0.0).to(tl.float32)
+            w_x = tl.load(weights + i).to(tl.float32)
+            w_lane = tl.load(weights + 4 + i).to(tl.float32)
+            if BACKWARD:
+                grad = w_x * to_x + w_lane * to_lane
+                tl.store((dx, dlane, da, dm)[i] + at, grad.to(x.dtype.element_ty), mask=inside)
+                own_sums = sums + tl.program_id(0) * 8 + i
+                tl.store(own_sums, tl.sum(source * to_x, 0))
+                tl.store(own_sums + 4, tl.sum(source * to_lane, 0))
+            else:
+                to_x += w_x * source
+                to_lane += w_lane * source
+        if not BACKWARD:
+            tl.store(out_x + at, to_x.to(x.dtype.element_ty), mask=inside)
+            tl.store(out_lane + at, to_lane.to(x.dtype.element_ty), mask=inside)
+
+    return lanes_program
+
+def launch_lanes(inputs: Sequence, out_x, out_lane, *grads):
+    """Forward, write out_x and out_lane. With grads, dx, dlane, da and dm, go backward: write these, and
+    return the gradient of the weights (2, 4).
+    """
+    N = out_x.numel()
+    block = 2048
+    programs = ceil_div(N, block)
+    sums = out_x.new_empty(programs, 2, 4, dtype=torch.float32) if grads else None
+    launch = launcher(lanes_kernel(), programs)
+    launch(*inputs, out_x, out_lane, *(grads or [None] * 4), sums, N, BLOCK=block, BACKWARD=bool(grads))
+    return sums.sum(0) if grads else None
+
+class FusedLanes(torch.autograd.Function):
+    """The two lanes (T, D) from four tensors (T, D) and their weights (2, 4)."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        inputs = contiguous(*inputs)
+        ctx.save_for_backward(*inputs)
+        lanes = tuple(map(torch.empty_like, inputs[:2]))
+        launch_lanes(inputs, *lanes)
+        return lanes
+
+    @staticmethod
+    def backward(ctx, *dlanes):
+        inputs = ctx.saved_tensors
+        grads = tuple(map(torch.empty_like, inputs[:4]))
+        dweights = launch_lanes(inputs, *contiguous(*dlanes), *grads)
+        return *grads, dweights.to(inputs[4].dtype)
+
+def fused_mix_lanes(x, mlp_lane, attn_out, mlp_out, keep, post):
+    """mix_lanes in one pass."""
+    weights = torch.cat((keep.diag(), post.T), dim=1)  # rows: out_x and out_lane; columns: what they are of
+    return FusedLanes.apply(x, mlp_lane, attn_out, mlp_out, weights)
+
 # Loss     softcapped_nll of logits = x embed.T, with its gradient
 # The kernel overwrites a row of logits with the gradient of its loss with respect to them. The backward pass
 # gets one factor a row, dnll, and multiplies x and dx by it rather than the gradients of the logits, which
@@ -4510,16 +4594,21 @@ def loss_kernel():
 
     return loss_program
 
+def launch_loss(logits, targets, softcap: float):
+    """Returns the losses (T,) of logits (T, V), which become their gradients."""
+    T, V = logits.shape
+    nll = logits.new_empty(T, dtype=torch.float32)
+    launch = launcher(loss_kernel(), T)
+    launch(logits, targets.contiguous(), nll, V, SOFTCAP=softcap, WIDTH=power_of_2(V), num_warps=8)
+    return nll
+
 class FusedLoss(torch.autograd.Function):
     """softcapped_nll of x (T, D) times embed.T, from embed (V, D), by the kernel."""
 
     @staticmethod
     def forward(ctx, x, embed, targets, softcap):
         logits = F.linear(x, embed)
-        nll = x.new_empty(len(x), dtype=torch.float32)
-        V = len(embed)
-        launch = launcher(loss_kernel(), len(x))
-        launch(logits, targets.contiguous(), nll, V, SOFTCAP=softcap, WIDTH=power_of_2(V), num_warps=8)
+        nll = launch_loss(logits, targets, softcap)
         ctx.save_for_backward(x, embed, logits)  # the kernel has written their gradient there
         return nll
 
@@ -4530,6 +4619,72 @@ class FusedLoss(torch.autograd.Function):
         dx = (dlogits @ embed).mul_(factor)
         scaled = torch.mul(x, factor, out=torch.empty_like(x))  # factor is fp32, and the result should not be
         return dx, dlogits.T @ scaled, None, None
+
+class FusedNLL(torch.autograd.Function):
+    """softcapped_nll by the kernel, of logits that nothing else reads: they become their gradients."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, softcap):
+        dlogits = logits.contiguous()
+        nll = launch_loss(dlogits, targets, softcap)
+        ctx.save_for_backward(dlogits)
+        return nll
+
+    @staticmethod
+    def backward(ctx, dnll):
+        (dlogits,) = ctx.saved_tensors
+        return dlogits.mul_(dnll[:, None]), None, None
+
+# Adapters     add_outputs without a copy of what it adds; adapter_adamw_ in one pass
+
+class FusedAddOutputs(torch.autograd.Function):
+    """add_outputs in one pass, without a kernel of its own."""
+
+    @staticmethod
+    def forward(ctx, y, *outputs):
+        ctx.widths = [output.size(1) for output in outputs]
+        total = torch.empty_like(y)
+        for columns, output, out in zip(y.split(ctx.widths, 1), outputs, total.split(ctx.widths, 1)):
+            torch.add(columns, output, out=out)
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal):
+        return dtotal, *dtotal.split(ctx.widths, 1)
+
+@functools.cache
+def adapter_adamw_kernel():
+    """A program takes BLOCK numbers of one slot, in one visit."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def adapter_adamw_program(tensor, compute_copy, grad, moment, bias_correction, decay, beta2, lr, slots, N,
+                              BLOCK: tl.constexpr):
+        # tensor and moment, in fp32, and compute_copy are updated; the last three pointers are by slot.
+        slot = tl.program_id(1) % slots
+        beta = tl.load(beta2 + slot)
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < tl.where(beta < 1, N, 0)  # a slot that stays as it is is not even read
+        at += tl.program_id(1).to(tl.int64) * N
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(moment + at, mask=inside, other=0.0)
+        v += (1 - beta) * (g * g - v)
+        w = tl.load(tensor + at, mask=inside, other=0.0) * (1 - lr * tl.load(decay + slot))
+        w -= lr * g / (tl.sqrt(v / tl.load(bias_correction + slot)) + 1e-10)
+        tl.store(moment + at, v, mask=inside)
+        tl.store(tensor + at, w, mask=inside)
+        tl.store(compute_copy + at, w.to(compute_copy.dtype.element_ty), mask=inside)
+
+    return adapter_adamw_program
+
+def launch_adapter_adamw(tensor, compute_copy, grad, second_moment, bias_correction, decay, beta2, lr: float):
+    """adapter_adamw_ by the kernel, of contiguous tensors."""
+    visits, slots, *shape = tensor.shape
+    N = math.prod(shape)
+    block = 1024
+    launch = launcher(adapter_adamw_kernel(), ceil_div(N, block), visits * slots)
+    launch(tensor, compute_copy, grad.contiguous(), second_moment, bias_correction, decay, beta2, lr, slots,
+           N, BLOCK=block)
 
 if __name__ == "__main__":
     try:

@@ -46,6 +46,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def as_environment(settings: dict[str, Any]) -> dict[str, str]:
     """Settings as a process gets them. Those that are None are left out."""
     return {name: str(value) for name, value in settings.items() if value is not None}

@@ -3,7 +3,9 @@
 Run by test_kernel.py in a process of its own with TRITON_INTERPRET=1: Triton decides at import whether it
 interprets.
 """
+import contextlib
 import functools
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,7 +13,22 @@ import torch.nn.functional as F
 
 import train_gpt as tg
 from conftest import tiny_config, tiny_model
-from kernel_cases import entry_case, exclude_case, heads_case, in_fp8, loss_case, mlp_case, saturated
+from kernel_cases import (
+    check_adapter_adamw,
+    entry_case,
+    exclude_case,
+    heads_case,
+    in_fp8,
+    lanes_case,
+    loss_case,
+    mlp_case,
+    nll_case,
+    norm_case,
+    saturated,
+)
+
+REPLACED = ("add_outputs", "adapter_adamw_", "exclude_self", "leaky_relu_squared", "mix_and_norm",
+            "mix_lanes", "norm_of_sum", "softcapped_nll", "split_heads")  # what kernels stand for
 
 
 def poison_new_memory():
@@ -48,15 +65,20 @@ def assert_same(case, rtol=1e-4, atol=1e-4, fixed=()):
         torch.testing.assert_close(our, their, rtol=rtol, atol=atol)
 
 
+def strided(x):
+    """The same, but not contiguous: kernels read what is."""
+    return torch.cat((x, x), -1)[..., : x.size(-1)]
+
+
 def outputs_and_gradients(function, leaves, fixed, chosen=None):
     """The chosen outputs and the gradients of leaves; and which were chosen: those that have a gradient."""
     own = [leaf.clone().requires_grad_(i not in fixed) for i, leaf in enumerate(leaves)]
-    outputs = function(*own)
+    outputs = function(*map(strided, own))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     chosen = [i for i, y in enumerate(outputs) if y.requires_grad] if chosen is None else chosen
     outputs = [outputs[i] for i in chosen]
-    noise = torch.Generator().manual_seed(1)
-    torch.autograd.backward(outputs, [torch.randn(y.shape, generator=noise) for y in outputs])
+    noise = torch.Generator().manual_seed(2)
+    torch.autograd.backward(outputs, [strided(torch.randn(y.shape, generator=noise)) for y in outputs])
     return [*outputs, *(leaf.grad for leaf in own if leaf.requires_grad)], chosen
 
 
@@ -85,6 +107,12 @@ def check_mlp_in_fp8():
     for T, D, M in ((64, 32, 64), (48, 48, 80), (16, 64, 96), (144, 64, 160)):
         for alone in (False, True):
             assert_same(mlp_case(T, D, M, torch.randn, alone, training=True), atol=1e-6)
+    bank = 5 * torch.randn(3, 48, 32)
+    _, stacks8 = tg.cast_banks(torch.zeros(6, 32, 32), torch.zeros(6, 16, 32), bank, bank.mT.contiguous(),
+                               torch.ones(3, 32), 2 * torch.ones(3, 32), torch.float32, True)
+    up8, down8 = in_fp8(64 * bank), in_fp8(128 * bank.mT)
+    for ours, theirs in zip(stacks8, (up8, up8.mT, down8, down8.mT), strict=True):
+        assert torch.equal(ours.float(), theirs)
     x = torch.randn(130, 144)
     y, y_t = tg.to_fp8(x, 3.0)
     assert torch.equal(y.float(), in_fp8(3 * x)) and torch.equal(y_t.float(), y.float().T)
@@ -121,9 +149,50 @@ def check_strided_input(case):
     assert_same((functools.partial(fused, strided), functools.partial(reference, strided), (x0, mix)))
 
 
+def check_norm():
+    for T, D in ((37, 32), (3, 48), (1, 8)):
+        for lanes in (False, True):
+            assert_same(norm_case(T, D, torch.randn, lanes))
+    x = torch.full((1, 16), 1e-4)  # where eps matters
+    torch.testing.assert_close(tg.FusedNorm.apply(x, None, x.dtype), tg.norm_of_sum(x, None, x.dtype))
+    x = torch.randn(5, 16, requires_grad=True)
+    n = tg.FusedNorm.apply(x, None, torch.bfloat16)
+    torch.testing.assert_close(n, tg.norm_of_sum(x, None, torch.bfloat16))
+    dx, = torch.autograd.grad(n, x, torch.randn(5, 16).bfloat16())
+    assert not torch.equal(dx, dx.bfloat16().float()), "the embedding's gradient keeps its digits"
+
+
+def check_lanes():
+    for T, D in ((37, 32), (3, 48), (300, 64), (1, 8)):
+        assert_same(lanes_case(T, D, torch.randn))
+
+
 def check_loss():
     for T, D, V in ((5, 8, 64), (3, 16, 100)):
         assert_same(loss_case(T, D, V, torch.randn))
+        assert_same(nll_case(T, V, torch.randn))
+
+
+def check_adaptation():
+    """A round of adaptation by kernels has the losses, and leaves the adapters, of one without."""
+    cfg = tiny_config()
+    model = tiny_model(cfg).requires_grad_(False)
+    plan = tg.depth_plan(cfg, True)
+    ends = tg.chunk_ends(cfg.ttt_eval_seq_len, cfg)
+    tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, 101)
+    val = tg.Validation(tokens, np.ones(100), np.array([0, 60]), np.array([60, 40]), 0)
+    this = tg.make_round(val, [tg.Turn(0, 0, 1), tg.Turn(2, 1, 0)], ends, cfg)
+    found = []
+    model.attn_scale.add_(0.5)
+    for fused in (False, True):
+        adapters = tg.Adapters(cfg, len(plan.visits), torch.device("cpu"), fused)
+        replaced = mock.patch.multiple(tg, **dict.fromkeys(REPLACED))
+        with replaced if fused else contextlib.nullcontext():
+            for _ in range(2):  # with the second one's B no longer 0
+                nll = tg.adapt(model, adapters, plan, tg.Backend(fused=fused), this)
+        found.append([nll, *adapters.tensors, *adapters.copies, *adapters.second_moments])
+    for plain, ours in zip(*found, strict=True):
+        assert (ours - plain).norm() <= 1e-3 * plain.norm() and not torch.equal(ours, plain)
 
 
 def check_model():
@@ -158,6 +227,11 @@ if __name__ == "__main__":
     check_mlp_in_fp8()
     check_heads_and_exclusion()
     check_entry()
+    check_norm()
+    check_lanes()
     check_loss()
+    check_adapter_adamw((3, 4, 8, 5), "cpu")
+    check_adapter_adamw((1, 4, 300, 7), "cpu")
+    check_adaptation()
     check_model()
     print("interpreted")

@@ -46,7 +46,8 @@ def weights8(up, down):
     """Layer.fp8 of the weights of one layer."""
     ones = up.new_ones(1, len(down))
     others = up.new_zeros(2, len(down), len(down)), up.new_zeros(2, 8, len(down))
-    _, stacks8 = tg.cast_banks(*others, up[None], down[None], ones, ones, up.dtype, True)
+    dtype = tg.compute_dtype(up.device)
+    _, stacks8 = tg.cast_banks(*others, up[None], down[None], ones, ones, dtype, True)
     return tuple(stack8[0] for stack8 in stacks8)
 
 
@@ -107,9 +108,57 @@ def entry_case(T, D, draw, skip=False, lanes=False):
     return entry(tg.FusedEntry.apply), entry(tg.mix_and_norm), (*leaves, *merged)
 
 
-def loss_case(T, D, V, draw):
-    """Every third target is ignored."""
+def norm_case(T, D, draw, lanes=False):
+    """Of the embedding or, with lanes, of their sum."""
+    leaves = [draw(T, D) for _ in range(1 + lanes)]
+
+    def norm(function):
+        return lambda x, a=None: function(x, a, x.dtype)
+
+    return norm(tg.FusedNorm.apply), norm(tg.norm_of_sum), leaves
+
+
+def lanes_case(T, D, draw):
+    return tg.fused_mix_lanes, tg.mix_lanes, (*(draw(T, D) for _ in range(4)), draw(2), draw(2, 2))
+
+
+def targets_for(T, V, device):
+    """Every third one is ignored."""
     targets = torch.arange(T) * 7919 % V
-    targets = targets.where(torch.arange(T) % 3 != 1, tg.IGNORE).to(draw(1).device)
+    return targets.where(torch.arange(T) % 3 != 1, tg.IGNORE).to(device)
+
+
+def loss_case(T, D, V, draw):
+    targets = targets_for(T, V, draw(1).device)
     return (lambda x, embed: tg.FusedLoss.apply(x, embed, targets, 30.0),
             lambda x, embed: tg.softcapped_nll(x @ embed.T, targets, 30.0), (draw(T, D), draw(V, D) / 4))
+
+
+def nll_case(T, V, draw):
+    """Logits that come from somewhere, as the kernel writes over them."""
+    targets = targets_for(T, V, draw(1).device)
+    return (lambda x: tg.FusedNLL.apply(2 * x, targets, 30.0),
+            lambda x: tg.softcapped_nll(2 * x, targets, 30.0), (draw(T, V),))
+
+
+def check_adapter_adamw(shape, device):
+    """The kernel against PyTorch. Two of four slots have no turn, and keep every bit, whatever the gradients.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=generator).to(device)
+
+    tensor, moment, grad = (draw(*shape) - 0.5, draw(*shape), (draw(*shape) - 0.5).bfloat16())
+    grad[:, 1] = torch.nan
+    has_turn = torch.tensor([1.0, 0.0, 1.0, 0.0], device=device)[:, None, None]
+    numbers = 0.1 + draw(4, 1, 1), 0.1 * has_turn, 1 - 0.01 * has_turn, 0.02
+    before = tensor, tensor.bfloat16(), grad, moment
+    ours, theirs = ([t.clone() for t in before] for _ in range(2))
+    ours[2] = ours[2].mT.contiguous().mT
+    tg.launch_adapter_adamw(*ours, *numbers)
+    tg.adapter_adamw_(*theirs, *numbers)
+    for our, their, old in zip(ours, theirs, before, strict=True):
+        torch.testing.assert_close(our, their, equal_nan=True)
+        if old is not grad:
+            assert torch.equal(our[:, 1::2], old[:, 1::2]) and not torch.equal(our[:, 0::2], old[:, 0::2])

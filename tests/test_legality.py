@@ -854,7 +854,7 @@ def test_warm_up_of_adaptation_learns_nothing_and_knows_no_validation(monkeypatc
     monkeypatch.setattr(tg, "compile_kernels", compile_kernels)
     run = make_run(cfg)
     tg.warm_up_adaptation(run, model, adapters, run.backend)
-    assert calls and len(sizes) == 3, "each round is run, too"
+    assert calls and len(sizes) == 2, "each round is run, too"
     assert all(torch.equal(tensor, old) for tensor, old in zip(state, before))
     window = min(cfg.ttt_eval_seq_len, -(-cfg.ttt_eval_seq_len // chunk) * chunk)
     has_room = min(cfg.ttt_batch_size, tg.round_rows(cfg) // chunk)
@@ -950,6 +950,22 @@ def test_the_headline_is_the_mixture_of_all_losses_and_nothing_else(monkeypatch)
     assert scored.unadapted == 1
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_adapters_learn_by_kernels_where_there_are_any(monkeypatch, fused):
+    made = []
+
+    def make_adapters(cfg, visits, device, fused):
+        made.append(fused)
+        raise KeyError
+
+    monkeypatch.setattr(tg, "Adapters", make_adapters)
+    monkeypatch.setattr(tg, "evaluate", lambda run, model, val, plan: torch.zeros(len(val.token_bytes)))
+    run = make_run()._replace(backend=tg.Backend(fused=fused))
+    with pytest.raises(KeyError):
+        tg.score(run, tiny_model(CFG), validation_of(draw_documents((9,))))
+    assert made == [fused]
+
+
 def evaluate_in_ranks(lengths=LENGTHS):
     torch.set_num_threads(1)
     run = make_run(ranks=tg.Ranks.join())
@@ -975,6 +991,17 @@ def test_plain_evaluation_moves_windows_on_by_a_third_and_drops_nothing(tmp_path
     torch.testing.assert_close(nll, torch.cat(expected)[:-1], rtol=0, atol=2e-5)
     for of_rank in launch(2, functools.partial(evaluate_in_ranks, lengths), folder=tmp_path):
         torch.testing.assert_close(of_rank, nll, rtol=0, atol=2e-5)
+
+
+def test_plain_evaluation_compiles_its_kernels_by_one_batch_which_scores_nothing(monkeypatch):
+    calls = []
+
+    def compile_kernels(backend, ranks, call):
+        calls.append(call())
+
+    honest = evaluate_in_ranks()
+    monkeypatch.setattr(tg, "compile_kernels", compile_kernels)
+    assert torch.equal(evaluate_in_ranks(), honest) and len(calls) == 1 and len(calls[0]) < len(honest)
 
 
 def plain_losses(*documents):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from conftest import SMALL_CFG, peeking_attention, silent, tiny_config, tiny_model
+from conftest import SMALL_CFG, compiled_graphs, peeking_attention, silent, tiny_config, tiny_model
 from kernel_cases import mlp_reference, saturated
 
 pytestmark = pytest.mark.check
@@ -54,7 +54,15 @@ def test_packing_changes_nothing(looped):
     torch.testing.assert_close(model(pack(documents, max_spans=9), plan), alone, rtol=0, atol=2e-5)
 
 
-def test_layers_have_their_weights_in_fp8_for_training_alone():
+def convert_without_kernels(monkeypatch):
+    def to_fp8(x, scale):
+        return saturated(scale * x), saturated(scale * x.T)
+
+    monkeypatch.setattr(tg, "to_fp8", to_fp8)
+
+
+def test_layers_have_their_weights_in_fp8_for_training_alone(monkeypatch):
+    convert_without_kernels(monkeypatch)
     model = tiny_model(CFG)
     run = tg.Run(CFG, tg.Ranks(), silent, tg.Backend(fused=True))
     training = tg.Trainer(run, model, loader=None).backend
@@ -64,8 +72,9 @@ def test_layers_have_their_weights_in_fp8_for_training_alone():
         model.down_bank[1, 0, :2] = torch.tensor([10.0, -10.0])  # 640 once multiplied by 64, over 448
     for i, layer in enumerate(model.layers(torch.bfloat16, training)):
         up, up_t, down, down_t = layer.fp8
-        assert torch.equal(up, saturated(64 * model.up_bank[i]))
-        assert torch.equal(down, saturated(64 * model.down_bank[i] * model.mlp_scale[i][:, None]))
+        assert torch.equal(up, saturated(64 * model.up_bank[i].bfloat16()))
+        scaled_down = model.down_bank[i] * model.mlp_scale[i][:, None]
+        assert torch.equal(down, saturated(64 * scaled_down.bfloat16()))
         assert torch.equal(up_t, up.T) and torch.equal(down_t, down.T)
         assert not any(w8.requires_grad for w8 in layer.fp8)
     assert all(layer.fp8 == () for layer in model.layers(torch.bfloat16, run.backend))
@@ -79,8 +88,11 @@ def test_training_alone_computes_in_fp8(monkeypatch):
         in_fp8.append(bool(fp8))
         return mlp_reference(x, a, up, down, depth)
 
+    convert_without_kernels(monkeypatch)
+    monkeypatch.setattr(tg, "fused_mix_lanes", tg.mix_lanes)
     for name, apply in (("FusedMLP", mlp), ("FusedHeads", tg.split_heads), ("FusedExclude", tg.exclude_self),
-                        ("FusedEntry", tg.mix_and_norm),
+                        ("FusedEntry", tg.mix_and_norm), ("FusedNorm", tg.norm_of_sum),
+                        ("FusedNLL", tg.softcapped_nll),
                         ("FusedLoss", lambda x, w, *rest: tg.softcapped_nll(x @ w.T, *rest))):
         monkeypatch.setattr(tg, name, SimpleNamespace(apply=apply))
     run = tg.Run(CFG, tg.Ranks(), silent, tg.Backend(fused=True))
@@ -210,6 +222,18 @@ def adapters_for_two(**settings):
     return adapters, lambda: adapters.hooks(ends, ends)
 
 
+@pytest.mark.parametrize("site, names", tg.ADAPTER_SITES.items())
+def test_what_adapters_add_has_the_residual_scale(site, names):
+    generator = torch.Generator().manual_seed(0)
+    x, y, A, *Bs = (torch.randn(shape, generator=generator) for shape in (
+        (5, 8), (5, 6 * len(names)), (1, 3 * len(names), 8), *[(1, 6, 3)] * len(names)))
+    hook = tg.AdapterHook({site: A}, dict(zip(names, Bs)), torch.tensor([5], dtype=torch.int32), False)
+    added = [x @ rows.T @ B[0].T for rows, B in zip(A[0].chunk(len(names)), Bs)]
+    scale = torch.arange(1.0, 7.0) if site in ("attn", "mlp") else None
+    expected = y + torch.cat(added, 1) * (1.0 if scale is None else scale)
+    torch.testing.assert_close(hook(site, x, y, scale), expected)
+
+
 def test_new_adapters_change_nothing_bitwise():
     model = tiny_model(CFG)
     batch = pack(draw_documents(20, 30))
@@ -301,9 +325,9 @@ def test_compiled_forward_is_as_exact_as_bf16_allows():
         assert (ours - exact).norm() <= 2 * (base - exact).norm()
         for seen in (batch, shorter):
             model(seen, looped, backend).mean().backward()
-            graphs = tg.compiled_graphs()
+            graphs = compiled_graphs()
             for plan in (looped, unlooped):
                 model(seen, plan, backend).mean().backward()
-            assert tg.compiled_graphs() == graphs
+            assert compiled_graphs() == graphs
         model(shortest, looped, backend).mean().backward()
-        assert tg.compiled_graphs() == graphs, "for any length"
+        assert compiled_graphs() == graphs, "for any length"

@@ -351,20 +351,28 @@ class NoTime:
         return 0.0
 
 
-def test_too_many_bytes_and_compilations_are_caveats(monkeypatch):
+def test_rank_0_alone_packs_the_script(monkeypatch):
+    monkeypatch.setattr(tg, "pack_script", lambda: b"packed")
+    assert tg.start_packing().result() == b"packed"
+    for rank, packed in (("00", b"packed"), ("1", b"")):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, value)
+        assert tg.start_packing().result() == packed
+
+
+def test_too_many_bytes_are_a_caveat(monkeypatch):
     monkeypatch.setattr(tg, "CAP_BYTES", 100_000)
     run = tg.Run(tg.Config(), tg.Ranks(), NoTime(), tg.Backend())
-    result = tg.Result(total_bytes=100_001, unadapted_tokens=0, tokens=9, mode="train", recompilations=3)
-    caveats = "; ".join(tg.caveats(run, result))
-    assert "100001 bytes of 100000" in caveats and "recompilations on the clocks: 3" in caveats
+    result = tg.Result(total_bytes=100_001, unadapted_tokens=0, tokens=9, mode="train")
+    assert "100001 bytes of 100000" in tg.caveats(run, result)
 
 
 def test_a_clean_record_run_has_no_caveat():
     """And it takes little to spoil it."""
     ranks = tg.Ranks(world_size=8, device="cuda:0")
     run = tg.Run(tg.Config(seed=7, run_id="x", save_scores="y"), ranks, NoTime(), tg.Backend())
-    clean = tg.Result(total_bytes=16_000_000, unadapted_tokens=0, recompilations=0, tokens=40_540_803,
-                      bytes=151_080_645, bytes_at_cut=151_078_222)
+    clean = tg.Result(total_bytes=16_000_000, unadapted_tokens=0, tokens=40_540_803, bytes=151_080_645,
+                      bytes_at_cut=151_078_222)
     assert tg.caveats(run, clean) == []
     case_operations = dict(tokens=47_853_343, bytes=151_080_266, bytes_at_cut=151_074_499)
     assert tg.caveats(run, dataclasses.replace(clean, **case_operations)) == []
@@ -374,7 +382,7 @@ def test_a_clean_record_run_has_no_caveat():
         assert tg.caveats(run, dataclasses.replace(own_tokenizer, **change)) == ["unknown validation set"]
     for change in (dict(bytes_at_cut=151_078_223), dict(bytes_at_cut=151_074_499), dict(bytes=151_086_414),
                    dict(bytes=151_078_221), dict(tokens=1000, bytes_at_cut=None),
-                   dict(unadapted_tokens=1), dict(total_bytes=16_000_001), dict(recompilations=1)):
+                   dict(unadapted_tokens=1), dict(total_bytes=16_000_001)):
         assert len(tg.caveats(run, dataclasses.replace(clean, **change))) == 1
 
 
@@ -388,21 +396,6 @@ def test_the_bytes_at_the_challenge_s_cut(monkeypatch):
         result = tg.Result()
         result.add_scores(scored, val)
         assert result.bytes_at_cut == expected
-
-
-def test_what_is_compiled_on_a_clock_is_counted(run, finished, monkeypatch):
-    assert finished.result["recompilations"] == 0
-    honest_calibrate = tg.calibrate
-
-    def compiling_calibrate(*args):
-        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
-        return honest_calibrate(*args)
-
-    monkeypatch.setattr(tg, "calibrate", compiling_calibrate)
-    outcome = run()
-    assert outcome.result["recompilations"] == 1 and "\nrecompilations on the clocks:1\n" in outcome.out
-    assert "recompilations on the clocks: 1" in outcome.result["caveats"]
-    assert outcome.result["val_bpb"] == finished.result["val_bpb"]
 
 
 def test_clocks_hold_what_the_rules_put_on_them(finished):

@@ -31,8 +31,8 @@ SHARED = """code_sha256 packed_sha256 code_bytes hardware versions tokenizer_sha
 NEEDED = SHARED + """seed settings mode steps model_bytes total_bytes unadapted_tokens clocks seconds
     caveats""".split()
 NEEDED += [f"val_{unit}{stage}" for unit in ("loss", "bpb") for stage in STAGES]
-NEEDED_NOW = """recompilations cap_bytes run_id targets_left_out model_sha256 train_sha256
-    train_data_sha256""".split()  # what older runs may lack
+# What older runs may lack:
+NEEDED_NOW = "cap_bytes run_id targets_left_out model_sha256 train_sha256 train_data_sha256".split()
 ON_CLOCK = {"train": "training", "calibrate": "training", "open artifact": "scoring",
             "score quantized": "scoring", "count n-grams": "scoring",
             "adapt": "scoring"}  # phases that a clock has to count

@@ -13,6 +13,7 @@ PARTS = {  # of a micro-batch, by what the names of their kernels contain; the f
     "entry": r"ent(er|ry)_program",
     "join": r"join_program",
     "exclusion": r"exclude_program",
+    "lanes": r"lanes_program",
     "loss": r"(nll|loss)_program",
     "to FP8": r"fp8_program",
     "matrix products": r"mlp_program|nvjet|splitKreduce|gemm|cutlass",
@@ -74,8 +75,9 @@ def work_of(cfg: Any, visits: int, skips: int, lanes: int, span_lengths: Any, fp
         "attention": Work(operations=3.5 * visits * 4 * D * squares / 2),
         "heads": Work(rows=visits * sum(heads_rows(cfg))),
         "entry": Work(rows=visits * sum(ENTRY_ROWS) + skips * sum(SKIP_ROWS)),
-        "join": Work(rows=8 * visits - 3 * lanes),
+        "join": Work(rows=8 * visits - 3 * lanes + 7 + 6),  # of the embedding, in fp32, and before the head
         "exclusion": Work(rows=visits * sum(exclusion_rows(cfg))),
+        "lanes": Work(rows=16 * lanes),
         "loss": Work(rows=2 * V / D),  # logits are read, their gradient is written
         "to FP8": Work(rows=visits * 2 * 2 * fp8),
         "matrix products": Work(operations=3 * 2 * tokens * (visits * (attention + mlp / (1 + fp8)) + D * V)),
