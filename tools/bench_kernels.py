@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time each Triton kernel of train_gpt.py, forward and backward, against PyTorch and against its floor.
+"""Time each Triton kernel of training, forward and backward, against PyTorch and against its floor.
 
     python tools/bench_kernels.py [--tokens 98304]
 
@@ -23,7 +23,15 @@ with command.imports("requirements-gpu.txt"):
 
     import train_gpt as tg
     from bench_step import ceilings, kernel_times
-    from kernel_cases import entry_case, exclude_case, heads_case, loss_case, mlp_case
+    from kernel_cases import (
+        entry_case,
+        exclude_case,
+        heads_case,
+        lanes_case,
+        loss_case,
+        mlp_case,
+        norm_case,
+    )
 
 CFG = tg.Config()
 H, K, E, R = CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.rope_dims
@@ -50,6 +58,8 @@ def make_cases(T: int, draw: Callable) -> dict[str, Case]:
         "entry": Case(*entry_case(T, D, draw), *(n * row for n in ENTRY_ROWS)),
         "entry with a skip": Case(*entry_case(T, D, draw, skip=True),
                                   *((n + more) * row for n, more in zip(ENTRY_ROWS, SKIP_ROWS))),
+        "lanes": Case(*lanes_case(T, D, draw), 6 * row, 10 * row),
+        "norm of lanes": Case(*norm_case(T, D, draw, lanes=True), 3 * row, 3 * row),
         "MLP sublayer": Case(*mlp_case(T, D, M, draw), 14 * row, 28 * row, mlp, 2 * mlp),
         "MLP in FP8": Case(*mlp_case(T, D, M, draw, training=True), 15 * row, 29 * row, FP8_FORWARD * mlp,
                            FP8_BACKWARD * mlp),
