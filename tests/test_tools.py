@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools/maintenance")]
+import bench_kernels
 import command
 import floors
 import same_numbers
@@ -25,6 +26,7 @@ import same_numbers
 import bench_step
 import docs
 import train_gpt as tg
+from kernel_cases import saturated
 
 NEEDS = {  # of every command: a package, and where it is required
     "data/prepare.py": ("sentencepiece", ""), "data/download.py": ("numpy", ""),
@@ -64,6 +66,13 @@ def test_a_missing_package_is_named_with_what_installs_it(tmp_path, script):
     assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and package in done.stderr
     assert done.stderr.endswith(f"pip install -r requirements{kind}.txt\n")
+
+
+@pytest.mark.parametrize("script", [*NEEDS, "tools/submission.py"])
+def test_every_command_starts(script):
+    """What it imports is there, from other files of ours, too."""
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and not done.stderr
 
 
 def test_every_command_is_listed_above():
@@ -358,6 +367,15 @@ def test_every_kernel_of_the_script_belongs_to_a_part():
     kernels = re.findall(r"def (\w+_program)\(", (ROOT / "train_gpt.py").read_text())
     parts = {floors.part_of(kernel) for kernel in kernels if kernel != "adapter_adamw_program"}
     assert parts == {*floors.PARTS} - {"attention", "all else"}
+
+
+def test_every_case_of_bench_kernels_is_made(monkeypatch):
+    monkeypatch.setattr(tg, "to_fp8", lambda x, scale: (saturated(scale * x), saturated(scale * x.T)))
+    cases = bench_kernels.make_cases(16, torch.randn)
+    assert len(cases) == 9
+    for case in cases.values():
+        case.plain(*case.leaves)
+        assert case.backward_bytes >= case.forward_bytes / 2 > 0
 
 
 def test_no_part_was_ever_faster_than_its_floor():
