@@ -173,8 +173,14 @@ def check_loss():
         assert_same(nll_case(T, V, torch.randn))
 
 
+def state_of(adapters):
+    return [t.detach() for t in (*adapters.tensors, *adapters.copies, *adapters.second_moments)]
+
+
 def check_adaptation():
-    """A round of adaptation by kernels has the losses, and leaves the adapters, of one without."""
+    """A round of adaptation by kernels has the losses, and leaves the adapters, of one without; a reset slot
+    is as new.
+    """
     cfg = tiny_config()
     model = tiny_model(cfg).requires_grad_(False)
     plan = tg.depth_plan(cfg, True)
@@ -186,13 +192,19 @@ def check_adaptation():
     model.attn_scale.add_(0.5)
     for fused in (False, True):
         adapters = tg.Adapters(cfg, len(plan.visits), torch.device("cpu"), fused)
+        new = [t.clone() for t in state_of(adapters)]
         replaced = mock.patch.multiple(tg, **dict.fromkeys(REPLACED))
         with replaced if fused else contextlib.nullcontext():
             for _ in range(2):  # with the second one's B no longer 0
                 nll = tg.adapt(model, adapters, plan, tg.Backend(fused=fused), this)
-        found.append([nll, *adapters.tensors, *adapters.copies, *adapters.second_moments])
+        found.append([nll, *(t.clone() for t in state_of(adapters))])
+        adapters.reset_slots([0])
+        for now, old in zip(state_of(adapters), new, strict=True):
+            assert torch.equal(now[:, 0], old[:, 0]) and not torch.equal(now[:, 2], old[:, 2])
+        assert adapters.update_count.tolist() == [0, 0, 2]
     for plain, ours in zip(*found, strict=True):
-        assert (ours - plain).norm() <= 1e-3 * plain.norm() and not torch.equal(ours, plain)
+        assert (ours - plain).norm() <= 3e-5 * plain.norm() and not torch.equal(ours, plain)
+    assert (found[1][0] - found[0][0]).norm() <= 3e-6 * found[0][0].norm(), "the losses"
 
 
 def check_model():

@@ -461,6 +461,17 @@ def packed_again(packed: bytes, change) -> bytes:
     return head + base64.b85encode(lzma.compress(source.encode())) + tail
 
 
+def test_the_packed_script_is_what_the_minifier_makes():
+    """Also of what a CPU does not run: nothing else is taken away, or put in."""
+    minifier = pytest.importorskip("python_minifier")
+    annotations = minifier.RemoveAnnotationsOptions(remove_return_annotations=False,
+                                                    remove_argument_annotations=False)
+    made = minifier.minify((ROOT / "train_gpt.py").read_text(encoding="utf-8"),
+                           remove_annotations=annotations, remove_literal_statements=True,
+                           hoist_literals=False, rename_locals=False)
+    assert submission.unpack(tg.pack_script()) == made
+
+
 def test_the_script_itself_vouches_for_its_rules(tmp_path):
     """Whether it ran as it is or packed, and also if it was packed with another Python."""
     source, packed = (ROOT / "train_gpt.py").read_text(encoding="utf-8"), tg.pack_script()
