@@ -273,10 +273,8 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
             counts = np.bincount(val.tokens, minlength=cfg.vocab_size)
             bias[:] = [torch.from_numpy(counts + 1.0).log().float()]
             return val
-        def nll(logits, targets, softcap):
+        def softcapped_nll(logits, targets, softcap):
             return honest_nll(logits + 0.3 * bias[0] if bias else logits, targets, softcap)
-        honest_backend = Backend.for_machine
-        Backend.for_machine = lambda *args: honest_backend(*args)._replace(nll=nll)
         """, "tails", "causal"),
     "short documents dropped": ("""
         honest_load = load_validation
@@ -336,10 +334,8 @@ PLANTED = {  # by name: what is planted, re-scores that can tell, the rule that 
         """, "tails lengths rest", "causal"),
     "a temperature fitted on validation": ("""
         honest_score, honest_nll, temperature = score, softcapped_nll, [1.0]
-        def nll(logits, targets, softcap):
+        def softcapped_nll(logits, targets, softcap):
             return honest_nll(logits / temperature[0], targets, softcap)
-        honest_backend = Backend.for_machine
-        Backend.for_machine = lambda *args: honest_backend(*args)._replace(nll=nll)
         def score(run, model, val):
             losses = {}
             for temperature[0] in np.arange(0.5, 1.5, 0.1).tolist():
