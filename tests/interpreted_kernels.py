@@ -4,7 +4,6 @@ Run by test_kernel.py in a process of its own with TRITON_INTERPRET=1: Triton de
 interprets.
 """
 import contextlib
-import functools
 from unittest import mock
 
 import numpy as np
@@ -25,6 +24,7 @@ from kernel_cases import (
     nll_case,
     norm_case,
     saturated,
+    to_fp8_without_kernel,
 )
 
 REPLACED = ("add_outputs", "adapter_adamw_", "exclude_self", "leaky_relu_squared", "mix_and_norm",
@@ -66,8 +66,8 @@ def assert_same(case, rtol=1e-4, atol=1e-4, fixed=()):
 
 
 def strided(x):
-    """The same, but not contiguous: kernels read what is."""
-    return torch.cat((x, x), -1)[..., : x.size(-1)]
+    """The same with gaps between its numbers: kernels read what is contiguous."""
+    return torch.stack((x, x), -1)[..., 0]
 
 
 def outputs_and_gradients(function, leaves, fixed, chosen=None):
@@ -114,8 +114,8 @@ def check_mlp_in_fp8():
     for ours, theirs in zip(stacks8, (up8, up8.mT, down8, down8.mT), strict=True):
         assert torch.equal(ours.float(), theirs)
     x = torch.randn(130, 144)
-    y, y_t = tg.to_fp8(x, 3.0)
-    assert torch.equal(y.float(), in_fp8(3 * x)) and torch.equal(y_t.float(), y.float().T)
+    for ours, theirs in zip(tg.to_fp8(x, 3.0), to_fp8_without_kernel(x, 3.0), strict=True):
+        assert torch.equal(ours.float(), theirs.float())
     p = torch.linspace(-60, 60, 512).view(16, 32)  # tiny numbers, and those whose act saturates, too
     p8, one8 = saturated(p), saturated(torch.eye(32))
     act8, act8_t, leaky8_t = p8.new_empty(16, 32), p8.new_empty(32, 16), p8.new_empty(32, 16)
@@ -139,14 +139,6 @@ def check_entry():
             assert_same(entry_case(T, D, torch.randn, lanes=lanes))
             assert_same(entry_case(T, D, torch.randn, skip=True, lanes=lanes))
             assert_same(entry_case(T, D, torch.randn, lanes=lanes), fixed=(1,))  # no gradient of x0 is wanted
-        check_strided_input(entry_case(T, D, torch.randn))
-
-
-def check_strided_input(case):
-    """The stream may not be contiguous."""
-    fused, reference, (x, x0, mix) = case
-    strided = torch.randn(len(x), 2 * x.size(1))[:, ::2]
-    assert_same((functools.partial(fused, strided), functools.partial(reference, strided), (x0, mix)))
 
 
 def check_norm():

@@ -7,7 +7,7 @@ import torch
 
 import train_gpt as tg
 from conftest import SMALL_CFG, compiled_graphs, peeking_attention, silent, tiny_config, tiny_model
-from kernel_cases import mlp_reference, saturated
+from kernel_cases import mlp_reference, saturated, to_fp8_without_kernel
 
 pytestmark = pytest.mark.check
 
@@ -54,15 +54,8 @@ def test_packing_changes_nothing(looped):
     torch.testing.assert_close(model(pack(documents, max_spans=9), plan), alone, rtol=0, atol=2e-5)
 
 
-def convert_without_kernels(monkeypatch):
-    def to_fp8(x, scale):
-        return saturated(scale * x), saturated(scale * x.T)
-
-    monkeypatch.setattr(tg, "to_fp8", to_fp8)
-
-
 def test_layers_have_their_weights_in_fp8_for_training_alone(monkeypatch):
-    convert_without_kernels(monkeypatch)
+    monkeypatch.setattr(tg, "to_fp8", to_fp8_without_kernel)
     model = tiny_model(CFG)
     run = tg.Run(CFG, tg.Ranks(), silent, tg.Backend(fused=True))
     training = tg.Trainer(run, model, loader=None).backend
@@ -88,7 +81,7 @@ def test_training_alone_computes_in_fp8(monkeypatch):
         in_fp8.append(bool(fp8))
         return mlp_reference(x, a, up, down, depth)
 
-    convert_without_kernels(monkeypatch)
+    monkeypatch.setattr(tg, "to_fp8", to_fp8_without_kernel)
     monkeypatch.setattr(tg, "fused_mix_lanes", tg.mix_lanes)
     for name, apply in (("FusedMLP", mlp), ("FusedHeads", tg.split_heads), ("FusedExclude", tg.exclude_self),
                         ("FusedEntry", tg.mix_and_norm), ("FusedNorm", tg.norm_of_sum),

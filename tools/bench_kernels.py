@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 with command.imports("requirements-gpu.txt"):
     import torch
-    from floors import ENTRY_ROWS, SKIP_ROWS, exclusion_rows, heads_rows
+    from floors import ENTRY_ROWS, LANES_ROWS, NORM_ROWS, SKIP_ROWS, exclusion_rows, heads_rows
 
     import train_gpt as tg
     from bench_step import ceilings, kernel_times
@@ -58,8 +58,8 @@ def make_cases(T: int, draw: Callable) -> dict[str, Case]:
         "entry": Case(*entry_case(T, D, draw), *(n * row for n in ENTRY_ROWS)),
         "entry with a skip": Case(*entry_case(T, D, draw, skip=True),
                                   *((n + more) * row for n, more in zip(ENTRY_ROWS, SKIP_ROWS))),
-        "lanes": Case(*lanes_case(T, D, draw), 6 * row, 10 * row),
-        "norm of lanes": Case(*norm_case(T, D, draw, lanes=True), 3 * row, 3 * row),
+        "lanes": Case(*lanes_case(T, D, draw), *(n * row for n in LANES_ROWS)),
+        "norm of lanes": Case(*norm_case(T, D, draw, lanes=True), *(n * row for n in NORM_ROWS)),
         # Of the MLP the rows that all of its kernels and products read and write, where M is 4 D.
         "MLP sublayer": Case(*mlp_case(T, D, M, draw), 19 * row, 28 * row, mlp, 2 * mlp),
         "MLP in FP8": Case(*mlp_case(T, D, M, draw, training=True), 16.5 * row, 20.5 * row, mlp / 2, mlp),

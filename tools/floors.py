@@ -20,6 +20,7 @@ PARTS = {  # of a micro-batch, by what the names of their kernels contain; the f
     "all else": r"",
 }
 ENTRY_ROWS, SKIP_ROWS = (4, 7), (1, 2)  # of the entry kernel forward and backward; more of them with a skip
+LANES_ROWS, NORM_ROWS = (6, 10), (3, 3)  # of the lanes kernel; of the join kernel as it norms two lanes
 
 
 class Work(NamedTuple):
@@ -75,9 +76,9 @@ def work_of(cfg: Any, visits: int, skips: int, lanes: int, span_lengths: Any, fp
         "attention": Work(operations=3.5 * visits * 4 * D * squares / 2),
         "heads": Work(rows=visits * sum(heads_rows(cfg))),
         "entry": Work(rows=visits * sum(ENTRY_ROWS) + skips * sum(SKIP_ROWS)),
-        "join": Work(rows=8 * visits - 3 * lanes + 7 + 6),  # of the embedding, in fp32, and before the head
+        "join": Work(rows=8 * visits - 3 * lanes + 7 + sum(NORM_ROWS)),  # 7: the embedding's norm, in fp32
         "exclusion": Work(rows=visits * sum(exclusion_rows(cfg))),
-        "lanes": Work(rows=16 * lanes),
+        "lanes": Work(rows=lanes * sum(LANES_ROWS)),
         "loss": Work(rows=2 * V / D),  # logits are read, their gradient is written
         "to FP8": Work(rows=visits * 2 * 2 * fp8),
         "matrix products": Work(operations=3 * 2 * tokens * (visits * (attention + mlp / (1 + fp8)) + D * V)),
