@@ -8,12 +8,12 @@
 Every setting is an environment variable, and the defaults are those of a record run. A run is a sequence of
 phases; `run_phases`, near the end of the file, calls them in this order. Two clocks of 600 s count:
 
-    setup                check settings, files and packages; pack the script, so that its size is known
+    setup                check settings, files and packages
     open training data   open the shards, and compare them with tokenizer and manifest
     warm-up              compile and run every training shape on random tokens, then restore all state
     train                Muon and AdamW; layers 3 to 5 repeat from 35 % of the clock on     | training clock
     calibrate            gather statistics for quantization on training batches             |
-    export               quantize and compress, write the artifact, read it back
+    export               pack the script, quantize and compress, write the artifact, read it back
     hash training data   wait for the hashes of the shards that were read
     open validation      not earlier, unless VAL_LOSS_EVERY asks for it, which is a caveat of the result
     count bytes          decode all validation documents: the table of bytes must agree with their text
@@ -74,7 +74,7 @@ import sys
 import traceback
 import zipfile
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -116,12 +116,13 @@ PRESETS = {  # sets of defaults; any variable overrides them
         DATA_DIR="data/smoke-v3", VOCAB_SIZE=1024, NUM_LAYERS=7, MODEL_DIM=64, ROPE_DIMS=8,
         LOOP_START=2, LOOP_END=3, PARALLEL_START_LAYER=5, TRAIN_BATCH_TOKENS=2048,
         TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TTT_EVAL_SEQ_LEN=256, VAL_BATCH_TOKENS=4096, ITERATIONS=400,
-        MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08, MUON_MOMENTUM=0.9,
-        MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64, TTT_BATCH_SIZE=8,
-        TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004, TTT_SITES="qkv,attn,mlp,head"),
+        MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, SMALL_BATCH_FRAC=0, TRAIN_LOG_EVERY=20, MATRIX_LR=0.08,
+        MUON_MOMENTUM=0.9, MUON_MOMENTUM_WARMUP_START=0.85, QUANT_STATES=8, GPTQ_CALIBRATION_BATCHES=64,
+        TTT_BATCH_SIZE=8, TTT_CHUNK_SIZE=32, TTT_LORA_RANK=8, TTT_LORA_LR=0.004,
+        TTT_SITES="qkv,attn,mlp,head"),
     "single_gpu": dict(  # some two minutes of one Hopper GPU, to compare changes; by tools/sweep.py
         TRAIN_BATCH_TOKENS=196_608, TRAIN_BUFFERS=2, ITERATIONS=400, MAX_WALLCLOCK_SECONDS=0, MATRIX_LR=0.04,
-        TIED_EMBED_LR=0.045, SCALAR_LR=0.03, TRAIN_LOG_EVERY=50, TTT_ENABLED=0),
+        TIED_EMBED_LR=0.045, SCALAR_LR=0.03, SMALL_BATCH_FRAC=0, TRAIN_LOG_EVERY=50, TTT_ENABLED=0),
 }
 ADAPTER_SITES = {  # the sites of a forward pass that can have adapters, and the names of these
     "qkv": ("q", "k", "v"),
@@ -155,7 +156,7 @@ class Config:
     attention: str = knob("auto", choices=("auto", "flash3", "varlen", "sdpa"), kind="run")  # implementation
     # data and batches
     vocab_size: int = knob(8192, 1, 65536, kind="model")  # pieces of the tokenizer; part of data file names
-    train_batch_tokens: int = knob(786_432, 8, kind="quantization")  # tokens of an optimizer step, all ranks
+    train_batch_tokens: int = knob(786_432, 8, kind="quantization")  # tokens of a full step, all ranks
     train_buffers: int = knob(8, 1, kind="quantization")  # micro-batches that these fill, or more: split_step
     train_seq_len: int = knob(3072, 3, 2**24, kind="quantization")  # longest span in the end; first a third
     val_batch_tokens: int = knob(524_288, 1)  # plain evaluation: a forward takes this / max(8, ranks)
@@ -180,7 +181,8 @@ class Config:
     # schedule
     iterations: int = knob(20_000, 1)  # most optimizer steps
     max_wallclock_seconds: float = knob(600.0, 0.0)  # training clock, calibration included; 0: count steps
-    warmup_steps: int = knob(1, 1)  # untimed steps, each with and without loops, by spans of each length
+    warmup_steps: int = knob(1, 1)  # untimed steps, each with and without loops, by buffers of each shape
+    small_batch_frac: float = knob(0.2, 0.0, 1.0)  # first fraction of training, with half the tokens a step
     warmdown_frac: float = knob(0.85, 0.0, 1.0)  # last fraction of training, in which learning rates fall
     min_lr: float = knob(0.1, 0.0, 1.0)  # floor of the learning rates, relative to their peak
     train_log_every: int = knob(500, 1, kind="run")  # steps between log lines
@@ -189,7 +191,7 @@ class Config:
     matrix_lr: float = knob(0.026, 0.0)  # Muon, for all matrices of the layers
     muon_momentum: float = knob(0.97, 0.0, 1.0)  # Nesterov momentum
     muon_momentum_warmup_start: float = knob(0.92, 0.0, 1.0)  # momentum of the first step
-    muon_momentum_warmup_steps: int = knob(1500, 0)  # steps to full momentum, at most .31 of the run
+    muon_momentum_warmup_steps: int = knob(1500, 0)  # full steps to full momentum, at most .31 of the run
     muon_backend_steps: int = knob(5, 1)  # Newton-Schulz iterations
     muon_wd: float = knob(0.095, 0.0)  # weight decay, decoupled as everywhere
     tied_embed_lr: float = knob(0.03, 0.0)  # AdamW, for the embedding
@@ -502,8 +504,9 @@ def sha256_of_file(path: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
+@functools.cache
 def script_source() -> str:
-    """The source of this script; of a packed one, what it unpacked (see PACKED)."""
+    """The source of this script, read once; of a packed one, what it unpacked (see PACKED)."""
     return globals().get("SOURCE") or Path(__file__).read_text(encoding="utf-8")
 
 def say(text: str, stream: Any = None):
@@ -968,6 +971,17 @@ class PackedStep(NamedTuple):
         """Boundaries of all spans, clipped to a buffer of `size` tokens at packed position `start`."""
         return np.clip(self.bounds - start, 0, size)
 
+class BufferShape(NamedTuple):
+    """What a training buffer is like."""
+    tokens: int
+    max_len: int  # no span is longer
+
+class Stage(NamedTuple):
+    """Consecutive steps whose buffers have one shape."""
+    first_step: int
+    start: int  # where in the stream the first step begins
+    shape: BufferShape  # of each buffer
+
 LENGTHEN_AT = (0.0, 0.1, 0.7)  # from here on in training, longest_span is one, two and three thirds of all
 
 def longest_span(progress: float, cfg: Config) -> int:
@@ -983,9 +997,9 @@ class PackedLoader:
     tokens), and the other seven GPUs would wait. So the spans of a step are balanced over its buffers, which
     all have the same shape. Attention never crosses a document (#1530).
 
-    Which tokens a step sees follows from the shards, the settings and its index alone: there is no cursor to
-    save and restore, and any rank can make any buffer, whatever the number of ranks. How long the spans are
-    into which it is cut is up to lengthen(). Shards come in another order in every epoch.
+    Which tokens a step sees follows from the shards, the settings, its index and when stages began: there is
+    no cursor to save and restore, and any rank can make any buffer, whatever the number of ranks. Shards come
+    in another order in every epoch.
     """
 
     def __init__(self, paths: list[Path], bos: int, cfg: Config, buffer_tokens: int,
@@ -997,33 +1011,48 @@ class PackedLoader:
         self.buffers_per_step = cfg.train_batch_tokens // buffer_tokens
         self.shards = [open_shard(path) for path in paths]
         self.epoch_tokens = sum(map(len, self.shards))
-        self.max_lens = [(0, longest_span(0.0, cfg))]  # (first step, longest span from then on), growing
-        self.latest: tuple[int, int, PackedStep] | None = None
+        self.stages = [Stage(0, 0, self.shape_at(0.0))]
+        self.latest: tuple[int, Stage, PackedStep] | None = None
         self.shards_read: set[int] = set()
         # Every buffer is filled up with empty spans to max_spans, and each of these costs 13 us of attention,
-        # forward and backward, on an H200. So max_spans, by longest span, is only 4 above the most that was
-        # sampled; a buffer with more spans loses the targets of the last ones.
-        lengths = [longest_span(progress, cfg) for progress in LENGTHEN_AT]
-        self.max_spans = {max_len: self.sample_spans(max_len) + 4 for max_len in lengths}
+        # forward and backward, on an H200. So max_spans, by shape, is only 4 above the most that was sampled;
+        # a buffer with more spans loses the targets of the last ones.
+        shapes = map(self.shape_at, sorted({*LENGTHEN_AT, cfg.small_batch_frac}))
+        self.max_spans = {shape: self.sample_spans(shape) + 4 for shape in shapes}
         self.shards_read.clear()
         self.hasher = ThreadPoolExecutor(1) if hash_shards else None
         self.hashes: dict[int, Any] = {}  # of the shards that steps are read from: futures, by index
 
-    def max_len_at(self, step_index: int) -> int:
-        return max(max_len for first, max_len in self.max_lens if first <= step_index)
+    def shape_at(self, progress: float) -> BufferShape:
+        """Of buffers at this fraction of training: small first (pull request 163 of modded-nanogpt)."""
+        is_small = progress < self.cfg.small_batch_frac
+        return BufferShape(self.buffer_tokens // (1 + is_small), longest_span(progress, self.cfg))
 
-    def lengthen(self, first_step: int, max_len: int):
-        """From this step on spans may be so long, or as they may be already."""
-        self.max_lens.append((first_step, max_len))
+    def step_tokens(self, shape: BufferShape) -> int:
+        return self.buffers_per_step * shape.tokens
 
-    def sample_spans(self, max_len: int) -> int:
+    def stage_of(self, step_index: int) -> Stage:
+        return next(stage for stage in reversed(self.stages) if stage.first_step <= step_index)
+
+    def start_of(self, step_index: int, stage: Stage) -> int:
+        """Where in the stream a step of this stage begins."""
+        return stage.start + (step_index - stage.first_step) * self.step_tokens(stage.shape)
+
+    def begin_stage(self, first_step: int, shape: BufferShape):
+        """From this step on buffers have this shape, and no later stage follows. 0: as if all steps had."""
+        before = [stage for stage in self.stages if stage.first_step < first_step]
+        start = self.start_of(first_step, before[-1]) if before else 0
+        self.stages = [*before, Stage(first_step, start, shape)]
+
+    def sample_spans(self, shape: BufferShape) -> int:
         """The number of spans in the fullest buffer of some 16 steps."""
-        steps = max(1, self.epoch_tokens // self.cfg.train_batch_tokens)
-        most = ceil_div(self.buffer_tokens, max_len)
+        total = self.step_tokens(shape)
+        steps = max(1, self.epoch_tokens // total)
+        most = ceil_div(shape.tokens, shape.max_len)
         for step_index in range(0, steps, ceil_div(steps, 16)):
-            step = self.pack_step(step_index, max_len)
-            for start in range(0, self.cfg.train_batch_tokens, self.buffer_tokens):
-                bounds = np.unique(step.bounds_in(start, self.buffer_tokens))
+            step = self.pack_step(step_index * total, shape)
+            for start in range(0, total, shape.tokens):
+                bounds = np.unique(step.bounds_in(start, shape.tokens))
                 most = max(most, len(bounds) - 1)
         return most
 
@@ -1065,20 +1094,20 @@ class PackedLoader:
                 skip = max(0, skip - len(self.shards[index]))
         return np.concatenate(pieces), shard_starts
 
-    def pack_step(self, step_index: int, max_len: int) -> PackedStep:
-        """Cut the documents of a step into spans of at most max_len, and balance these over its buffers."""
+    def pack_step(self, start: int, shape: BufferShape) -> PackedStep:
+        """Cut the documents of a step that begins at `start` into spans; balance these over its buffers."""
         # 1) Read the step's part of the stream. The first token of a shard follows from nothing before it,
         #    unless it is a BOS, which ends the document before.
-        total = self.cfg.train_batch_tokens
-        stream, shard_starts = self.read_stream(step_index * total, total + 1)
+        total = self.step_tokens(shape)
+        stream, shard_starts = self.read_stream(start, total + 1)
         tokens = stream[:-1]
         targets = stream[1:].copy()
-        for start in shard_starts:
-            if start and stream[start] != self.bos:
-                targets[start - 1] = IGNORE
+        for place in shard_starts:
+            if place and stream[place] != self.bos:
+                targets[place - 1] = IGNORE
         # 2) Cut it into spans, none of which crosses a document or a shard.
         starts = np.union1d(np.flatnonzero(tokens == self.bos), np.array(shard_starts, dtype=np.int64))
-        bounds = span_bounds(starts[starts < total], total, max_len)
+        bounds = span_bounds(starts[starts < total], total, shape.max_len)
         lengths = np.diff(bounds)
         # 3) Assign spans to buffers, longest first. Sums of lengths become equal but for some tokens, and
         #    sums of squares nearly so.
@@ -1092,14 +1121,15 @@ class PackedLoader:
         packed_starts = ends - lengths[order]
         return PackedStep(tokens, targets, np.append(0, ends), bounds[order] - packed_starts)
 
-    def step(self, step_index: int, max_len: int) -> PackedStep:
+    def step(self, step_index: int, stage: Stage) -> PackedStep:
         """A packed step; the latest is kept, as all of its buffers are cut from it.
 
         A thread begins to hash the shards that it is the first to use; nothing here waits for that.
         """
         latest = self.latest
-        if latest is None or latest[:2] != (step_index, max_len):
-            latest = self.latest = step_index, max_len, self.pack_step(step_index, max_len)
+        if latest is None or latest[:2] != (step_index, stage):
+            step = self.pack_step(self.start_of(step_index, stage), stage.shape)
+            latest = self.latest = step_index, stage, step
             if self.hasher:
                 for index in self.shards_read - self.hashes.keys():
                     self.hashes[index] = self.hasher.submit(sha256_of_file, self.paths[index])
@@ -1108,14 +1138,14 @@ class PackedLoader:
     def buffer(self, buffer_index: int) -> Batch:
         """Buffer `buffer_index`, counted from the first step on."""
         step_index, place = divmod(buffer_index, self.buffers_per_step)
-        max_len = self.max_len_at(step_index)
-        step = self.step(step_index, max_len)
-        start = place * self.buffer_tokens
-        bounds = step.bounds_in(start, self.buffer_tokens)
-        packed = np.arange(start, start + self.buffer_tokens)
+        stage = self.stage_of(step_index)
+        step = self.step(step_index, stage)
+        size, max_len = stage.shape
+        bounds = step.bounds_in(place * size, size)
+        packed = np.arange(place * size, (place + 1) * size)
         in_stream = packed + np.repeat(step.offsets, np.diff(bounds))  # spans elsewhere now have length 0
         return make_batch(step.tokens[in_stream], step.targets[in_stream], np.unique(bounds),
-                          self.max_spans[max_len], max_len)
+                          self.max_spans[stage.shape], max_len)
 
     def buffers(self, indices: Iterator[int], device: torch.device) -> Iterator[Batch]:
         """Buffers on the device; a thread reads and packs two of them ahead while the device computes."""
@@ -1317,15 +1347,15 @@ def mix_and_norm(x, x0, mix, depth_scale, lanes: bool, *skip):
     """(kernel) Enter a layer: merge a skip, mix with the embedding, norm.
 
     x and the embedding x0 (T, D), mix (2, D), depth_scale (), skip as in merge_skip -> the stream, what the
-    layer reads, and x0. The stream returned is the mixed one; with two lanes, the unmixed one (#1204). x0 is
-    returned for the next visit, so that its gradient from later visits arrives here as one tensor, to which
-    the kernel adds; autograd would add them up in passes of their own.
+    layer reads, x0 and x. The stream returned is the mixed one; with two lanes, the unmixed one (#1204). x0
+    and x are returned for later readers, the next visit and a skip. So the gradients from there arrive here,
+    where the kernel adds to them; autograd would add them up in passes of their own.
     """
-    x = merge_skip(x, *skip)
-    mixed = mix[0] * x + mix[1] * x0
+    merged = merge_skip(x, *skip)
+    mixed = mix[0] * merged + mix[1] * x0
     normed = (norm(mixed) * depth_scale).to(x.dtype)
-    stream = x if lanes else mixed
-    return stream, normed, x0
+    stream = merged if lanes else mixed
+    return stream, normed, x0, x
 
 def softcapped_nll(logits, targets, softcap: float):
     """(kernel) Cross entropy of z = softcap tanh(logits / softcap); (T, V), (T,) -> (T,) fp32, 0 for IGNORE.
@@ -1402,33 +1432,35 @@ def attention_sublayer(x, w: Layer, hook: Callable, ctx: Context):
 def mlp_sublayer(x, attn_out, w: Layer, hook: Callable, ctx: Context):
     """Add attention's output and then the MLP, times its residual scale, to the stream x; (T, D) all.
 
-    Without attn_out, return the MLP of x alone. Both sums are computed here and not in visit_layer because
-    the fused kernels include them.
+    Without attn_out, return the MLP of x alone and, for later readers, x. Both sums are computed here and not
+    in visit_layer because the fused kernels include them.
     """
+    lane = x
     if ctx.backend.fused:
-        grad_scale = FP8_GRAD_SCALE * ctx.cfg.train_batch_tokens
-        out, normed = FusedMLP.apply(x, attn_out, w.up, w.down, w.depth_scale, w.fp8, grad_scale)
+        grad_scale = FP8_GRAD_SCALE * ctx.cfg.train_buffers * len(x)
+        out, normed, lane = FusedMLP.apply(x, attn_out, w.up, w.down, w.depth_scale, w.fp8, grad_scale)
     else:
         y = x if attn_out is None else x + attn_out
         normed = (norm(y) * w.depth_scale).to(x.dtype)
         hidden = leaky_relu_squared(hook("up", normed, F.linear(normed, w.up)))
         out = hook("down", hidden, F.linear(hidden, w.down))
         out = out if attn_out is None else y + out
-    return hook("mlp", normed, out, w.mlp_scale)
+    return hook("mlp", normed, out, w.mlp_scale), lane
 
 def visit_layer(x, mlp_lane, x0, skip: Skip, w: Layer, hook: Callable, ctx: Context):
-    """One visit of a layer; returns x, mlp_lane and x0.
+    """One visit of a layer; returns x, mlp_lane, x0 and, for a skip, the x that it was given.
 
     While there is one stream, that is x, and mlp_lane is None. Once there are two lanes, x is attention's.
     """
     enter = FusedEntry.apply if ctx.backend.fused else mix_and_norm
-    x, normed, x0 = enter(x, x0, w.resid_mix, w.depth_scale, mlp_lane is not None, *skip)
+    x, normed, x0, before = enter(x, x0, w.resid_mix, w.depth_scale, mlp_lane is not None, *skip)
     attn_out = attention_sublayer(normed, w, hook, ctx)
     if mlp_lane is None:  # the MLP reads what attention wrote
-        return mlp_sublayer(x, attn_out, w, hook, ctx), None, x0
-    mlp_out = mlp_sublayer(mlp_lane, None, w, hook, ctx)
+        x, _ = mlp_sublayer(x, attn_out, w, hook, ctx)
+        return x, None, x0, before
+    mlp_out, mlp_lane = mlp_sublayer(mlp_lane, None, w, hook, ctx)
     mix = fused_mix_lanes if ctx.backend.fused else mix_lanes
-    return *mix(x, mlp_lane, attn_out, mlp_out, w.lane_keep, w.lane_post), x0
+    return *mix(x, mlp_lane, attn_out, mlp_out, w.lane_keep, w.lane_post), x0, before
 
 def mix_lanes(x, mlp_lane, attn_out, mlp_out, keep, post):
     """(kernel) Parallel residuals (#1204): each sublayer has read a lane of its own, and writes to both."""
@@ -1638,9 +1670,9 @@ class GPT(nn.Module):
                 if skips:
                     skip = Skip(skips.pop(), scales[decoder_visit], gates[decoder_visit])
             hook = hooks(visit, i) if hooks else no_hook
-            x, mlp_lane, x0 = backend.visit(x, mlp_lane, x0, skip, layers[i], hook, ctx)
+            x, mlp_lane, x0, before = backend.visit(x, mlp_lane, x0, skip, layers[i], hook, ctx)
             if decoder_visit < 0:
-                skips.append(x)
+                skips[-1:] = [before, x] if skips else [x]  # the last skip, as this visit returned it
         # 3) Predict the targets.
         if batch.rows is not None:
             x, mlp_lane = (y if y is None else y.index_select(0, batch.rows) for y in (x, mlp_lane))
@@ -2006,8 +2038,8 @@ class Ema:
     """Exponential moving average of all weights, which is what gets exported.
 
     At step t the decay is (t + 1) / (t + 18), so that the average reaches back over 1/17 of the steps so far,
-    up to ema_decay; .9965 is reached at step 4,840, about where a record run ends. A decay of .9965 from the
-    start on would keep the initial weights in the average of a short run.
+    up to ema_decay; .9965 is reached at step 4,840, about where the ancestor's record ended. A decay of .9965
+    from the start on would keep the initial weights in the average of a short run.
     """
 
     def __init__(self, model: GPT, decay: float):
@@ -2033,10 +2065,12 @@ def learning_rate_scale(progress: float, cfg: Config) -> float:
         return 1.0
     return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
 
-def muon_momentum(step: int, progress: float, cfg: Config) -> float:
+SMALL_BATCH_LR = 0.75  # times the learning rates while steps have half their tokens; the root of 1/2 is .71
+
+def muon_momentum(step: float, progress: float, cfg: Config) -> float:
     """A linear ramp over muon_momentum_warmup_steps or, if that is sooner, over the first .31 of the run.
 
-    So that short runs, too, reach full momentum; .31 is what 1500 steps are of a record run.
+    So that short runs, too, reach full momentum; .31 is what 1500 steps were of the ancestor's record.
     """
     by_steps = step / max(1, cfg.muon_momentum_warmup_steps)
     ramp = min(1.0, max(by_steps, progress / 0.31))
@@ -2058,9 +2092,9 @@ def split_step(cfg: Config, world_size: int) -> tuple[int, int]:
     fewest = ceil_div(cfg.train_buffers, world_size)
     buffers = next(n for n in range(fewest, rank_tokens + 1) if rank_tokens % n == 0)
     buffer_tokens = rank_tokens // buffers
-    if buffer_tokens < cfg.train_seq_len or buffer_tokens % 16:  # which dup and ddown sum over in FP8
+    if buffer_tokens < cfg.train_seq_len or buffer_tokens % 32:  # in FP8 dup and ddown want halves of 16 n
         raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} gives {world_size} ranks buffers of "
-                        f"{buffer_tokens} tokens: a buffer needs a multiple of 16, and at least "
+                        f"{buffer_tokens} tokens: a buffer needs a multiple of 32, and at least "
                         f"TRAIN_SEQ_LEN={cfg.train_seq_len}")
     return buffers, buffer_tokens
 
@@ -2076,6 +2110,9 @@ def preserved(model: GPT, optimizers: Optimizers) -> Iterator[None]:
         part.load_state_dict(state)
     optimizers.zero_grad()
 
+def shape_of(batch: Batch) -> BufferShape:
+    return BufferShape(len(batch.tokens), batch.spans.max_seqlen)
+
 class Trainer:
     """The model of a run with its optimizers and its data, and the loop over them."""
 
@@ -2088,8 +2125,9 @@ class Trainer:
         self.backend = backend._replace(fp8=backend.fused).compiled()
         depths = (False, True) if self.cfg.loops_at_end else (False,)
         self.plans = [depth_plan(self.cfg, looped) for looped in depths]
-        self.graphs: dict[tuple[Plan, int], CapturedCall] = {}  # of `learn`, by plan and longest span
+        self.graphs: dict[tuple[Plan, BufferShape], CapturedCall] = {}  # of `learn`
         self.steps = 0
+        self.tokens = 0  # of these steps, on all ranks
         self.reported = 0.0  # the training clock's seconds at the last report
         self.loss = torch.zeros((), device=self.ranks.device)  # this rank's part of a step's mean loss
         self.targets = torch.zeros((), dtype=torch.int64, device=self.ranks.device)  # that this rank learned
@@ -2110,13 +2148,13 @@ class Trainer:
         pool = torch.cuda.graph_pool_handle()
         for plan, batch in itertools.product(self.plans, batches):
             learn = functools.partial(self.learn, plan)
-            self.graphs[plan, batch.spans.max_seqlen] = CapturedCall.of(learn, batch, pool)
+            self.graphs[plan, shape_of(batch)] = CapturedCall.of(learn, batch, pool)
 
     def step(self, batches: Iterable[Batch], plan: Plan, lr_scale: float, momentum: float) -> Tensor:
         """One optimizer step; returns this rank's part of its mean loss, (), still on the device."""
         self.loss.zero_()
         for batch in batches:
-            graph = self.graphs.get((plan, batch.spans.max_seqlen))
+            graph = self.graphs.get((plan, shape_of(batch)))
             if graph:
                 graph.replay(batch)
             else:
@@ -2125,15 +2163,15 @@ class Trainer:
         return self.loss.clone()
 
     def warm_up(self):
-        """Compile and run all plans and lengths of spans on random tokens, and leave no trace of it."""
+        """Compile and run all plans and shapes of buffers on random tokens, and leave no trace of it."""
         cfg = self.cfg
         loader = self.loader
         tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, loader.buffer_tokens + 1)
         starts = np.arange(0, loader.buffer_tokens, 600)  # documents of about the usual length
         batches = []
-        for max_len, max_spans in loader.max_spans.items():
-            bounds = span_bounds(starts, loader.buffer_tokens, max_len)
-            batch = make_batch(tokens[:-1], tokens[1:], bounds, max_spans, max_len)
+        for (size, max_len), max_spans in sorted(loader.max_spans.items(), reverse=True):  # the largest first
+            bounds = span_bounds(starts[starts < size], size, max_len)
+            batch = make_batch(tokens[:size], tokens[1 : size + 1], bounds, max_spans, max_len)
             batches.append(to_device(batch, self.ranks.device))
         with preserved(self.model, self.optimizers):
             # The last plan launches all kernels that there are. What it computes now is undefined.
@@ -2156,13 +2194,14 @@ class Trainer:
 
         Returns a model with the average of the weights. validate(model, plan) gives a plain score. All ranks
         go by the largest of their clocks, so that learning rates agree and all of them stop together. The
-        host is at most two steps ahead of the GPU. The next step is expected to take the mean time of all so
-        far. Near the end, a looped step takes some 1.2 times this mean, which the reserve covers.
+        host is at most two steps ahead of the GPU. The next step is expected to take the mean time of the
+        latest 16.
         """
         cfg = self.cfg
         ranks = self.ranks
         log = self.log
         budget = (cfg.max_wallclock_seconds or math.inf) - cfg.gptq_reserve_seconds
+        latest = deque(maxlen=17)  # seconds at the launch of each of the latest steps
         batches = self.loader.buffers(self.own_buffers(), ranks.device)
         ema = Ema(self.model, cfg.ema_decay)
         rows = []
@@ -2175,7 +2214,9 @@ class Trainer:
                     in_flight.popleft().synchronize()
                 seconds = ranks.all_reduce_max(phase.elapsed())
                 progress = max(self.steps / cfg.iterations, seconds / budget)
-                to_come = (1 + len(in_flight)) * seconds / max(1, self.steps)  # until one more step is done
+                latest.append(seconds)
+                step_seconds = (seconds - latest[0]) / max(1, len(latest) - 1)
+                to_come = (1 + len(in_flight)) * step_seconds  # until one more step is done
                 done = progress >= 1 or seconds + to_come > budget
                 # 2) Report, and validate where it is asked for, with the clock at rest.
                 if rows and (done or self.steps <= 3 or self.steps % cfg.train_log_every == 0):
@@ -2191,21 +2232,32 @@ class Trainer:
                 if not looped and cfg.num_loops and progress >= cfg.enable_looping_at:
                     looped = True
                     log(f"layer_loop:enabled step:{self.steps} frac:{progress:.3f}")
-                longest = longest_span(progress, cfg)
-                first_step = self.steps + 2  # this one and the next may be packed already
-                if longest > self.loader.max_len_at(first_step):
-                    self.loader.lengthen(first_step, longest)
-                    log(f"spans:{longest} step:{first_step} frac:{progress:.3f}")
+                shape = self.next_shape(progress)
                 lr_scale = learning_rate_scale(progress, cfg)
-                momentum = muon_momentum(self.steps, progress, cfg)
+                if shape.tokens < self.loader.buffer_tokens:
+                    lr_scale *= SMALL_BATCH_LR
+                momentum = muon_momentum(self.tokens / cfg.train_batch_tokens, progress, cfg)
                 of_step = itertools.islice(batches, self.local_buffers)
                 loss = self.step(of_step, self.plans[looped], lr_scale, momentum)
                 ema.update()
                 self.steps += 1
-                rows.append(dict(step=self.steps, loss=loss, seconds=seconds, lr=lr_scale, looped=looped))
+                tokens = self.loader.step_tokens(shape)
+                self.tokens += tokens
+                rows.append(dict(step=self.steps, loss=loss, seconds=seconds, lr=lr_scale, looped=looped,
+                                 tokens=tokens))
                 if ranks.on_gpu:
                     in_flight.append(torch.cuda.current_stream().record_event())
             return self.model.with_weights(ema.average)
+
+    def next_shape(self, progress: float) -> BufferShape:
+        """That of the next step's buffers. If it is time for another shape, let a stage of it begin soon."""
+        shape = self.loader.shape_at(progress)
+        first_step = self.steps + 2  # this one and the next may be packed already
+        if shape != self.loader.stage_of(first_step).shape:
+            self.loader.begin_stage(first_step, shape)
+            self.log(f"stage: tokens:{shape.tokens} spans:{shape.max_len} step:{first_step} "
+                     f"frac:{progress:.3f}")
+        return self.loader.stage_of(self.steps).shape
 
     def report(self, rows: list[dict], phase: Phase, progress: float):
         """Log the latest step, and to metrics.jsonl all since the last report; losses are over all ranks.
@@ -2220,7 +2272,7 @@ class Trainer:
         for row, loss in zip(rows, losses):
             self.log.metrics("step", **{**row, "loss": loss})
         progress = min(progress, 1.0)
-        speed = len(rows) * self.cfg.train_batch_tokens / (seconds - self.reported)
+        speed = sum(row["tokens"] for row in rows) / (seconds - self.reported)
         self.reported = seconds
         self.log(f"step:{self.steps}/{self.cfg.iterations} train_loss:{losses[-1]:.4f} "
                  f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / self.steps:.2f}ms "
@@ -2303,7 +2355,9 @@ def calibrate(run: Run, model: GPT, loader: PackedLoader, first: int) -> Calibra
     torch.set_float32_matmul_precision("high")  # TF32 holds bf16 inputs exactly and sums in fp32
     model.requires_grad_(False)
     model.embed.requires_grad_()  # so that gradients go all the way back
-    loader.lengthen(0, cfg.train_seq_len)  # as in the end of training, even if this run has not come so far
+    # As in the end of training, even if this run has not come so far; and as if all steps had been full, so
+    # that a checkpoint can be calibrated again on the same tokens.
+    loader.begin_stage(0, loader.shape_at(1.0))
     # 1) Run the buffers.
     indices = list(range(first + ranks.rank, first + cfg.gptq_calibration_batches, ranks.world_size))
     # A rank without a buffer of its own runs one all the same, to have tensors of the right shapes, and then
@@ -2978,13 +3032,13 @@ def pack_script() -> bytes:
 
     Annotations of functions stay: Triton reads them. A packed script is returned as it is.
     """
-    source = Path(__file__).read_bytes()
     if "SOURCE" in globals():
-        return source
+        return Path(__file__).read_bytes()
+    source = script_source()
     minifier = lazy_import("python_minifier")
     annotations = minifier.RemoveAnnotationsOptions(remove_return_annotations=False,
                                                     remove_argument_annotations=False)
-    small = minifier.minify(source.decode(), remove_annotations=annotations, remove_literal_statements=True,
+    small = minifier.minify(source, remove_annotations=annotations, remove_literal_statements=True,
                             hoist_literals=False, rename_locals=False)
     # python-minifier leaves references to its tree of this script on ast.Store and the like, objects that all
     # syntax trees share. For every += of a kernel Triton deep-copies such an object, and would copy the tree.
@@ -2993,11 +3047,6 @@ def pack_script() -> bytes:
             vars(node).clear()
     compressed = lzma.compress(small.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
     return (PACKED % base64.b85encode(compressed).decode()).encode()
-
-def start_packing() -> Future:
-    """On rank 0 a thread calls pack_script, which takes 2 s, while ranks join; other ranks get no bytes."""
-    rank, _, _ = launcher_variables()
-    return ThreadPoolExecutor(1).submit(bytes if rank else pack_script)
 
 # ---- 10 Scores ---------------------------------------------------------------------------------------------
 
@@ -3501,8 +3550,8 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
     return found
 
-def open_run(run: Run, packing: Future) -> Result:
-    """Write the head of the log and the packed script; returns the result as far as it is known."""
+def open_run(run: Run) -> Result:
+    """Write the head of the log; returns the result as far as it is known."""
     cfg, ranks, log, backend = run
     source = script_source()
     settings = dataclasses.asdict(cfg)
@@ -3524,15 +3573,21 @@ def open_run(run: Run, packing: Future) -> Result:
     # 2) What would fail only at the end of the run, were it not tried now.
     for package in ("brotli", "constriction", "sentencepiece"):
         lazy_import(package)
+    if "SOURCE" in globals():
+        pack_script()  # reads this file, which may be another when training is over
+    else:
+        lazy_import("python_minifier")
     if cfg.save_scores and ranks.is_main and not os.access(Path(cfg.save_scores).resolve().parent, os.W_OK):
         raise UserError(f"SAVE_SCORES={cfg.save_scores}: its folder is missing or not writable")
-    # 3) The script as it is shipped, so that its size is known.
-    packed = ranks.broadcast_object(packing.result())
-    if ranks.is_main:
-        write_file(log.folder / "train_gpt_packed.py", packed)
+    return result
+
+def measure_code(run: Run, result: Result):
+    """Write the packed script, and note its size. Packing takes 2 s, for which training need not wait."""
+    packed = run.ranks.broadcast_object(pack_script() if run.ranks.is_main else b"")
+    if run.ranks.is_main:
+        write_file(run.log.folder / "train_gpt_packed.py", packed)
     result.code_bytes = len(packed)
     result.packed_sha256 = sha256(packed)
-    return result
 
 def open_tokenizer(run: Run, files: DataFiles, manifest: Manifest, saved: Saved | None,
                    result: Result) -> Tokenizer:
@@ -3591,6 +3646,7 @@ def produce(run: Run, model: GPT, steps: int, files: DataFiles, tokenizer: Token
     with log.phase("export"):
         if ranks.is_main and needs_training:
             save_checkpoint(averaged, cfg, steps, tokenizer.sha256, log.folder / "final_model.pt")
+        measure_code(run, result)
         artifact = export(run, averaged, sums, result.code_bytes, log.folder / "final_model.int6.ptz",
                           tokenizer.sha256)
     with log.phase("hash training data"):
@@ -3616,11 +3672,12 @@ def warm_up_and_train(run: Run, model: GPT, loader: PackedLoader, result: Result
     with run.log.phase("warm-up"):
         trainer = Trainer(run, model, loader)
         trainer.warm_up()
-    most = " or ".join(f"{spans} spans of up to {max_len}" for max_len, spans in loader.max_spans.items())
-    run.log(f"buffers: {trainer.local_buffers} a step on a rank, {loader.buffer_tokens} tokens and at most "
-            f"{most} each; first step after {time.perf_counter() - PROCESS_START:.1f} s")
+    shapes = " or ".join(f"{shape.tokens} tokens in at most {spans} spans of up to {shape.max_len}"
+                         for shape, spans in loader.max_spans.items())
+    run.log(f"buffers: {trainer.local_buffers} a step on a rank, of {shapes}; "
+            f"first step after {time.perf_counter() - PROCESS_START:.1f} s")
     averaged = trainer.train(validate)
-    tokens = trainer.steps * run.cfg.train_batch_tokens
+    tokens = trainer.tokens
     result.targets_left_out = tokens - run.ranks.all_reduce_(trainer.targets).item()
     run.log(f"train: steps:{trainer.steps} tokens:{tokens} epochs:{tokens / loader.epoch_tokens:.2f} "
             f"targets_left_out:{result.targets_left_out}")
@@ -3710,13 +3767,13 @@ def close_run(run: Run, result: Result):
         write_file(log.folder / "result.json", (json.dumps(values, indent=1) + "\n").encode())
     log("RESULT " + json.dumps(values))
 
-def run_phases(run: Run, saved: Saved | None, packing: Future):
-    """The whole run. On rank 0 `saved` is what EVAL_ONLY_PATH holds; `packing` gives the packed script."""
+def run_phases(run: Run, saved: Saved | None):
+    """The whole run. On rank 0 `saved` is what EVAL_ONLY_PATH holds."""
     cfg, ranks, log, _ = run
     plan = depth_plan(cfg, cfg.loops_at_end)
     # 1) Check all that would fail late; take the weights or the artifact of a saved model.
     with log.phase("setup"):
-        result = open_run(run, packing)
+        result = open_run(run)
         model = GPT(cfg).to(ranks.device)
         parameters = sum(p.numel() for p in model.parameters())
         log(f"model_params:{parameters}")
@@ -3729,6 +3786,8 @@ def run_phases(run: Run, saved: Saved | None, packing: Future):
         manifest = Manifest.read(files.manifest, log)
         tokenizer = open_tokenizer(run, files, manifest, saved, result)
         check_disk(run, parameters)
+        if artifact:
+            measure_code(run, result)
 
     @functools.cache
     def validation() -> Validation:
@@ -3804,12 +3863,11 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
     try:
         if arguments:
             raise UserError(f"{arguments[0]!r}: settings are environment variables; --help lists them")
-        packing = start_packing()
         ranks = Ranks.join()
         cfg, saved = read_settings(env, ranks)
         backend = Backend.for_machine(cfg, ranks.device)
         log = RunLog(cfg, ranks, began)
-        run_phases(Run(cfg, ranks, log, backend), saved, packing)
+        run_phases(Run(cfg, ranks, log, backend), saved)
         return 0
     except UserError as error:
         message = str(error)
@@ -3946,7 +4004,7 @@ def multiprocessors(x) -> int:
 
 E4M3 = torch.float8_e4m3fn
 FP8_WEIGHT_SCALE = 64.0
-FP8_GRAD_SCALE = 32.0  # and times the tokens of a step, by which the loss is divided
+FP8_GRAD_SCALE = 32.0  # and times about the tokens of a step, by which the loss is divided
 
 @functools.cache
 def join_kernel():
@@ -4103,10 +4161,10 @@ def launch_mlp(epilogue: str, a, b, out, leaky_or_y=None, out_t=None, scale: flo
            STORE_T=out_t is not None, num_stages=3, num_warps=8)
 
 class FusedMLP(torch.autograd.Function):
-    """The MLP of mlp_sublayer by these kernels: (x, a, up, down, depth) -> (out, n), (T, D) both.
+    """The MLP of mlp_sublayer by these kernels: (x, a, up, down, depth) -> (out, n, x), (T, D) all.
 
-    Without a, out is what to add to x. With fp8, that of Layer, products take FP8, and grad_scale brings dout
-    into its range; without, frozen weights cost no gradient.
+    Without a, out is what to add to x; with it, the third is None. With fp8, that of Layer, products take
+    FP8, and grad_scale brings dout into its range; without, frozen weights cost no gradient.
     """
 
     @staticmethod
@@ -4138,10 +4196,11 @@ class FusedMLP(torch.autograd.Function):
         ctx.fp8 = fp8
         ctx.grad_scale = grad_scale
         ctx.save_for_backward(up, down, depth, n, r, *kept)
-        return out, n
+        return out, n, x.view_as(x) if a is None else None
 
     @staticmethod
-    def backward(ctx, dout, dn):  # dn is None unless a hook has used n; out is always used
+    def backward(ctx, dout, dn, dx_later):  # dn is None unless a hook has used n; out is always used
+        # 1) The products.
         up, down, depth, n, r, *kept = ctx.saved_tensors
         dout = dout.contiguous()
         if ctx.fp8:
@@ -4162,9 +4221,11 @@ class FusedMLP(torch.autograd.Function):
             dn_product = dp @ up
             dup = dp.T @ n if ctx.needs_input_grad[2] else None
             ddown = dout.T @ act if ctx.needs_input_grad[3] else None
+        # 2) The norm.
         dn = dn_product if dn is None else dn_product + dn
         dx = torch.empty_like(n)
-        launch_join(dn, dout if ctx.adds else None, depth, n, r, dx, backward=True)
+        dy, = contiguous(dout if ctx.adds else dx_later)
+        launch_join(dn, dy, depth, n, r, dx, backward=True)
         da = dx if ctx.adds else None
         return dx, da, dup, ddown, None, None, None
 
@@ -4378,11 +4439,12 @@ def entry_kernel():
     triton, tl = import_triton()
 
     @triton.jit
-    def entry_program(x, x0, mix, depth, skip, scale, gate, out, normed, dx0_next, dx, dx0, dskip, sums, T, D,
-                      EPS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-                      BACKWARD: tl.constexpr):
+    def entry_program(x, x0, mix, depth, skip, scale, gate, out, normed, dx_later, dx0_later, dx, dx0, dskip,
+                      sums, T, D, EPS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+                      WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
         # Forward: write out and normed. Backward: out and normed hold their gradients; write dx, dx0, dskip
-        # and, by program, the gradients of mix, scale and the gate's sigmoid, summed over tokens.
+        # and, by program, the gradients of mix, scale and the gate's sigmoid, summed over tokens. dx and dx0
+        # include dx_later and dx0_later, where there are such.
         # In registers: a = x, a0 = x0, s = scale, k = skip, u = merged stream, y = mixed stream.
         d = tl.arange(0, WIDTH)
         in_d = d < D
@@ -4419,8 +4481,10 @@ def entry_kernel():
                 # 3) Back through the mix.
                 dm += tl.sum(g * u, 0)
                 dm0 += tl.sum(g * a0, 0)
-                if dx0_next is not None:
-                    g0 = g * m0 + tl.load(dx0_next + at, mask=inside, other=0.0).to(tl.float32)
+                if dx0 is not None:
+                    g0 = g * m0
+                    if dx0_later is not None:
+                        g0 += tl.load(dx0_later + at, mask=inside, other=0.0).to(tl.float32)
                     tl.store(dx0 + at, g0.to(x.dtype.element_ty), mask=inside)
                 g = g * m + dout if LANES else g * m
                 # 4) Back through the merge.
@@ -4429,6 +4493,8 @@ def entry_kernel():
                     ds += tl.sum(g * (1 - open_gate) * k, 0)
                     dopen += tl.sum(g * (a - k * s), 0)
                     g *= open_gate
+                if dx_later is not None:
+                    g += tl.load(dx_later + at, mask=inside, other=0.0).to(tl.float32)
                 tl.store(dx + at, g.to(x.dtype.element_ty), mask=inside)
             else:
                 tl.store(out + at, (u if LANES else y).to(x.dtype.element_ty), mask=inside)
@@ -4443,12 +4509,12 @@ def entry_kernel():
     return entry_program
 
 def launch_entry(inputs: Sequence, lanes: bool, out, normed, programs: int, *grads):
-    """Forward, write out and normed. With grads, dx0_next, dx, dx0, dskip and sums, go backward: out and
-    normed hold their gradients, dx0_next is read, and the others are written.
+    """Forward, write out and normed. With grads, dx_later, dx0_later, dx, dx0, dskip and sums, go backward:
+    out and normed hold their gradients, the first two are read, and the others are written.
     """
     T, D = out.shape
     backward = bool(grads)
-    grads = grads or [None] * 5
+    grads = grads or [None] * 6
     block = 1 if backward else ENTRY_BLOCK
     warps = 1 if backward else 4
     launch = launcher(entry_kernel(), programs)
@@ -4466,22 +4532,22 @@ class FusedEntry(torch.autograd.Function):
         out = torch.empty_like(inputs[0])
         normed = torch.empty_like(out)
         launch_entry(inputs, lanes, out, normed, ceil_div(len(x), ENTRY_BLOCK))
-        return out, normed, x0.view_as(x0)
+        ctx.set_materialize_grads(False)
+        return out, normed, x0.view_as(x0), x.view_as(x)
 
     @staticmethod
-    def backward(ctx, dout, dnormed, dx0_next):
-        # dx0_next is the gradient of x0 from later visits, to which that of this visit is added.
+    def backward(ctx, dout, dnormed, dx0_later, dx_later):
+        # Of x0 and x there are gradients only if later visits have read them.
         inputs = ctx.saved_tensors
         x, _, mix, _, skip, _, gate = inputs
-        dx0_next = dx0_next if ctx.needs_input_grad[1] else None
-        dout, dnormed, dx0_next = contiguous(dout, dnormed, dx0_next)
+        dout, dnormed, dx_later, dx0_later = contiguous(dout, dnormed, dx_later, dx0_later)
         per_multiprocessor = 12 if skip is None else 8  # the fastest that were tried on an H200
         programs = min(len(x), per_multiprocessor * multiprocessors(x))
         dx = torch.empty_like(x)
-        dx0 = None if dx0_next is None else torch.empty_like(x)
+        dx0 = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         dskip = None if skip is None else torch.empty_like(x)
         sums = x.new_empty(programs, 4, x.size(1), dtype=torch.float32)
-        launch_entry(inputs, ctx.lanes, dout, dnormed, programs, dx0_next, dx, dx0, dskip, sums)
+        launch_entry(inputs, ctx.lanes, dout, dnormed, programs, dx_later, dx0_later, dx, dx0, dskip, sums)
         sums = sums.new_ones(1, programs) @ sums.flatten(1)  # sum(0) as a product, which is faster
         dmix, dscale, dopen = sums.view(4, -1).to(mix.dtype).split((2, 1, 1))
         if skip is None:

@@ -59,7 +59,7 @@ def weights8(up, down):
 def mlp_reference(x, a, up, down, depth, fp8=()):
     """What mlp_sublayer computes without kernels, or in training with them.
 
-    (T, D), (T, D) or None, (M, D), (D, M), () -> the sum and the normed input, (T, D) both
+    (T, D), (T, D) or None, (M, D), (D, M), () -> the sum, the normed input and, if it is all there is, x
     """
     y = x if a is None else x + a
     normed = (tg.norm(y) * depth).to(x.dtype)
@@ -68,7 +68,7 @@ def mlp_reference(x, a, up, down, depth, fp8=()):
         out = FP8MLP.apply(normed, up, down, up8, down8)
     else:
         out = F.linear(tg.leaky_relu_squared(F.linear(normed, up)), down)
-    return (out if a is None else y + out), normed
+    return (out, normed, x) if a is None else (y + out, normed, None)
 
 
 def mlp_case(T, D, M, draw, alone=False, training=False):
@@ -78,10 +78,10 @@ def mlp_case(T, D, M, draw, alone=False, training=False):
     fp8 = weights8(*weights) if training else ()
 
     def fused(x, a, up, down):
-        return tg.FusedMLP.apply(x, a, up, down, depth, fp8, GRAD_SCALE)
+        return tg.FusedMLP.apply(x, a, up, down, depth, fp8, GRAD_SCALE)[: 2 + alone]
 
     def reference(x, a, up, down):
-        return mlp_reference(x, a, up, down, depth, fp8)
+        return mlp_reference(x, a, up, down, depth, fp8)[: 2 + alone]
 
     if alone:
         return (lambda x, *weights: fused(x, None, *weights),

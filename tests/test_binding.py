@@ -347,7 +347,7 @@ def test_targets_left_out_are_counted(run, tmp_path):
     data = make_data(tmp_path / "data", [np.concatenate([text[:5120], shorts, text[5120:40_000]])],
                      [smoke_tokens("val")[:600]])
     loader = tg.PackedLoader(shards_of(data, "train"), BOS, tiny_config(), 128)
-    loader.lengthen(1 + 2, 42)  # as a run of eight steps does once more than .1 of them are done
+    loader.begin_stage(1 + 2, loader.shape_at(0.1))  # as a run of eight steps does once so much of it is done
     ignored = sum(int((loader.buffer(index).targets == tg.IGNORE).sum()) for index in range(8 * 8))
     assert ignored > 300
     outcome = run(**QUICK, DATA_DIR=data, ITERATIONS=8)

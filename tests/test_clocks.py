@@ -183,15 +183,14 @@ def test_adaptation_ends_before_its_clock(clock, monkeypatch):
     assert 0.99 * 20 <= run.log.spent("scoring") < 20
 
 
-class Buffers:
+class Buffers(tg.PackedLoader):
     """As much of a loader as a training loop asks for."""
     buffer_tokens = 128
+    buffers_per_step = 8
 
-    def __init__(self):
-        self.max_lens = [(0, 21)]
-
-    max_len_at = tg.PackedLoader.max_len_at
-    lengthen = tg.PackedLoader.lengthen
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.stages = [tg.Stage(0, 0, self.shape_at(0.0))]
 
     def buffers(self, indices, device):
         return itertools.repeat(None)
@@ -200,7 +199,7 @@ class Buffers:
 def train(ranks, step, **settings) -> tuple[tg.Trainer, tg.GPT]:
     """Train by a clock of 10 s less a reserve of 3 with steps that are `step`; also what training returns."""
     cfg = tiny_config(**{**SHALLOW, "MAX_WALLCLOCK_SECONDS": 10, "GPTQ_RESERVE_SECONDS": 3, **settings})
-    trainer = tg.Trainer(make_run(cfg, ranks), tiny_model(cfg), Buffers())
+    trainer = tg.Trainer(make_run(cfg, ranks), tiny_model(cfg), Buffers(cfg))
     trainer.step = functools.partial(step, trainer.model)
     return trainer, trainer.train(None)
 
@@ -227,9 +226,29 @@ class SlowerRank(tg.Ranks):
 def test_spans_grow_with_the_clock_of_the_slowest_rank(clock, ranks, seconds):
     """At .1 and .7 of its 112 steps, and two steps on, as a thread packs that many ahead."""
     trainer, _ = train(ranks, clock.timed(seconds, no_step), ITERATIONS=1000)
-    assert trainer.steps == 112
-    assert trainer.loader.max_lens == [
-        (0, 21), (math.ceil(0.1 * 112) + 2, 42), (math.ceil(0.7 * 112) + 2, 64)]
+    assert trainer.steps == 112 and trainer.tokens == 112 * 1024
+    later = [math.ceil(part * 112) + 2 for part in (0.1, 0.7)]
+    assert trainer.loader.stages == [
+        tg.Stage(first, first * 1024, tg.BufferShape(128, longest))
+        for first, longest in zip((0, *later), (21, 42, 64))]
+
+
+def test_steps_have_half_their_tokens_at_first(clock, monkeypatch):
+    """Up to .2 of the clock and for two steps more; as long rates are lower. All tokens count."""
+    lines, rows = [], []
+    monkeypatch.setattr(tg.RunLog, "__call__", lambda log, message: lines.append(message))
+    monkeypatch.setattr(tg.RunLog, "metrics", lambda log, kind, **row: rows.extend([row] * (kind == "step")))
+    trainer, _ = train(tg.Ranks(), clock.timed(1 / 16, no_step), ITERATIONS=1000, SMALL_BATCH_FRAC=0.2,
+                       WARMDOWN_FRAC=0.5, TRAIN_LOG_EVERY=50)
+    change = math.ceil(0.2 * 112) + 2
+    assert [(row["tokens"], row["lr"]) for row in rows[:56]] == [
+        (512, 0.75)] * change + [(1024, 1.0)] * (56 - change)
+    shapes = [(stage.shape.tokens, stage.shape.max_len) for stage in trainer.loader.stages]
+    assert shapes == [(64, 21), (64, 42), (128, 42), (128, 64)]
+    assert trainer.loader.stages[2].start == 512 * change
+    assert trainer.tokens == sum(row["tokens"] for row in rows) == 512 * change + 1024 * (112 - change)
+    speeds = re.findall(r"tok/s:(\d+) ", "\n".join(lines))
+    assert speeds[:3] == [str(16 * 512)] * 3 and speeds[4:] == [str(16 * 1024)] * 2
 
 
 class BusyGPU(tg.Ranks):

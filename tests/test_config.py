@@ -134,8 +134,8 @@ def test_other_worlds_are_refused_with_the_sizes_that_fit(world_size):
         tg.split_step(tg.Config(), world_size)
 
 
-@pytest.mark.parametrize("batch_tokens, world_size", [(24_576, 64), (24_640, 1)])
-def test_buffers_hold_a_span_and_a_multiple_of_16_tokens(batch_tokens, world_size):
+@pytest.mark.parametrize("batch_tokens, world_size", [(24_576, 64), (24_704, 1)])
+def test_buffers_hold_a_span_and_a_multiple_of_32_tokens(batch_tokens, world_size):
     with pytest.raises(tg.UserError, match="TRAIN_BATCH_TOKENS.*TRAIN_SEQ_LEN"):
         tg.split_step(tg.Config(train_batch_tokens=batch_tokens), world_size)
 

@@ -160,7 +160,7 @@ def test_buffers_of_a_step_are_equal_work(tmp_path):
     tokens[starts] = BOS
     size = 8192
     loader = make_loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), tiny_config(**WIDE_STEP), size)
-    loader.lengthen(0, 256)
+    loader.begin_stage(0, tg.BufferShape(size, 256))
     for step in range(3):
         balanced = [bounds_of(loader.buffer(8 * step + place)) for place in range(8)]
         for bounds in balanced:
@@ -174,25 +174,30 @@ def test_buffers_of_a_step_are_equal_work(tmp_path):
         assert max(map(len, balanced)) < max(map(len, as_they_come)), "and fewer spans to make room for"
 
 
-def test_spans_lengthen_from_a_step_on(tmp_path):
-    """A third of train_seq_len at first; always a step's buffers have all of its tokens once."""
+def test_spans_lengthen_and_steps_grow_from_a_step_on(tmp_path):
+    """A third of train_seq_len and half of the tokens at first; all steps together have the stream once."""
     tokens = np.random.default_rng(0).integers(4, 1024, 8 * 65_536)
     tokens[::5000] = BOS
-    loader = make_loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), tiny_config(**WIDE_STEP), 8192)
-    loader.lengthen(2, 170)
-    loader.lengthen(3, 170)
-    loader.lengthen(5, 256)
-    loader.lengthen(6, 170)
-    for step, longest in enumerate((85, 85, 170, 170, 170, 256, 256)):
+    cfg = tiny_config(**WIDE_STEP, small_batch_frac=0.2)
+    loader = make_loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), cfg, 8192)
+    shapes = [loader.shape_at(progress) for progress in (0.0, 0.19, 0.2, 0.7)]
+    assert shapes == [(4096, 85), (4096, 170), (8192, 170), (8192, 256)]
+    for first_step, shape in zip((2, 5, 4, 6), shapes[1:2] + shapes[3:] + shapes[2:]):
+        loader.begin_stage(first_step, shape)  # the one from 5 on will not come: another begins before it
+    start = 0
+    for step, shape in enumerate(np.repeat([0, 1, 2, 3], 2)):
+        size, longest = shapes[shape]
         batches = [loader.buffer(8 * step + place) for place in range(8)]
         assert max(np.diff(bounds_of(batch)).max() for batch in batches) == longest
         read = np.concatenate([batch.tokens for batch in batches])
-        assert np.array_equal(np.sort(read), np.sort(tokens[65_536 * step : 65_536 * (step + 1)]))
-        rooms = {(len(batch.spans.cu_seqlens) - 1, batch.spans.max_seqlen) for batch in batches}
-        assert rooms == {(loader.max_spans[longest], longest)}, "what CUDA graphs were captured with"
-    rooms = [*loader.max_spans.values()]
-    assert rooms == [loader.sample_spans(longest) + 4 for longest in (85, 170, 256)]
-    assert sorted(set(rooms), reverse=True) == rooms, "longer spans are fewer"
+        assert np.array_equal(np.sort(read), np.sort(tokens[start : start + 8 * size]))
+        start += 8 * size
+        rooms = {(tg.shape_of(batch), len(batch.spans.cu_seqlens) - 1) for batch in batches}
+        room = loader.max_spans[size, longest]
+        assert rooms == {(shapes[shape], room)}, "what CUDA graphs were captured with"
+    assert loader.max_spans == {shape: loader.sample_spans(shape) + 4 for shape in shapes}
+    for (size, longest), spans in loader.max_spans.items():
+        assert 0 <= spans - size / longest < 10, "as long ones as there are, some documents, and 4"
 
 
 def test_a_step_that_is_packed_already_is_packed_again_for_longer_spans(tmp_path):
@@ -200,9 +205,9 @@ def test_a_step_that_is_packed_already_is_packed_again_for_longer_spans(tmp_path
     tokens = np.random.default_rng(0).integers(4, 1024, 65_536)
     loader = make_loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), tiny_config(**WIDE_STEP), 8192)
     assert np.diff(bounds_of(loader.buffer(0))).max() == 85
-    loader.lengthen(5, 256)
+    loader.begin_stage(5, loader.shape_at(1.0))
     assert np.diff(bounds_of(loader.buffer(0))).max() == 85
-    loader.lengthen(0, 256)
+    loader.begin_stage(0, loader.shape_at(1.0))
     again = loader.buffer(0)
     assert np.diff(bounds_of(again)).max() == 256 and (again.targets != tg.IGNORE).all()
 
@@ -344,7 +349,7 @@ def test_crowded_buffers_lose_targets_not_the_run(tmp_path):
     usual[::40] = BOS
     crowded = np.full(200, BOS)
     loader = make_loader(make_data(tmp_path / "d", [np.concatenate([usual, crowded, usual])], [usual]))
-    loader.lengthen(0, 64)
+    loader.begin_stage(0, loader.shape_at(1.0))
     batches = [loader.buffer(index) for index in range(loader.epoch_tokens // 128)]
     assert len({batch.spans.cu_seqlens.shape for batch in batches}) == 1
     ignored = [int((batch.targets == tg.IGNORE).sum()) for batch in batches]

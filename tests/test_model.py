@@ -78,6 +78,7 @@ def test_training_alone_computes_in_fp8(monkeypatch):
     in_fp8 = []
 
     def mlp(x, a, up, down, depth, fp8, grad_scale):
+        assert grad_scale == tg.FP8_GRAD_SCALE * CFG.train_buffers * len(x), "what the loss is divided by"
         in_fp8.append(bool(fp8))
         return mlp_reference(x, a, up, down, depth)
 

@@ -97,10 +97,13 @@ def test_parameters_that_a_depth_does_not_use(loops):
 # ---- Warm-up, steps, averaging -----------------------------------------------------------------------------
 
 
+SHAPES = (64, 32), (128, 32), (128, 64)
+
+
 class LoaderShape:
     """As much of a loader as a trainer asks for before it trains."""
     buffer_tokens = 128
-    max_spans = {32: 4, 64: 3}  # by the longest span
+    max_spans = dict(zip(itertools.starmap(tg.BufferShape, SHAPES), (2, 4, 3)))
 
 
 def make_trainer(ranks=None) -> tg.Trainer:
@@ -182,17 +185,17 @@ def test_warm_up_captures_where_no_pass_waits_for_the_gpu(monkeypatch, attend, c
     assert len(batches) == captured
 
 
-def test_warm_up_runs_each_plan_with_the_room_of_each_length():
+def test_warm_up_runs_each_plan_with_the_room_of_each_shape():
     trainer = make_trainer()
     learn, seen = trainer.learn, set()
 
     def noted(plan, batch):
-        seen.add((plan, batch.spans.max_seqlen, len(batch.spans.cu_seqlens) - 1))
+        seen.add((plan, (tg.shape_of(batch), len(batch.spans.cu_seqlens) - 1)))
         learn(plan, batch)
 
     trainer.learn = noted
     trainer.warm_up()
-    assert seen == {(plan, *room) for plan in trainer.plans for room in trainer.loader.max_spans.items()}
+    assert seen == set(itertools.product(trainer.plans, trainer.loader.max_spans.items()))
 
 
 def test_training_after_warm_up_is_training_without_it():
@@ -208,11 +211,12 @@ def test_training_after_warm_up_is_training_without_it():
 
 
 def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
-    """With functions in place of graphs, each step learns its own buffers, by graphs of plan and length."""
+    """With functions in place of graphs, each step learns its own buffers, by graphs of plan and shape."""
     def state_after_steps(trainer):
         losses = []
         for seed in range(4):
-            batches = [draw_batch(10 * seed + n, longest=64 if seed < 2 else 32) for n in range(BUFFERS)]
+            shape = SHAPES[seed % 3]
+            batches = [draw_batch(10 * seed + n, *shape) for n in range(BUFFERS)]
             losses.append(trainer.step(batches, trainer.plans[seed % 2], 1.0, MOMENTUM))
         return [*losses, trainer.targets.clone(), *whole_state(trainer)]
 
@@ -222,9 +226,9 @@ def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     trainer = make_trainer()
     honest_learn, seen = trainer.learn, []
-    trainer.learn = lambda plan, batch: seen.append((plan, batch.spans.max_seqlen))  # while it is captured
-    trainer.capture([draw_batch(99, longest=longest) for longest in (32, 64)])
-    assert len(seen) == 4 and seen == [*trainer.graphs]
+    trainer.learn = lambda plan, batch: seen.append((plan, tg.shape_of(batch)))  # while it is captured
+    trainer.capture([draw_batch(99, *shape) for shape in SHAPES])
+    assert len(seen) == 6 and seen == [*trainer.graphs]
     for (plan, _), captured in trainer.graphs.items():
         captured.graph.replay = functools.partial(honest_learn, plan, captured.inputs)
     trainer.learn = None  # a buffer that is learned without a replay would call it
@@ -242,7 +246,8 @@ def test_captured_buffers_are_learned_as_others_are(monkeypatch):
     run = tg.Run(cfg, tg.Ranks(device="cuda:0"), silent, backend)
     loader = LoaderShape()
     loader.buffer_tokens = 2048
-    loader.max_spans = {512: 6, 1024: 4}
+    shapes = (1024, 512), (2048, 512), (2048, 1024)
+    loader.max_spans = dict(zip(itertools.starmap(tg.BufferShape, shapes), (5, 6, 4)))
     trainer = tg.Trainer(run, tiny_model(cfg, noise=0.02).to(device), loader)
     trainer.warm_up()
     graphs, trainer.graphs = trainer.graphs, {}
@@ -250,10 +255,12 @@ def test_captured_buffers_are_learned_as_others_are(monkeypatch):
     monkeypatch.setattr(trainer.optimizers, "step", lambda *args: None)
     rng = np.random.default_rng(1)
     batches = []
-    for starts, longest in (((0, 700), 512), ((0, 30, 1900), 1024), ((0,), 512), ((0, 1000, 1010), 1024)):
-        tokens = rng.integers(0, cfg.vocab_size, 2049)
-        bounds = tg.span_bounds(np.array(starts), 2048, longest)
-        batch = tg.make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans[longest], longest)
+    for starts, shape in (((0, 700), (2048, 512)), ((0, 30, 1900), (2048, 1024)), ((0,), (1024, 512)),
+                          ((0, 1000, 1010), (2048, 1024)), ((0, 300), (1024, 512))):
+        size, longest = shape
+        tokens = rng.integers(0, cfg.vocab_size, size + 1)
+        bounds = tg.span_bounds(np.array(starts), size, longest)
+        batch = tg.make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans[shape], longest)
         batches.append(tg.to_device(batch, device))
 
     def losses_and_gradients(plan):

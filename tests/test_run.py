@@ -11,6 +11,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -196,7 +198,8 @@ def finished_quickly(tiny_data, tmp_path_factory) -> Finished:
 
 @pytest.mark.parametrize("name,value", dict(
     MATRIX_LR=0.01, EMA_DECAY=0.1, GRAD_CLIP_NORM=0.001, BETA2=0.5, TIED_EMBED_LR=0.003, SCALAR_LR=0.2,
-    MUON_WD=3, MUON_MOMENTUM=0.5, WARMDOWN_FRAC=0.1, QK_GAIN_INIT=2, ENABLE_LOOPING_AT=1).items())
+    MUON_WD=3, MUON_MOMENTUM=0.5, WARMDOWN_FRAC=0.1, QK_GAIN_INIT=2, ENABLE_LOOPING_AT=1,
+    SMALL_BATCH_FRAC=0.5).items())
 def test_settings_of_training_reach_the_run(run, finished_quickly, name, value):
     outcome = run(**QUICK, TTT_ENABLED=0, **{name: value})
     assert outcome.result["val_bpb_quantized"] != finished_quickly.result["val_bpb_quantized"]
@@ -275,6 +278,15 @@ def test_a_checkpoint_without_its_artifact_is_calibrated_again(run, finished, tm
     assert (tmp_path / "run" / ARTIFACT).read_bytes() == finished.artifact.read_bytes()
 
 
+def test_a_checkpoint_after_small_steps_is_calibrated_as_in_its_run(run, tiny_data, tmp_path):
+    """On the same tokens, whenever steps had grown."""
+    trained = finish_run(tmp_path / "trained", tiny_data, **QUICK, SMALL_BATCH_FRAC=0.5)
+    copy_to(tmp_path, trained.checkpoint)
+    outcome = run(EVAL_ONLY_PATH=tmp_path / CHECKPOINT, **QUICK, SMALL_BATCH_FRAC=0.5)
+    assert "calibrating again" in outcome.out
+    assert outcome.result["val_bpb"] == trained.result["val_bpb"]
+
+
 def test_a_checkpoint_with_other_settings_is_calibrated_again(run, finished):
     outcome = run(EVAL_ONLY_PATH=finished.checkpoint, GPTQ_CALIBRATION_BATCHES=2)
     assert "calibrating again" in outcome.out and outcome.result["val_bpb"] != finished.result["val_bpb"]
@@ -351,13 +363,33 @@ class NoTime:
         return 0.0
 
 
-def test_rank_0_alone_packs_the_script(monkeypatch):
+def test_rank_0_alone_packs_the_script(monkeypatch, tmp_path):
     monkeypatch.setattr(tg, "pack_script", lambda: b"packed")
-    assert tg.start_packing().result() == b"packed"
-    for rank, packed in (("00", b"packed"), ("1", b"")):
-        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
-            monkeypatch.setenv(name, value)
-        assert tg.start_packing().result() == packed
+    monkeypatch.setattr(tg.Ranks, "broadcast_object", lambda ranks, value: value)
+    for rank, packed in ((0, b"packed"), (1, b"")):
+        result = tg.Result()
+        log = SimpleNamespace(folder=tmp_path / str(rank))
+        log.folder.mkdir()
+        tg.measure_code(tg.Run(tg.Config(), tg.Ranks(rank, 2), log, tg.Backend()), result)
+        assert result.code_bytes == len(packed)
+        assert [path.read_bytes() for path in log.folder.iterdir()] == [packed] * (rank == 0)
+
+
+def test_what_is_packed_is_the_script_as_it_was_at_the_start(tmp_path):
+    """Even if its file is edited while it trains."""
+    script = tmp_path / "train_gpt.py"
+    script.write_bytes(SCRIPT.read_bytes())
+    spec = importlib.util.spec_from_file_location("edited_while_it_trains", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source = module.script_source()
+    script.write_text("raise SystemExit")
+    assert module.script_source() == source and module.pack_script() == tg.pack_script()
+    script.write_bytes(tg.pack_script())
+    spec.loader.exec_module(module)
+    module.open_run(module.Run(module.Config(), module.Ranks(), mock.MagicMock(), module.Backend()))
+    script.write_text("raise SystemExit")
+    assert module.pack_script() == tg.pack_script()
 
 
 def test_too_many_bytes_are_a_caveat(monkeypatch):

@@ -96,7 +96,9 @@ class Candidate:
         if shards:
             bos = int(tg.open_shard(shards[0])[0])
             loader = tg.PackedLoader(shards, bos, cfg, buffer_tokens)
-            if grows:
+            if hasattr(loader, "begin_stage"):
+                loader.begin_stage(0, loader.shape_at(0.5))
+            elif grows:
                 loader.lengthen(0, max_len)
             return [loader.buffer(n) for n in range(2 * cfg.train_batch_tokens // buffer_tokens)]
         rng = np.random.default_rng(0)
@@ -115,8 +117,10 @@ class Candidate:
         batch, plan, trainer = batch or self.batch, self.plan(looped), self.trainer
         trainer.optimizers.zero_grad()
         graphs = getattr(trainer, "graphs", {})
-        graph = graphs.get((plan, batch.spans.max_seqlen), graphs.get(plan))  # earlier scripts: by plan alone
-        if graph:
+        longest = batch.spans.max_seqlen
+        # By plan and shape, the newest form first; then by plan and longest span, and by plan alone.
+        keys = (plan, (len(batch.tokens), longest)), (plan, longest), plan
+        if graph := next(filter(None, map(graphs.get, keys)), None):
             graph.replay(batch)
         else:
             self.model(batch, plan, trainer.backend).mean().backward()

@@ -8,6 +8,7 @@ killed left of its last line is left out, and so are rows of kinds that this doe
 """
 import argparse
 import io
+import itertools
 import math
 import pathlib
 from collections import Counter
@@ -58,6 +59,7 @@ def check_row(row: dict, where: str) -> None:
     try:
         for name in NUMBERS.get(row["kind"], ()):
             math.isfinite(row[name])  # TypeError if it is no number
+        math.isfinite(row.get("tokens", 0))
     except (KeyError, TypeError, OverflowError) as error:
         raise finished_runs.Refused(f"{where}: no row of a run's metrics ({error!r:.120})") from error
 
@@ -73,14 +75,15 @@ def scores_of(run: dict) -> dict[str, float]:
 def speeds(run: dict) -> tuple[list[int], list[float]]:
     """(steps, tokens a second between each and the next), smoothed over 1/50 of the run."""
     rows = run["steps"]
-    tokens_per_step = run["settings"].get("train_batch_tokens", 0)
+    of_all = run["settings"].get("train_batch_tokens", 0)  # in earlier runs steps were alike
+    done = [0, *itertools.accumulate(row.get("tokens", of_all) for row in rows)]
     width = max(1, len(rows) // 50)
     steps, tokens_per_second = [], []
-    for before, after in zip(rows, rows[width:]):
-        seconds = after["seconds"] - before["seconds"]
+    for n, (before, after) in enumerate(zip(rows, rows[width:])):
+        seconds = after["seconds"] - before["seconds"]  # at which either is launched
         if seconds > 0:
             steps.append(after["step"])
-            tokens_per_second.append(tokens_per_step * (after["step"] - before["step"]) / seconds)
+            tokens_per_second.append((done[n + width] - done[n]) / seconds)
     return steps, tokens_per_second
 
 
