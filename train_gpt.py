@@ -1040,8 +1040,8 @@ class PackedLoader:
 
     def begin_stage(self, first_step: int, shape: BufferShape):
         """From this step on buffers have this shape, and no later stage follows. 0: as if all steps had."""
+        start = self.start_of(first_step, self.stage_of(first_step))
         before = [stage for stage in self.stages if stage.first_step < first_step]
-        start = self.start_of(first_step, before[-1]) if before else 0
         self.stages = [*before, Stage(first_step, start, shape)]
 
     def sample_spans(self, shape: BufferShape) -> int:
@@ -2169,7 +2169,8 @@ class Trainer:
         tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, loader.buffer_tokens + 1)
         starts = np.arange(0, loader.buffer_tokens, 600)  # documents of about the usual length
         batches = []
-        for (size, max_len), max_spans in sorted(loader.max_spans.items(), reverse=True):  # the largest first
+        # The largest first, as torch.compile makes graphs of fixed size for what it sees first.
+        for (size, max_len), max_spans in sorted(loader.max_spans.items(), reverse=True):
             bounds = span_bounds(starts[starts < size], size, max_len)
             batch = make_batch(tokens[:size], tokens[1 : size + 1], bounds, max_spans, max_len)
             batches.append(to_device(batch, self.ranks.device))

@@ -212,7 +212,8 @@ def check_model():
     """All kernels in their places: the looped model has the same losses and gradients with them.
 
     Gradients of tensors that are read twice are added up in passing, but of three: the embedding, the first
-    skip to be merged, and the stream as it splits. With FP8 losses differ by less than 1 %, and most gradients by less than 8 %.
+    skip to be merged, and the stream as it splits. With FP8 losses differ by less than 1 %, and most
+    gradients by less than 8 %.
     """
     cfg = tiny_config()
     model = tiny_model(cfg)
