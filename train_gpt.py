@@ -181,7 +181,7 @@ class Config:
     # schedule
     iterations: int = knob(20_000, 1)  # most optimizer steps
     max_wallclock_seconds: float = knob(600.0, 0.0)  # training clock, calibration included; 0: count steps
-    warmup_steps: int = knob(1, 1)  # untimed steps, each with and without loops, by buffers of each shape
+    warmup_steps: int = knob(1, 1)  # untimed steps with each shape of buffers and each depth that go together
     small_batch_frac: float = knob(0.2, 0.0, 1.0)  # first fraction of training, with half the tokens a step
     warmdown_frac: float = knob(0.85, 0.0, 1.0)  # last fraction of training, in which learning rates fall
     min_lr: float = knob(0.1, 0.0, 1.0)  # floor of the learning rates, relative to their peak
@@ -294,6 +294,10 @@ class Config:
     @property
     def loops_at_end(self) -> bool:
         return self.num_loops > 0 and self.enable_looping_at < 1
+
+    def loops_at(self, progress: float) -> bool:
+        """Whether layers are looped at this fraction of training."""
+        return self.num_loops > 0 and progress >= self.enable_looping_at
 
     @classmethod
     def names(cls, kind: str) -> list[str]:
@@ -2142,11 +2146,11 @@ class Trainer:
         part.backward()
         self.loss += part.detach()
 
-    def capture(self, batches: list[Batch]):
-        """Capture `learn`, once it has run, for each plan and batch; a replay copies its own batch there."""
+    def capture(self, forms: list[tuple[Plan, Batch]]):
+        """Capture `learn`, once it has run, in all of these forms; a replay copies its own batch there."""
         torch.cuda.empty_cache()  # graphs have a memory pool of their own
         pool = torch.cuda.graph_pool_handle()
-        for plan, batch in itertools.product(self.plans, batches):
+        for plan, batch in forms:
             learn = functools.partial(self.learn, plan)
             self.graphs[plan, shape_of(batch)] = CapturedCall.of(learn, batch, pool)
 
@@ -2163,28 +2167,37 @@ class Trainer:
         return self.loss.clone()
 
     def warm_up(self):
-        """Compile and run all plans and shapes of buffers on random tokens, and leave no trace of it."""
+        """Compile and run all forms of `learn` on random tokens, and leave no trace of it."""
         cfg = self.cfg
         loader = self.loader
         tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, loader.buffer_tokens + 1)
         starts = np.arange(0, loader.buffer_tokens, 600)  # documents of about the usual length
-        batches = []
-        # The largest first, as torch.compile makes graphs of fixed size for what it sees first.
-        for (size, max_len), max_spans in sorted(loader.max_spans.items(), reverse=True):
+        batches = {}
+        for shape, max_spans in loader.max_spans.items():
+            size, max_len = shape
             bounds = span_bounds(starts[starts < size], size, max_len)
             batch = make_batch(tokens[:size], tokens[1 : size + 1], bounds, max_spans, max_len)
-            batches.append(to_device(batch, self.ranks.device))
+            batches[shape] = to_device(batch, self.ranks.device)
+        # The largest first, as torch.compile makes graphs of fixed size for what it sees first.
+        forms = [(plan, batches[shape]) for shape, plan in sorted(self.forms(), reverse=True)]
         with preserved(self.model, self.optimizers):
             # The last plan launches all kernels that there are. What it computes now is undefined.
-            call = functools.partial(self.learn, self.plans[-1], batches[0])
+            call = functools.partial(self.learn, self.plans[-1], forms[0][1])
             compile_kernels(self.backend, self.ranks, call)
             self.optimizers.zero_grad()
-            for plan in self.plans:
+            for plan, batch in forms:
                 for _ in range(cfg.warmup_steps):
-                    self.step(batches, plan, 1.0, cfg.muon_momentum)
+                    self.step([batch], plan, 1.0, cfg.muon_momentum)
         if self.backend.fused and self.backend.compilable:
-            self.capture(batches)
+            self.capture(forms)
         self.targets.zero_()
+
+    def forms(self) -> set[tuple[BufferShape, Plan]]:
+        """The buffers and plans that go together in training: a new shape comes two steps after its time."""
+        cfg = self.cfg
+        changes = sorted({*LENGTHEN_AT, cfg.small_batch_frac, cfg.enable_looping_at} - {1.0})
+        return {(self.loader.shape_at(progress), self.plans[cfg.loops_at(change)])
+                for before, change in itertools.pairwise([0.0, *changes]) for progress in (before, change)}
 
     def own_buffers(self) -> Iterator[int]:
         """Indices of the buffers that this rank computes, step after step."""
@@ -2230,7 +2243,7 @@ class Trainer:
                 if done:
                     break
                 # 3) Take a step, by the schedule.
-                if not looped and cfg.num_loops and progress >= cfg.enable_looping_at:
+                if not looped and cfg.loops_at(progress):
                     looped = True
                     log(f"layer_loop:enabled step:{self.steps} frac:{progress:.3f}")
                 shape = self.next_shape(progress)
@@ -3864,6 +3877,7 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
     try:
         if arguments:
             raise UserError(f"{arguments[0]!r}: settings are environment variables; --help lists them")
+        import_early(training=not env.get("EVAL_ONLY_PATH"))
         ranks = Ranks.join()
         cfg, saved = read_settings(env, ranks)
         backend = Backend.for_machine(cfg, ranks.device)
@@ -3946,6 +3960,17 @@ def contiguous(*tensors):
 def import_triton() -> tuple[Any, Any]:
     """Triton and its language, at their first use."""
     return lazy_import("triton"), lazy_import("triton.language")
+
+def import_early(training: bool):
+    """Let threads import torch._dynamo, for torch.optim, and build Triton's driver, while ranks join.
+
+    Each takes seconds. What fails there fails again, and is reported, where it is needed.
+    """
+    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        pool = ThreadPoolExecutor(2)
+        pool.submit(lambda: import_triton()[0].runtime.driver.active)
+        if training:
+            pool.submit(lazy_import, "torch._dynamo")
 
 class KernelCompiler:
     """In its block a launched kernel is not run, but compiled by a thread, each form of it once.

@@ -196,11 +196,17 @@ class Buffers(tg.PackedLoader):
         return itertools.repeat(None)
 
 
-def train(ranks, step, **settings) -> tuple[tg.Trainer, tg.GPT]:
-    """Train by a clock of 10 s less a reserve of 3 with steps that are `step`; also what training returns."""
+def make_trainer(ranks, step, **settings) -> tg.Trainer:
+    """A trainer with a clock of 10 s less a reserve of 3, whose steps are `step`."""
     cfg = tiny_config(**{**SHALLOW, "MAX_WALLCLOCK_SECONDS": 10, "GPTQ_RESERVE_SECONDS": 3, **settings})
     trainer = tg.Trainer(make_run(cfg, ranks), tiny_model(cfg), Buffers(cfg))
     trainer.step = functools.partial(step, trainer.model)
+    return trainer
+
+
+def train(ranks, step, **settings) -> tuple[tg.Trainer, tg.GPT]:
+    """Train by such a trainer; also what training returns."""
+    trainer = make_trainer(ranks, step, **settings)
     return trainer, trainer.train(None)
 
 
@@ -249,6 +255,22 @@ def test_steps_have_half_their_tokens_at_first(clock, monkeypatch):
     assert trainer.tokens == sum(row["tokens"] for row in rows) == 512 * change + 1024 * (112 - change)
     speeds = re.findall(r"tok/s:(\d+) ", "\n".join(lines))
     assert speeds[:3] == [str(16 * 512)] * 3 and speeds[4:] == [str(16 * 1024)] * 2
+
+
+@pytest.mark.parametrize("settings", [
+    dict(SMALL_BATCH_FRAC=0.2), dict(SMALL_BATCH_FRAC=0.35), dict(SMALL_BATCH_FRAC=0.7, ENABLE_LOOPING_AT=0),
+    dict(SMALL_BATCH_FRAC=1, ENABLE_LOOPING_AT=1)])
+def test_no_step_has_a_form_that_warm_up_has_not_run(clock, settings):
+    seen = set()
+    trainer = None
+
+    def step(model, batches, plan, *rates):
+        seen.add((trainer.loader.stage_of(trainer.steps).shape, plan))
+        return torch.zeros(())
+
+    trainer = make_trainer(tg.Ranks(), clock.timed(1 / 16, step), ITERATIONS=1000, **QUICK, **settings)
+    trainer.train(None)
+    assert seen == trainer.forms()
 
 
 class BusyGPU(tg.Ranks):

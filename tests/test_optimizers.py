@@ -3,7 +3,6 @@ import contextlib
 import copy
 import functools
 import gc
-import itertools
 import math
 import weakref
 from types import SimpleNamespace
@@ -23,8 +22,8 @@ MOMENTUM = 0.9
 def draw_batch(seed=0, tokens=128, longest=64):
     stream = np.random.default_rng(seed).integers(2, 1024, tokens + 1)
     cut = longest - seed % 9  # spans of other lengths by another seed
-    bounds = np.union1d(np.arange(0, tokens + 1, longest), cut)
-    return tg.make_batch(stream[:-1], stream[1:], bounds, tokens // longest + 1, longest)
+    bounds = np.unique([*range(0, tokens, longest), cut, tokens])
+    return tg.make_batch(stream[:-1], stream[1:], bounds, tokens // longest + 2, longest)
 
 
 # ---- Optimizers --------------------------------------------------------------------------------------------
@@ -97,18 +96,19 @@ def test_parameters_that_a_depth_does_not_use(loops):
 # ---- Warm-up, steps, averaging -----------------------------------------------------------------------------
 
 
-SHAPES = (64, 32), (128, 32), (128, 64)
-
-
-class LoaderShape:
+class LoaderShape(tg.PackedLoader):
     """As much of a loader as a trainer asks for before it trains."""
-    buffer_tokens = 128
-    max_spans = dict(zip(itertools.starmap(tg.BufferShape, SHAPES), (2, 4, 3)))
+
+    def __init__(self, cfg, buffer_tokens=128):
+        self.cfg, self.buffer_tokens = cfg, buffer_tokens
+        shapes = map(self.shape_at, sorted({*tg.LENGTHEN_AT, cfg.small_batch_frac}))
+        self.max_spans = {shape: shape.tokens // shape.max_len + 2 for shape in shapes}
 
 
-def make_trainer(ranks=None) -> tg.Trainer:
-    run = tg.Run(CFG, ranks or tg.Ranks(), silent, tg.Backend())
-    return tg.Trainer(run, tiny_model(CFG), LoaderShape())
+def make_trainer(ranks=None, **settings) -> tg.Trainer:
+    cfg = tiny_config(**{"SMALL_BATCH_FRAC": 0.2, **settings})
+    run = tg.Run(cfg, ranks or tg.Ranks(), silent, tg.Backend())
+    return tg.Trainer(run, tiny_model(cfg), LoaderShape(cfg))
 
 
 def take_step(trainer, seed, looped=False):
@@ -185,17 +185,29 @@ def test_warm_up_captures_where_no_pass_waits_for_the_gpu(monkeypatch, attend, c
     assert len(batches) == captured
 
 
-def test_warm_up_runs_each_plan_with_the_room_of_each_shape():
-    trainer = make_trainer()
-    learn, seen = trainer.learn, set()
+@pytest.mark.parametrize("settings, looped, others", [
+    ({}, [(128, 42), (128, 64)], [(64, 21), (64, 42), (128, 42)]),
+    (dict(SMALL_BATCH_FRAC=0.35), [(64, 42), (128, 42), (128, 64)], [(64, 21), (64, 42)]),
+    (dict(SMALL_BATCH_FRAC=0, ENABLE_LOOPING_AT=0), [(128, 21), (128, 42), (128, 64)], []),
+    (dict(SMALL_BATCH_FRAC=1, ENABLE_LOOPING_AT=1), [], [(64, 21), (64, 42), (64, 64)]),
+])
+def test_warm_up_runs_what_training_will_run(settings, looped, others):
+    """Each shape of buffers with its room, by the plans that come together with it; the largest first."""
+    trainer = make_trainer(**settings)
+    learn, seen = trainer.learn, []
 
     def noted(plan, batch):
-        seen.add((plan, (tg.shape_of(batch), len(batch.spans.cu_seqlens) - 1)))
+        seen.append((plan, (tg.shape_of(batch), len(batch.spans.cu_seqlens) - 1)))
         learn(plan, batch)
 
     trainer.learn = noted
     trainer.warm_up()
-    assert seen == set(itertools.product(trainer.plans, trainer.loader.max_spans.items()))
+    rooms = trainer.loader.max_spans
+    forms = [(trainer.plans[is_looped], (shape, rooms[shape]))
+             for is_looped, shapes in enumerate((others, looped)) for shape in shapes]
+    assert sorted(seen) == sorted(forms)
+    sizes = [shape for _, (shape, _) in seen]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_training_after_warm_up_is_training_without_it():
@@ -214,10 +226,9 @@ def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
     """With functions in place of graphs, each step learns its own buffers, by graphs of plan and shape."""
     def state_after_steps(trainer):
         losses = []
-        for seed in range(4):
-            shape = SHAPES[seed % 3]
-            batches = [draw_batch(10 * seed + n, *shape) for n in range(BUFFERS)]
-            losses.append(trainer.step(batches, trainer.plans[seed % 2], 1.0, MOMENTUM))
+        for step, (shape, plan) in enumerate(sorted(trainer.forms())):
+            batches = [draw_batch(10 * step + n, *shape) for n in range(BUFFERS)]
+            losses.append(trainer.step(batches, plan, 1.0, MOMENTUM))
         return [*losses, trainer.targets.clone(), *whole_state(trainer)]
 
     plain = state_after_steps(make_trainer())
@@ -227,8 +238,8 @@ def test_replays_learn_the_buffers_that_they_are_given(monkeypatch):
     trainer = make_trainer()
     honest_learn, seen = trainer.learn, []
     trainer.learn = lambda plan, batch: seen.append((plan, tg.shape_of(batch)))  # while it is captured
-    trainer.capture([draw_batch(99, *shape) for shape in SHAPES])
-    assert len(seen) == 6 and seen == [*trainer.graphs]
+    trainer.capture([(plan, draw_batch(99, *shape)) for shape, plan in trainer.forms()])
+    assert len(seen) == 5 and seen == [*trainer.graphs]
     for (plan, _), captured in trainer.graphs.items():
         captured.graph.replay = functools.partial(honest_learn, plan, captured.inputs)
     trainer.learn = None  # a buffer that is learned without a replay would call it
@@ -244,30 +255,27 @@ def test_captured_buffers_are_learned_as_others_are(monkeypatch):
     if not backend.fused:
         pytest.skip("only kernels are captured")
     run = tg.Run(cfg, tg.Ranks(device="cuda:0"), silent, backend)
-    loader = LoaderShape()
-    loader.buffer_tokens = 2048
-    shapes = (1024, 512), (2048, 512), (2048, 1024)
-    loader.max_spans = dict(zip(itertools.starmap(tg.BufferShape, shapes), (5, 6, 4)))
-    trainer = tg.Trainer(run, tiny_model(cfg, noise=0.02).to(device), loader)
+    trainer = tg.Trainer(run, tiny_model(cfg, noise=0.02).to(device), LoaderShape(cfg, 2048))
     trainer.warm_up()
     graphs, trainer.graphs = trainer.graphs, {}
-    assert sorted(graphs) == sorted(itertools.product(trainer.plans, loader.max_spans))
+    assert {(shape, plan) for plan, shape in graphs} == trainer.forms()
     monkeypatch.setattr(trainer.optimizers, "step", lambda *args: None)
     rng = np.random.default_rng(1)
     batches = []
-    for starts, shape in (((0, 700), (2048, 512)), ((0, 30, 1900), (2048, 1024)), ((0,), (1024, 512)),
-                          ((0, 1000, 1010), (2048, 1024)), ((0, 300), (1024, 512))):
+    for shape, max_spans in trainer.loader.max_spans.items():
         size, longest = shape
-        tokens = rng.integers(0, cfg.vocab_size, size + 1)
-        bounds = tg.span_bounds(np.array(starts), size, longest)
-        batch = tg.make_batch(tokens[:-1], tokens[1:], bounds, loader.max_spans[shape], longest)
-        batches.append(tg.to_device(batch, device))
+        for starts in ((0, 700), (0, 30, 900)):
+            tokens = rng.integers(0, cfg.vocab_size, size + 1)
+            bounds = tg.span_bounds(np.array(starts), size, longest)
+            batch = tg.make_batch(tokens[:-1], tokens[1:], bounds, max_spans, longest)
+            batches.append(tg.to_device(batch, device))
 
     def losses_and_gradients(plan):
         trainer.optimizers.zero_grad()
         trainer.targets.zero_()
-        trainer.step(batches, plan, 1.0, MOMENTUM)
-        assert trainer.targets == sum((batch.targets != tg.IGNORE).sum() for batch in batches)
+        own = [batch for batch in batches if (plan, tg.shape_of(batch)) in graphs]
+        trainer.step(own, plan, 1.0, MOMENTUM)
+        assert trainer.targets == sum((batch.targets != tg.IGNORE).sum() for batch in own) > 0
         return trainer.loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
     for plan in trainer.plans:

@@ -135,8 +135,9 @@ class Candidate:
         """Make CUDA graphs of micro-batches, as a run does; 30 GB a file."""
         backend = self.trainer.backend
         if hasattr(self.trainer, "capture") and backend.fused and backend.compilable:
-            many = "batches" in inspect.signature(self.trainer.capture).parameters  # earlier scripts: one
-            self.trainer.capture([self.batch] if many else self.batch)
+            (wanted,) = inspect.signature(self.trainer.capture).parameters  # earlier scripts: batches, or one
+            forms = [(plan, self.batch) for plan in self.trainer.plans]
+            self.trainer.capture(dict(forms=forms, batches=[self.batch], batch=self.batch)[wanted])
 
     def step(self, looped: bool) -> None:
         self.trainer.step([self.batch] * self.local_buffers, self.plan(looped), 0.01, 0.95)
