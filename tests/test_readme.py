@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md", 
          *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-HEADLINE = ROOT / "logs/2026-11-27_4xH200_nothing-compiled-full/result.json"
+HEADLINE = ROOT / "logs/2026-11-27_4xH200_small-steps-full/result.json"
 
 
 def anchor_of(heading: str) -> str:
