@@ -181,7 +181,7 @@ class Config:
     # schedule
     iterations: int = knob(20_000, 1)  # most optimizer steps
     max_wallclock_seconds: float = knob(600.0, 0.0)  # training clock, calibration included; 0: count steps
-    warmup_steps: int = knob(1, 1)  # untimed steps with each shape of buffers and each depth that go together
+    warmup_steps: int = knob(1, 1)  # untimed steps of each shape of buffers and depth that go together
     small_batch_frac: float = knob(0.2, 0.0, 1.0)  # first fraction of training, with half the tokens a step
     warmdown_frac: float = knob(0.85, 0.0, 1.0)  # last fraction of training, in which learning rates fall
     min_lr: float = knob(0.1, 0.0, 1.0)  # floor of the learning rates, relative to their peak
@@ -297,7 +297,7 @@ class Config:
 
     def loops_at(self, progress: float) -> bool:
         """Whether layers are looped at this fraction of training."""
-        return self.num_loops > 0 and progress >= self.enable_looping_at
+        return self.loops_at_end and progress >= self.enable_looping_at
 
     @classmethod
     def names(cls, kind: str) -> list[str]:
@@ -976,15 +976,15 @@ class PackedStep(NamedTuple):
         return np.clip(self.bounds - start, 0, size)
 
 class BufferShape(NamedTuple):
-    """What a training buffer is like."""
+    """The size of a training buffer, and that of its longest span."""
     tokens: int
-    max_len: int  # no span is longer
+    max_len: int
 
 class Stage(NamedTuple):
     """Consecutive steps whose buffers have one shape."""
     first_step: int
     start: int  # where in the stream the first step begins
-    shape: BufferShape  # of each buffer
+    shape: BufferShape
 
 LENGTHEN_AT = (0.0, 0.1, 0.7)  # from here on in training, longest_span is one, two and three thirds of all
 
@@ -1030,7 +1030,7 @@ class PackedLoader:
     def shape_at(self, progress: float) -> BufferShape:
         """Of buffers at this fraction of training: small first (pull request 163 of modded-nanogpt)."""
         is_small = progress < self.cfg.small_batch_frac
-        return BufferShape(self.buffer_tokens // (1 + is_small), longest_span(progress, self.cfg))
+        return BufferShape(self.buffer_tokens // (2 if is_small else 1), longest_span(progress, self.cfg))
 
     def step_tokens(self, shape: BufferShape) -> int:
         return self.buffers_per_step * shape.tokens
@@ -1043,7 +1043,7 @@ class PackedLoader:
         return stage.start + (step_index - stage.first_step) * self.step_tokens(stage.shape)
 
     def begin_stage(self, first_step: int, shape: BufferShape):
-        """From this step on buffers have this shape, and no later stage follows. 0: as if all steps had."""
+        """Let buffers have this shape from this step on. With 0 the stream is read as if all steps had it."""
         start = self.start_of(first_step, self.stage_of(first_step))
         before = [stage for stage in self.stages if stage.first_step < first_step]
         self.stages = [*before, Stage(first_step, start, shape)]
@@ -2096,10 +2096,11 @@ def split_step(cfg: Config, world_size: int) -> tuple[int, int]:
     fewest = ceil_div(cfg.train_buffers, world_size)
     buffers = next(n for n in range(fewest, rank_tokens + 1) if rank_tokens % n == 0)
     buffer_tokens = rank_tokens // buffers
-    if buffer_tokens < cfg.train_seq_len or buffer_tokens % 32:  # in FP8 dup and ddown want halves of 16 n
+    least = cfg.train_seq_len * (2 if cfg.small_batch_frac else 1)  # even a buffer of half the size
+    if buffer_tokens < least or buffer_tokens % 32:  # in FP8 dup and ddown want halves of 16 n
         raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} gives {world_size} ranks buffers of "
-                        f"{buffer_tokens} tokens: a buffer needs a multiple of 32, and at least "
-                        f"TRAIN_SEQ_LEN={cfg.train_seq_len}")
+                        f"{buffer_tokens} tokens: a buffer needs a multiple of 32, and at least {least}, by "
+                        f"TRAIN_SEQ_LEN={cfg.train_seq_len} and SMALL_BATCH_FRAC={cfg.small_batch_frac:g}")
     return buffers, buffer_tokens
 
 @contextlib.contextmanager
@@ -2146,11 +2147,11 @@ class Trainer:
         part.backward()
         self.loss += part.detach()
 
-    def capture(self, forms: list[tuple[Plan, Batch]]):
-        """Capture `learn`, once it has run, in all of these forms; a replay copies its own batch there."""
+    def capture(self, calls: list[tuple[Plan, Batch]]):
+        """Capture these calls of `learn`, once they have run; a replay copies its own batch there."""
         torch.cuda.empty_cache()  # graphs have a memory pool of their own
         pool = torch.cuda.graph_pool_handle()
-        for plan, batch in forms:
+        for plan, batch in calls:
             learn = functools.partial(self.learn, plan)
             self.graphs[plan, shape_of(batch)] = CapturedCall.of(learn, batch, pool)
 
@@ -2179,21 +2180,25 @@ class Trainer:
             batch = make_batch(tokens[:size], tokens[1 : size + 1], bounds, max_spans, max_len)
             batches[shape] = to_device(batch, self.ranks.device)
         # The largest first, as torch.compile makes graphs of fixed size for what it sees first.
-        forms = [(plan, batches[shape]) for shape, plan in sorted(self.forms(), reverse=True)]
+        calls = [(plan, batches[shape]) for shape, plan in sorted(self.forms(), reverse=True)]
+        _, largest = calls[0]
         with preserved(self.model, self.optimizers):
             # The last plan launches all kernels that there are. What it computes now is undefined.
-            call = functools.partial(self.learn, self.plans[-1], forms[0][1])
-            compile_kernels(self.backend, self.ranks, call)
+            compile_kernels(self.backend, self.ranks, functools.partial(self.learn, self.plans[-1], largest))
             self.optimizers.zero_grad()
-            for plan, batch in forms:
+            for plan, batch in calls:
                 for _ in range(cfg.warmup_steps):
                     self.step([batch], plan, 1.0, cfg.muon_momentum)
         if self.backend.fused and self.backend.compilable:
-            self.capture(forms)
+            self.capture(calls)
         self.targets.zero_()
 
     def forms(self) -> set[tuple[BufferShape, Plan]]:
-        """The buffers and plans that go together in training: a new shape comes two steps after its time."""
+        """Shapes of buffers with plans that go together in training.
+
+        No step begins at 1. Loops begin at once and a new shape two steps late, so each change meets the
+        shape before it, too. If two changes lie within two steps, these steps may have others.
+        """
         cfg = self.cfg
         changes = sorted({*LENGTHEN_AT, cfg.small_batch_frac, cfg.enable_looping_at} - {1.0})
         return {(self.loader.shape_at(progress), self.plans[cfg.loops_at(change)])
@@ -2264,7 +2269,7 @@ class Trainer:
             return self.model.with_weights(ema.average)
 
     def next_shape(self, progress: float) -> BufferShape:
-        """That of the next step's buffers. If it is time for another shape, let a stage of it begin soon."""
+        """That of the next step's buffers. If it is time for another, a stage of it begins in two steps."""
         shape = self.loader.shape_at(progress)
         first_step = self.steps + 2  # this one and the next may be packed already
         if shape != self.loader.stage_of(first_step).shape:
@@ -3877,8 +3882,9 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] = ()) -> 
     try:
         if arguments:
             raise UserError(f"{arguments[0]!r}: settings are environment variables; --help lists them")
-        import_early(training=not env.get("EVAL_ONLY_PATH"))
         ranks = Ranks.join()
+        if ranks.on_gpu:  # torch.optim and FlashAttention-3 need it, and to import it takes seconds
+            ThreadPoolExecutor(1).submit(lazy_import, "torch._dynamo")
         cfg, saved = read_settings(env, ranks)
         backend = Backend.for_machine(cfg, ranks.device)
         log = RunLog(cfg, ranks, began)
@@ -3960,17 +3966,6 @@ def contiguous(*tensors):
 def import_triton() -> tuple[Any, Any]:
     """Triton and its language, at their first use."""
     return lazy_import("triton"), lazy_import("triton.language")
-
-def import_early(training: bool):
-    """Let threads import torch._dynamo, for torch.optim, and build Triton's driver, while ranks join.
-
-    Each takes seconds. What fails there fails again, and is reported, where it is needed.
-    """
-    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
-        pool = ThreadPoolExecutor(2)
-        pool.submit(lambda: import_triton()[0].runtime.driver.active)
-        if training:
-            pool.submit(lazy_import, "torch._dynamo")
 
 class KernelCompiler:
     """In its block a launched kernel is not run, but compiled by a thread, each form of it once.

@@ -240,8 +240,9 @@ def test_spans_grow_with_the_clock_of_the_slowest_rank(clock, ranks, seconds):
 
 
 def test_steps_have_half_their_tokens_at_first(clock, monkeypatch):
-    """Up to .2 of the clock and for two steps more; as long rates are lower. All tokens count."""
-    lines, rows = [], []
+    """Up to .2 of the clock and for two steps more, with lower rates. Tokens count, for momentum too."""
+    lines, rows, momentum_steps = [], [], []
+    monkeypatch.setattr(tg, "muon_momentum", lambda step, *others: momentum_steps.append(step))
     monkeypatch.setattr(tg.RunLog, "__call__", lambda log, message: lines.append(message))
     monkeypatch.setattr(tg.RunLog, "metrics", lambda log, kind, **row: rows.extend([row] * (kind == "step")))
     trainer, _ = train(tg.Ranks(), clock.timed(1 / 16, no_step), ITERATIONS=1000, SMALL_BATCH_FRAC=0.2,
@@ -253,6 +254,7 @@ def test_steps_have_half_their_tokens_at_first(clock, monkeypatch):
     assert shapes == [(64, 21), (64, 42), (128, 42), (128, 64)]
     assert trainer.loader.stages[2].start == 512 * change
     assert trainer.tokens == sum(row["tokens"] for row in rows) == 512 * change + 1024 * (112 - change)
+    assert momentum_steps == [step / 2 if step < change else step - change / 2 for step in range(112)]
     speeds = re.findall(r"tok/s:(\d+) ", "\n".join(lines))
     assert speeds[:3] == [str(16 * 512)] * 3 and speeds[4:] == [str(16 * 1024)] * 2
 
@@ -262,7 +264,6 @@ def test_steps_have_half_their_tokens_at_first(clock, monkeypatch):
     dict(SMALL_BATCH_FRAC=1, ENABLE_LOOPING_AT=1)])
 def test_no_step_has_a_form_that_warm_up_has_not_run(clock, settings):
     seen = set()
-    trainer = None
 
     def step(model, batches, plan, *rates):
         seen.add((trainer.loader.stage_of(trainer.steps).shape, plan))

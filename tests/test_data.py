@@ -200,6 +200,14 @@ def test_spans_lengthen_and_steps_grow_from_a_step_on(tmp_path):
         assert 0 <= spans - size / longest < 10, "as long ones as there are, some documents, and 4"
 
 
+def test_room_is_for_the_spans_of_all_steps(tmp_path):
+    tokens = np.full(4 * 65_536, 5)
+    tokens[: 2 * 65_536 : 4096] = BOS
+    tokens[2 * 65_536 :: 64] = BOS
+    loader = make_loader(make_data(tmp_path / "d", [tokens], [tokens[:500]]), tiny_config(**WIDE_STEP), 8192)
+    assert loader.sample_spans(loader.shape_at(1.0)) == 8192 // 64
+
+
 def test_a_step_that_is_packed_already_is_packed_again_for_longer_spans(tmp_path):
     """As calibration needs it after a training that ended early, even if a thread has packed it shorter."""
     tokens = np.random.default_rng(0).integers(4, 1024, 65_536)

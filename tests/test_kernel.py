@@ -1,7 +1,6 @@
 """Every kernel against the PyTorch that it replaces: interpreted, compiled for Hopper, on a GPU."""
 import ast
 import collections
-import concurrent.futures
 import os
 import re
 import subprocess
@@ -34,28 +33,6 @@ from kernel_cases import (
 
 KERNELS = ("mlp_kernel", "fp8_kernel", "heads_kernel", "exclude_kernel", "entry_kernel", "join_kernel",
            "lanes_kernel", "loss_kernel", "adapter_adamw_kernel")
-
-
-@pytest.mark.parametrize("has_gpu, training, names", [
-    (True, True, ["triton", "torch._dynamo"]), (True, False, ["triton"]), (False, True, [])])
-def test_what_is_imported_early_and_fails_stops_nothing(monkeypatch, has_gpu, training, names):
-    pytest.importorskip("triton")
-    imported, threads = [], []
-
-    def fail(name, *remedy):
-        imported.append(name)
-        raise tg.UserError(f"{name} is damaged")
-
-    class Pool(concurrent.futures.ThreadPoolExecutor):
-        def submit(self, *call):
-            threads.append(super().submit(*call))
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(tg, "lazy_import", fail)
-    monkeypatch.setattr(tg, "ThreadPoolExecutor", Pool)
-    tg.import_early(training)
-    assert all(isinstance(thread.exception(), tg.UserError) for thread in threads)
-    assert sorted(imported) == sorted(names)
 
 
 def test_kernels_under_the_interpreter():

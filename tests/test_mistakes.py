@@ -566,3 +566,40 @@ def test_names_cannot_write_on_the_console(run, tmp_path):
     for settings in (dict(DATA_DIR="a\nb\x1b[2J"), dict(EVAL_ONLY_PATH="a\nerror: b"), dict(ATTENTION="x\ry"),
                      dict(PRESET="\x07"), dict(TTT_SITES="qkv\n")):
         assert run(**settings).error.isprintable()
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_what_is_slow_to_import_is_imported_early_on_a_gpu(monkeypatch, on_gpu):
+    """And stops nothing if it cannot be; here a mistake ends the run before anything needs it."""
+    imported, pools = [], []
+
+    def fail(name, *remedy):
+        imported.append(name)
+        raise tg.UserError("damaged")
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, *args):
+            super().__init__(*args)
+            pools.append(self)
+
+    ranks = tg.Ranks()
+    ranks.on_gpu = on_gpu
+    monkeypatch.setattr(tg.Ranks, "join", lambda: ranks)
+    monkeypatch.setattr(tg, "lazy_import", fail)
+    monkeypatch.setattr(tg, "ThreadPoolExecutor", Pool)
+    assert tg.main({"SEED": "x"}) == 2
+    for pool in pools:
+        pool.shutdown()
+    assert imported == on_gpu * ["torch._dynamo"]
+
+
+def test_a_buffer_of_half_the_size_has_room_for_a_span():
+    settings = dict(TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128)
+    assert tg.split_step(tiny_config(**settings), 1) == (8, 128)
+    with pytest.raises(tg.UserError, match="at least 256, by TRAIN_SEQ_LEN=128 and SMALL_BATCH_FRAC=0.5"):
+        tg.split_step(tiny_config(**settings, SMALL_BATCH_FRAC=0.5), 1)
+
+
+def test_loops_that_never_begin():
+    assert not tg.Config(enable_looping_at=1.0).loops_at(1.0) and not tg.Config(num_loops=0).loops_at(1.0)
+    assert tg.Config(enable_looping_at=0.3).loops_at(0.3)

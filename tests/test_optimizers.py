@@ -152,7 +152,8 @@ def test_warm_up_leaves_everything_bitwise_as_it_was(monkeypatch):
     random_state = torch.get_rng_state()
     buffers = first_buffers(trainer)
     trainer.warm_up()
-    assert len(calls) == 1
+    ((plan, largest),) = [call.args for call in calls]
+    assert plan == trainer.plans[-1] and tg.shape_of(largest) == max(trainer.loader.max_spans)
     assert equal_states(whole_state(trainer), state)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert first_buffers(trainer) == buffers
@@ -179,19 +180,21 @@ def test_warm_up_captures_where_no_pass_waits_for_the_gpu(monkeypatch, attend, c
     trainer = make_trainer()
     monkeypatch.setattr(trainer, "step", lambda *args: None)
     monkeypatch.setattr(trainer, "backend", tg.Backend(attend, fused=True))
-    batches = []
-    monkeypatch.setattr(trainer, "capture", batches.append)
+    seen = []
+    monkeypatch.setattr(trainer, "capture", seen.append)
     trainer.warm_up()
-    assert len(batches) == captured
+    forms = [{(tg.shape_of(batch), plan) for plan, batch in calls} for calls in seen]
+    assert forms == captured * [trainer.forms()]
 
 
-@pytest.mark.parametrize("settings, looped, others", [
-    ({}, [(128, 42), (128, 64)], [(64, 21), (64, 42), (128, 42)]),
-    (dict(SMALL_BATCH_FRAC=0.35), [(64, 42), (128, 42), (128, 64)], [(64, 21), (64, 42)]),
-    (dict(SMALL_BATCH_FRAC=0, ENABLE_LOOPING_AT=0), [(128, 21), (128, 42), (128, 64)], []),
-    (dict(SMALL_BATCH_FRAC=1, ENABLE_LOOPING_AT=1), [], [(64, 21), (64, 42), (64, 64)]),
+@pytest.mark.parametrize("settings, plain, looped", [
+    ({}, [(64, 21), (64, 42), (128, 42)], [(128, 42), (128, 64)]),
+    (dict(SMALL_BATCH_FRAC=0.35), [(64, 21), (64, 42)], [(64, 42), (128, 42), (128, 64)]),
+    (dict(SMALL_BATCH_FRAC=0, ENABLE_LOOPING_AT=0), [], [(128, 21), (128, 42), (128, 64)]),
+    (dict(SMALL_BATCH_FRAC=1, ENABLE_LOOPING_AT=1), [(64, 21), (64, 42), (64, 64)], []),
+    (dict(SMALL_BATCH_FRAC=0, NUM_LOOPS=0, WARMUP_STEPS=2), 2 * [(128, 21), (128, 42), (128, 64)], []),
 ])
-def test_warm_up_runs_what_training_will_run(settings, looped, others):
+def test_warm_up_runs_what_training_will_run(settings, plain, looped):
     """Each shape of buffers with its room, by the plans that come together with it; the largest first."""
     trainer = make_trainer(**settings)
     learn, seen = trainer.learn, []
@@ -204,7 +207,7 @@ def test_warm_up_runs_what_training_will_run(settings, looped, others):
     trainer.warm_up()
     rooms = trainer.loader.max_spans
     forms = [(trainer.plans[is_looped], (shape, rooms[shape]))
-             for is_looped, shapes in enumerate((others, looped)) for shape in shapes]
+             for is_looped, shapes in enumerate((plain, looped)) for shape in shapes]
     assert sorted(seen) == sorted(forms)
     sizes = [shape for _, (shape, _) in seen]
     assert sizes == sorted(sizes, reverse=True)

@@ -27,7 +27,7 @@ FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef
 TOP_LEVEL = [node for node in TREE.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 CONFIG = next(node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == "Config")
 
-MOST_TOKENS = 39_028  # of the file: a feature pays for what it adds
+MOST_TOKENS = 38_982  # of the file: a feature pays for what it adds
 MEAN, MEDIAN, NINETIETH = 12.8, 10, 24  # tokens a statement, over the file
 FUNCTION_MEAN, KERNEL_MEAN = 17.0, 20.0  # in any function of five statements or more
 TABLES = {"caveats", "__post_init__"}  # functions that are a table of data; a mean says nothing of them

@@ -136,8 +136,8 @@ class Candidate:
         backend = self.trainer.backend
         if hasattr(self.trainer, "capture") and backend.fused and backend.compilable:
             (wanted,) = inspect.signature(self.trainer.capture).parameters  # earlier scripts: batches, or one
-            forms = [(plan, self.batch) for plan in self.trainer.plans]
-            self.trainer.capture(dict(forms=forms, batches=[self.batch], batch=self.batch)[wanted])
+            calls = [(plan, self.batch) for plan in self.trainer.plans]
+            self.trainer.capture(dict(calls=calls, batches=[self.batch], batch=self.batch)[wanted])
 
     def step(self, looped: bool) -> None:
         self.trainer.step([self.batch] * self.local_buffers, self.plan(looped), 0.01, 0.95)
