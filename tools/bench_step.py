@@ -135,9 +135,10 @@ class Candidate:
         """Make CUDA graphs of micro-batches, as a run does; 30 GB a file."""
         backend = self.trainer.backend
         if hasattr(self.trainer, "capture") and backend.fused and backend.compilable:
-            (wanted,) = inspect.signature(self.trainer.capture).parameters  # earlier scripts: batches, or one
+            (wanted,) = inspect.signature(self.trainer.capture).parameters
             calls = [(plan, self.batch) for plan in self.trainer.plans]
-            self.trainer.capture(dict(calls=calls, batches=[self.batch], batch=self.batch)[wanted])
+            earlier = dict(batches=[self.batch], batch=self.batch)  # by the name of the parameter
+            self.trainer.capture(earlier.get(wanted, calls))
 
     def step(self, looped: bool) -> None:
         self.trainer.step([self.batch] * self.local_buffers, self.plan(looped), 0.01, 0.95)
